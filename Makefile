@@ -1,0 +1,32 @@
+# make demo   calibrate and train on the embedded model; pictures land in demo-output/
+# make test   the whole test suite
+# Both make .venv and install what they need. Another torch: make test TORCH='torch==2.9.1'
+PYTHON ?= python3
+TORCH ?= torch
+VENV ?= .venv
+BIN = $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m cntlora_core demo --output demo-output
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.installed: pyproject.toml requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=23"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[standalone,test,bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-output build dist *.egg-info

@@ -1,0 +1,255 @@
+"""The command line: `python -m cntlora_core demo|train|calibrate|sample|inspect|info`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from .config import INITS, RANK_RULES, CalibrationConfig, TrainConfig
+from .console import Console, EventFile, both
+from .errors import CNTLoRAError, NonFiniteError, SettingError
+from .events import Done, Observer
+
+if TYPE_CHECKING:
+    from .checkpoint import StableDiffusion
+
+log = logging.getLogger("cntlora")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"Error: {message}. See `{self.prog} --help`.\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0 done, 1 a user's error (one sentence on stderr), 130 interrupted."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(message)s")
+    try:
+        args.command(args)
+    except CNTLoRAError as error:
+        return _fail(str(error), args.debug)
+    except KeyboardInterrupt:
+        return _fail("Interrupted.", False, 130)
+    except OSError as error:
+        where = f" '{error.filename}'" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}. Check the path and the free space.", args.debug)
+    return 0
+
+
+def _fail(message: str, debug: bool, status: int = 1) -> int:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"Error: {message}\n")
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="cntlora",
+        description="Personal LoRAs for Stable Diffusion: calibrate in closed form, then train.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(command=run)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    demo = command("demo", _demo, "calibrate and train on the embedded model and pictures; draws what it did")
+    demo.add_argument(
+        "--output", default="demo-output", metavar="DIR", help="folder for the results (default: %(default)s)"
+    )
+    _run_arguments(command("train", _train, "pictures in, a calibrated and trained LoRA out"), steps=True)
+    _run_arguments(command("calibrate", _train, "the LoRA at step 0 alone: calibrated, not trained"), steps=False)
+    _sample_arguments(command("sample", _sample, "draw pictures with a checkpoint, with or without a LoRA"))
+    inspect = command("inspect", _inspect, "ranks, sizes and metadata of a LoRA file")
+    inspect.add_argument("file")
+    command("info", _info, "versions, devices, tokenizer")
+    return parser
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH|mini-sd",
+        help="checkpoint file or diffusers folder; mini-sd is the embedded model",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, cuda:1 ... (default: the best there is)")
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("fp32", "bf16", "fp16"),
+        help="of the frozen model; adapters are fp32",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--resolution", type=int, metavar="PX", help="side of the square pictures (default: the model's)"
+    )
+
+
+def _run_arguments(parser: argparse.ArgumentParser, *, steps: bool) -> None:
+    _model_arguments(parser)
+    parser.add_argument("--images", required=True, metavar="DIR", help="3-20 pictures of the subject")
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        help='what the pictures show, with a rare word for the subject: "a sks cat"',
+    )
+    parser.add_argument("--class-prompt", help='the class alone ("a cat"): what the model should keep knowing')
+    parser.add_argument("--init", choices=INITS, default=CalibrationConfig.init)
+    parser.add_argument("--rank", type=int, default=CalibrationConfig.rank, help="mean rank (default: %(default)s)")
+    parser.add_argument("--rank-rule", choices=RANK_RULES, default=CalibrationConfig.rank_rule)
+    parser.add_argument("--batch-size", type=int, default=TrainConfig.batch_size)
+    parser.add_argument("--output", required=True, metavar="FILE.safetensors")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    parser.add_argument("--save-precision", default="fp32", choices=("fp32", "fp16", "bf16"))
+    parser.add_argument("--events", metavar="FILE.jsonl", help="write what happens, one JSON object a line")
+    parser.set_defaults(steps=0, lr=TrainConfig.lr, validation_images=None, validate_every=TrainConfig.validate_every)
+    if steps:
+        parser.add_argument("--steps", type=int, default=TrainConfig.steps)
+        parser.add_argument(
+            "--lr", type=float, default=TrainConfig.lr, help="AdamW's learning rate (default: %(default)s)"
+        )
+    parser.add_argument("--validation-images", metavar="DIR", help="held-out pictures (default: the subject's own)")
+    parser.add_argument(
+        "--validate-every", type=int, default=TrainConfig.validate_every, metavar="STEPS", help="0: never"
+    )
+
+
+def _sample_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--negative", default="", help="what the pictures should not show")
+    parser.add_argument("--lora", metavar="FILE", help="a LoRA file made for this model")
+    parser.add_argument("--strength", type=float, default=1.0)
+    parser.add_argument(
+        "--count", type=int, default=4, help="number of pictures, seeds counting up (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--output", required=True, metavar="FILE.png", help="one picture with all samples side by side")
+    parser.add_argument("--overwrite", action="store_true")
+
+
+def _load(args: argparse.Namespace) -> StableDiffusion:
+    from .checkpoint import load_checkpoint
+    from .devices import DTYPES, pick_device
+
+    return load_checkpoint(args.checkpoint, device=pick_device(args.device), dtype=DTYPES[args.precision])
+
+
+def _train(args: argparse.Namespace) -> None:
+    calibration = CalibrationConfig(
+        init=args.init, rank=args.rank, rank_rule=args.rank_rule, batch_size=args.batch_size, seed=args.seed
+    )
+    training = TrainConfig(
+        steps=args.steps,
+        lr=args.lr,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        validate_every=args.validate_every,
+    )
+    from .lora_file import DTYPES, check_output
+    from .runs import class_prior, personalise, read_subject, validation_loss, write
+
+    output = check_output(args.output, overwrite=args.overwrite)
+    with ExitStack() as stack:
+        observer: Observer = stack.enter_context(Console(args.steps))
+        if args.events:
+            events = check_output(args.events, overwrite=args.overwrite, suffix=".jsonl")
+            observer = both(observer, stack.enter_context(EventFile(events)))
+        model = _load(args)
+        subject = read_subject(model, args.images, args.prompt, resolution=args.resolution, observer=observer)
+        held_out = subject
+        if args.validation_images:
+            held_out = read_subject(
+                model, args.validation_images, args.prompt, resolution=args.resolution, observer=observer
+            )
+        validate = validation_loss(model, held_out, args.batch_size) if args.validate_every else None
+        prior = class_prior(model, args.class_prompt, subject, observer=observer) if args.class_prompt else None
+        run = personalise(model, subject, calibration, training, prior=prior, validate=validate, observer=observer)
+        write(
+            output,
+            run.lora,
+            model,
+            subject,
+            steps=run.steps,
+            calibration=calibration,
+            training=training if training.steps else None,
+            dtype=DTYPES[args.save_precision],
+            overwrite=args.overwrite,
+            observer=observer,
+        )
+        result = {
+            "lora": str(output),
+            "steps": run.steps,
+            "loss": run.validations[-1][1] if run.validations else None,
+        }
+        observer(Done(result))
+    if run.stopped:
+        raise NonFiniteError(f"{run.stopped} They are in '{output}'.", run.stopped.step)
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    result = run_demo(Path(args.output))
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+def _sample(args: argparse.Namespace) -> None:
+    if not 1 <= args.count <= 64:
+        raise SettingError(f"count is {args.count}: draw between 1 and 64 pictures.")
+    if not 1 <= args.steps <= 1000:
+        raise SettingError(f"steps is {args.steps}: it must be between 1 and 1000.")
+    from .lora import attached
+    from .lora_file import check_output, load_lora
+    from .projections import find_projections
+    from .report import sample_sheet
+    from .sampling import sample
+    from .subject import check_resolution
+
+    output = check_output(args.output, overwrite=args.overwrite, suffix=".png")
+    model = _load(args)
+    side = check_resolution(model, args.resolution)
+    lora = {}
+    if args.lora:
+        factors, _ = load_lora(args.lora, find_projections(model.unet), model.family)
+        lora = {name: f.scaled(args.strength) for name, f in factors.items()}
+    seeds = range(args.seed, args.seed + args.count)
+    with Console() as observer, attached(model.unet, lora):
+        pictures = sample(
+            model,
+            [args.prompt] * args.count,
+            seeds,
+            steps=args.steps,
+            guidance=args.guidance,
+            negative=args.negative,
+            size=(side, side),
+            observer=observer,
+        )
+    sample_sheet([(Path(args.lora).stem if args.lora else "base", pictures)], title=args.prompt).save(output)
+    sys.stdout.write(json.dumps({"picture": str(output), "seeds": list(seeds)}) + "\n")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from .inspection import inspect_file
+
+    sys.stdout.write(json.dumps(inspect_file(args.file), indent=2, ensure_ascii=False) + "\n")
+
+
+def _info(args: argparse.Namespace) -> None:
+    from .inspection import environment
+
+    sys.stdout.write(json.dumps(environment(), indent=2) + "\n")

@@ -1,0 +1,29 @@
+"""What can go wrong for a user. Each message says what was wrong, with the value seen, and what to do."""
+
+
+class CNTLoRAError(ValueError):
+    """Base of every error a user can mend. The text is one or two sentences, fit to be shown as it is."""
+
+
+class ImageError(CNTLoRAError):
+    """Pictures are missing, unreadable or unusable."""
+
+
+class CheckpointError(CNTLoRAError):
+    """A model file or folder is missing, incomplete, damaged or of a kind CNTLoRA does not train."""
+
+
+class LoRAFileError(CNTLoRAError):
+    """A LoRA file cannot be read or written."""
+
+
+class SettingError(CNTLoRAError):
+    """A setting is out of range or does not fit the others."""
+
+
+class NonFiniteError(CNTLoRAError):
+    """A loss or a weight became NaN or infinite. `step` is the step at which it was seen (0: before training)."""
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step

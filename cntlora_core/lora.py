@@ -1,0 +1,131 @@
+"""The adapter: y = W x + B (A x), put around frozen projections and taken off again.
+
+A is `down` `[r, d]`, B is `up` `[m, r]`; the scale is 1 (alpha = rank), folded into B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .projections import Projection
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One projection's low-rank update, `up @ down`, fp32."""
+
+    up: Tensor
+    down: Tensor
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    def scaled(self, step: float) -> Factors:
+        return Factors(self.up * step, self.down)
+
+    def delta(self) -> Tensor:
+        return self.up @ self.down
+
+
+LoRA = dict[str, Factors]  # projection name -> factors
+
+
+def concatenate(first: Mapping[str, Factors], second: Mapping[str, Factors]) -> LoRA:
+    """The sum of two LoRAs: ranks add up."""
+    merged = dict(first)
+    for name, factors in second.items():
+        held = merged.get(name)
+        merged[name] = (
+            factors
+            if held is None
+            else Factors(torch.cat([held.up, factors.up], 1), torch.cat([held.down, factors.down], 0))
+        )
+    return merged
+
+
+def parameter_count(lora: Mapping[str, Factors]) -> int:
+    return sum(f.up.numel() + f.down.numel() for f in lora.values())
+
+
+def default_init(projections: Sequence[Projection], ranks: Mapping[str, int], generator: torch.Generator) -> LoRA:
+    """Kaiming-uniform A with a = sqrt(5), so U(-1/sqrt d, 1/sqrt d), and B = 0 (Hu et al. 2021, as PEFT does it)."""
+
+    def draw(rank: int, d: int) -> Tensor:
+        return (torch.rand(rank, d, generator=generator) * 2 - 1) / d**0.5
+
+    return {p.name: _with_zero_up(p, draw(ranks[p.name], p.in_features)) for p in projections}
+
+
+def gaussian_init(projections: Sequence[Projection], ranks: Mapping[str, int], generator: torch.Generator) -> LoRA:
+    """A ~ N(0, 1/r^2) and B = 0, the start of diffusers' DreamBooth scripts (PEFT's `gaussian`)."""
+
+    def draw(rank: int, d: int) -> Tensor:
+        return torch.randn(rank, d, generator=generator) / rank
+
+    return {p.name: _with_zero_up(p, draw(ranks[p.name], p.in_features)) for p in projections}
+
+
+def _with_zero_up(projection: Projection, down: Tensor) -> Factors:
+    return Factors(torch.zeros(projection.out_features, len(down)), down)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with an adapter beside it. Factors are fp32 whatever the base's dtype."""
+
+    def __init__(self, base: nn.Linear, factors: Factors, trainable: bool) -> None:
+        super().__init__()
+        device = base.weight.device
+        self.base = base
+        self.up = nn.Parameter(factors.up.detach().clone().to(device, torch.float32), requires_grad=trainable)
+        self.down = nn.Parameter(factors.down.detach().clone().to(device, torch.float32), requires_grad=trainable)
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return self.base(x) + update
+
+
+class Adapters:
+    """The adapters attached to a UNet, by projection name."""
+
+    def __init__(self, layers: dict[str, LoRALinear]) -> None:
+        self.layers = layers
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for layer in self.layers.values() for p in (layer.down, layer.up)]
+
+    def factors(self) -> LoRA:
+        """A copy of the current weights on the CPU."""
+        return {
+            name: Factors(layer.up.detach().cpu().clone(), layer.down.detach().cpu().clone())
+            for name, layer in self.layers.items()
+        }
+
+
+@contextmanager
+def attached(unet: nn.Module, lora: Mapping[str, Factors], *, trainable: bool = False) -> Iterator[Adapters]:
+    """Put `lora` around the projections it names; the UNet's own modules are back when the block ends.
+
+    The base weights are never written: before and after they are bit-identical.
+    """
+    layers: dict[str, LoRALinear] = {}
+    try:
+        for name, factors in lora.items():
+            parent_name, _, child = name.rpartition(".")
+            parent = unet.get_submodule(parent_name)
+            base = unet.get_submodule(name)
+            if not isinstance(base, nn.Linear):
+                raise TypeError(f"{name} is a {type(base).__name__}, not a linear layer")
+            layers[name] = LoRALinear(base, factors, trainable)
+            setattr(parent, child, layers[name])
+        yield Adapters(layers)
+    finally:
+        for name, layer in layers.items():
+            parent_name, _, child = name.rpartition(".")
+            setattr(unet.get_submodule(parent_name), child, layer.base)

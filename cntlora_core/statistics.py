@@ -1,0 +1,118 @@
+"""Second moments of activations and gradients, streamed over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .projections import Projection
+
+
+@dataclass
+class RunningMean:
+    """Mean over tokens of a matrix-valued quantity, fp32.
+
+    Kept as a mean and moved by the difference (Chan et al. 1983), so that 10^6 tokens lose no digits to a growing sum.
+    """
+
+    value: Tensor | None = None
+    count: int = 0
+
+    def update(self, total: Tensor, count: int) -> None:
+        """Add `count` tokens whose sum is `total`."""
+        self.count += count
+        if self.value is None:
+            self.value = total / count
+        else:
+            self.value += (total - self.value * count) / self.count
+
+    def get(self) -> Tensor:
+        """The mean so far. Raises RuntimeError when nothing was seen: a hook that never fired is a bug."""
+        if self.value is None:
+            raise RuntimeError("no tokens were recorded")
+        return self.value
+
+
+@dataclass
+class Moments:
+    """What a sweep measures. d = in, m = out features; expectations are over tokens.
+
+    `inputs[key]`: C = E[x x^T] `[d, d]`, one per distinct input. `grads[name]`: S = E[delta delta^T] `[m, m]` and
+    `cross[name]`: G = E[delta x^T] `[m, d]` with delta = dLoss/dy, one per projection (backward sweeps only).
+    """
+
+    inputs: dict[str, RunningMean] = field(default_factory=dict)
+    grads: dict[str, RunningMean] = field(default_factory=dict)
+    cross: dict[str, RunningMean] = field(default_factory=dict)
+
+    def C(self, projection: Projection) -> Tensor:
+        return self.inputs[projection.input_key].get()
+
+    def S(self, projection: Projection) -> Tensor:
+        return self.grads[projection.name].get()
+
+    def G(self, projection: Projection) -> Tensor:
+        return self.cross[projection.name].get()
+
+    def tokens(self, projection: Projection) -> int:
+        return self.inputs[projection.input_key].count
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.detach().reshape(-1, x.shape[-1]).float()
+
+
+class _Recorder:
+    """Forward hooks of one recording; knows which projection speaks for a shared input."""
+
+    def __init__(self, projections: Sequence[Projection], backward: bool, storage: torch.device) -> None:
+        self.moments = Moments()
+        self.backward = backward
+        self.storage = storage
+        self.speakers = {p.input_key: p.name for p in reversed(projections)}  # the first to read each input
+
+    def hook(self, projection: Projection) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = _rows(args[0])
+            if self.speakers[projection.input_key] == projection.name:
+                self._add(self.moments.inputs, projection.input_key, x.T @ x, len(x))
+            if self.backward and torch.is_grad_enabled():
+                if not output.requires_grad:
+                    # Nothing before this layer needs a gradient: let the backward pass end here.
+                    output.requires_grad_(True)
+                output.register_hook(lambda grad: self._gradient(projection, x, grad))
+
+        return forward
+
+    def _gradient(self, projection: Projection, x: Tensor, grad: Tensor) -> None:
+        delta = _rows(grad)
+        self._add(self.moments.grads, projection.name, delta.T @ delta, len(x))
+        self._add(self.moments.cross, projection.name, delta.T @ x, len(x))
+
+    def _add(self, into: dict[str, RunningMean], key: str, total: Tensor, count: int) -> None:
+        into.setdefault(key, RunningMean()).update(total.to(self.storage), count)
+
+
+@contextmanager
+def record(
+    unet: nn.Module, projections: Sequence[Projection], *, backward: bool, storage: str = "cpu"
+) -> Iterator[Moments]:
+    """Record moments of all forward (and backward) passes made inside the block.
+
+    Products are fp32 on the model's device, accumulators live on `storage` (the host, so that a GPU needs no more
+    than one matrix at a time). The hooks are gone when the block ends, however it ends.
+    """
+    recorder = _Recorder(projections, backward, torch.device(storage))
+    handles = []
+    try:
+        for projection in projections:
+            module = unet.get_submodule(projection.name)
+            handles.append(module.register_forward_hook(recorder.hook(projection)))
+        yield recorder.moments
+    finally:
+        for handle in handles:
+            handle.remove()

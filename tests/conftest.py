@@ -1,0 +1,45 @@
+"""Make the repository's packages importable without letting `nodes/` and `tests/` shadow ComfyUI's modules of those names."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# `python -m pytest` puts the root on sys.path; `import nodes` would then find ours instead of ComfyUI's.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+
+def _load(name: str, folder: Path) -> None:
+    if importlib.util.find_spec(name) is not None:
+        return
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+
+
+_load("cntlora_core", ROOT / "cntlora_core")
+
+
+@pytest.fixture(scope="session")
+def mini_sd():
+    """The embedded model, fp32 on the CPU. Shared: a test that changes it must put it back."""
+    from cntlora_core.checkpoint import load_checkpoint
+
+    return load_checkpoint("mini-sd")
+
+
+@pytest.fixture(scope="session")
+def subject(mini_sd):
+    """The sample subject's latents and conditioning."""
+    from cntlora_core.checkpoint import MINI_SD_FOLDER
+    from cntlora_core.runs import read_subject
+
+    return read_subject(mini_sd, MINI_SD_FOLDER / "subject", "a sks cat face emoji")

@@ -29,13 +29,14 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         if up is None:
             raise LoRAFileError(f"'{path}' has only one half of '{name}'.")
         alpha = state.get(f"{name}.alpha")
-        norm = torch.linalg.matrix_norm(up.flatten(1).double() @ down.flatten(1).double())
+        strength = len(down) if alpha is None else float(alpha)
+        update = strength / len(down) * up.flatten(1).double() @ down.flatten(1).double()
         modules[name] = {
             "rank": len(down),
-            "alpha": len(down) if alpha is None else float(alpha),
+            "alpha": strength,
             "in": down[0].numel(),
             "out": len(up),
-            "norm": float(norm),
+            "norm": float(torch.linalg.matrix_norm(update)),
         }
     if not modules:
         raise LoRAFileError(f"'{path}' is not a LoRA file: it has no '.lora_down.weight' tensors.")

@@ -1,7 +1,11 @@
 """The LoRA file: kohya's key names, one alpha per module, written atomically and read back before it counts.
 
-Per projection: `<name>.lora_down.weight` `[r, d]`, `<name>.lora_up.weight` `[m, r]`, `<name>.alpha` (scalar fp32, = r, so
-that every loader applies scale 1 whatever the module's rank). No other tensors: a loader would call them unknown keys.
+Per projection: `<name>.lora_down.weight` `[r, d]`, `<name>.lora_up.weight` `[m, r]`, `<name>.alpha` (scalar fp32), and the
+update is alpha / r * up @ down. No other tensors: a loader would call them unknown keys.
+
+All modules carry one and the same alpha, and `up` holds the rest of the scale. With equal ranks alpha = r, scale 1. With
+variable ranks one alpha per rank would be the obvious form, but diffusers (0.42.1) loses the alphas of attention modules
+when they differ and applies the most common one to all; a common alpha is read rightly by every loader.
 """
 
 from __future__ import annotations
@@ -47,16 +51,23 @@ def _sgm_path(name: str) -> str:
     return f"output_blocks.{3 * level + layer}.1.{rest}"
 
 
+def common_alpha(lora: Mapping[str, Factors]) -> int:
+    """The alpha of every module in the file: the mean rank, rounded; the rank itself where all are equal."""
+    return max(1, round(sum(f.rank for f in lora.values()) / max(1, len(lora))))
+
+
 def to_state_dict(lora: Mapping[str, Factors], family: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The tensors of the file, on the CPU. Raises LoRAFileError when a factor is not finite or overflows `dtype`."""
     state: dict[str, Tensor] = {}
+    alpha = common_alpha(lora)
     for name, factors in lora.items():
         key = kohya_name(name, family)
-        down, up = (t.detach().cpu().to(dtype).contiguous() for t in (factors.down, factors.up))
+        scaled_up = factors.up * (factors.rank / alpha)
+        down, up = (t.detach().cpu().to(dtype).contiguous() for t in (factors.down, scaled_up))
         if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
             raise LoRAFileError(f"The LoRA's weights of '{name}' are not finite in {dtype}: nothing was written.")
         state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"] = down, up
-        state[f"{key}.alpha"] = torch.tensor(float(factors.rank))
+        state[f"{key}.alpha"] = torch.tensor(float(alpha))
     return state
 
 

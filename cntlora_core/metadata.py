@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from . import __version__
 from .config import CalibrationConfig, TrainConfig, to_dict
 from .lora import Factors, parameter_count
+from .lora_file import common_alpha
 
 BASE_VERSION = {"sd1": "sd_1.5", "sd2": "sd-v2-1", "sd2-v": "sd-v2-1", "sdxl": "sdxl_base_v1-0"}
 ARCHITECTURE = {
@@ -56,7 +57,7 @@ def describe(
         "ss_base_model_version": BASE_VERSION[family],
         "ss_network_module": "networks.lora",
         "ss_network_dim": dim,
-        "ss_network_alpha": dim,
+        "ss_network_alpha": str(common_alpha(lora)),
         "ss_output_name": title,
         "ss_sd_model_name": model_name,
         "ss_steps": str(steps),

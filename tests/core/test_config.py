@@ -1,0 +1,56 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cntlora_core.config import CalibrationConfig, TrainConfig, from_dict, to_dict
+from cntlora_core.errors import SettingError
+
+
+@pytest.mark.parametrize("config", [CalibrationConfig(), TrainConfig()])
+def test_round_trip(config):
+    assert from_dict(type(config), to_dict(config)) == config
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(SettingError, match="learning_rate"):
+        from_dict(TrainConfig, {"learning_rate": 1})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (CalibrationConfig, {"init": "magic"}),
+        (CalibrationConfig, {"rank": 0}),
+        (CalibrationConfig, {"rank": 2.5}),
+        (CalibrationConfig, {"rank_rule": "best"}),
+        (CalibrationConfig, {"rho": 0}),
+        (CalibrationConfig, {"sweeps": 5, "rank": 4}),
+        (CalibrationConfig, {"preservation": float("nan")}),
+        (TrainConfig, {"lr": float("inf")}),
+        (TrainConfig, {"lr": -1}),
+        (TrainConfig, {"lr": True}),
+        (TrainConfig, {"steps": -1}),
+        (TrainConfig, {"batch_size": 0}),
+    ],
+)
+def test_bad_values_are_named_with_what_was_seen(kind, values):
+    name = next(iter(values))
+    with pytest.raises(SettingError, match=f"{name} is .*: it must be"):
+        kind(**values)
+
+
+@given(st.floats(), st.floats())
+def test_no_float_slips_through(lr, decay):
+    try:
+        config = TrainConfig(lr=lr, weight_decay=decay)
+    except SettingError:
+        return
+    assert 0 < config.lr <= 10
+    assert 0 <= config.weight_decay < float("inf")
+
+
+def test_configs_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().lr = 1

@@ -15,6 +15,8 @@ from torch import nn
 
 from .diffusion import NoiseSchedule
 from .errors import CheckpointError
+from .single_file import beside, load_single_file
+from .tokenizers import load_tokenizers
 
 MINI_SD = "mini-sd"
 MINI_SD_FOLDER = Path(__file__).parent / "mini_sd"
@@ -52,24 +54,65 @@ def load_checkpoint(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    vae: str | os.PathLike[str] | None = None,
+    prediction_type: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
 ) -> StableDiffusion:
-    """Load a diffusers folder, or the embedded miniature by its name `mini-sd`.
+    """Load a single file, a diffusers folder, or the embedded miniature by its name `mini-sd`.
 
-    The UNet comes in `dtype`; VAE and text encoders stay fp32, they run once. Raises CheckpointError.
+    The UNet comes in `dtype` on `device`; VAE and text encoders wait on the CPU and visit the device, in fp32,
+    while they run. For single
+    files `vae` names another VAE file, `tokenizer` a folder with CLIP's vocabulary, and `prediction_type` overrides what the
+    weights suggest. Raises CheckpointError.
     """
     folder = MINI_SD_FOLDER / "model" if str(path) == MINI_SD else Path(path)
-    if not folder.exists():
-        raise CheckpointError(f"The checkpoint '{path}' does not exist. Give a diffusers folder, or {MINI_SD}.")
-    if folder.is_file():
-        raise CheckpointError(f"'{path}' is a single file: this version loads diffusers folders and {MINI_SD}.")
     device = torch.device(device)
+    if not folder.exists():
+        raise CheckpointError(
+            f"The checkpoint '{path}' does not exist. Give a .safetensors file, a diffusers folder, or {MINI_SD}."
+        )
+    if folder.is_file():
+        return _from_file(folder, device, dtype, vae, prediction_type, tokenizer)
+    return _from_folder(folder, str(path), device, dtype)
+
+
+def _from_file(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    vae: str | os.PathLike[str] | None,
+    prediction_type: str | None,
+    tokenizer: str | os.PathLike[str] | None,
+) -> StableDiffusion:
+    family, scheduler_config, unet, decoder, encoders = load_single_file(
+        path, device=device, dtype=dtype, vae=vae, prediction_type=prediction_type
+    )
+    folders = [tokenizer] if tokenizer else beside(path)
+    for part in (unet, decoder, *encoders):
+        part.eval().requires_grad_(False)
+    return StableDiffusion(
+        unet=unet,
+        vae=decoder,
+        text_encoders=encoders,
+        tokenizers=load_tokenizers(family, folders),
+        schedule=NoiseSchedule.from_config(scheduler_config),
+        scheduler_config=scheduler_config,
+        family=family,
+        name=path.stem,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _from_folder(folder: Path, path: str, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
     names = _components(folder)
     scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json")
     schedule = NoiseSchedule.from_config(scheduler_config)
     with _quiet():
         unet, vae, encoders, tokenizers = _load_components(folder, names, dtype)
     for part in (unet, vae, *encoders):
-        part.eval().requires_grad_(False).to(device)
+        part.eval().requires_grad_(False)
+    unet.to(device)
     return StableDiffusion(
         unet=unet,
         vae=vae,
@@ -77,8 +120,8 @@ def load_checkpoint(
         tokenizers=tokenizers,
         schedule=schedule,
         scheduler_config=scheduler_config,
-        family=_family(unet.config, schedule, str(path)),
-        name=str(path) if str(path) == MINI_SD else folder.name,
+        family=_family(unet.config, schedule, path),
+        name=path if path == MINI_SD else folder.name,
         device=device,
         dtype=dtype,
     )
@@ -148,6 +191,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"'{path}' is not a JSON object.")
     return content
+
+
+@contextmanager
+def visiting(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """The module in fp32 on `device` for a while, then back on the host as it was: text encoders and VAE take no room beside
+    training, and fp16 (which overflows in SDXL's VAE) is only how they are stored."""
+    stored = next(module.parameters()).dtype
+    try:
+        yield module.to(device, torch.float32)
+    finally:
+        module.to("cpu", stored)
 
 
 @contextmanager

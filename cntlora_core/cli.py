@@ -91,6 +91,12 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("fp32", "bf16", "fp16"),
         help="of the frozen model; adapters are fp32",
     )
+    parser.add_argument("--vae", metavar="FILE", help="another VAE than the one in a single-file checkpoint")
+    parser.add_argument(
+        "--prediction-type",
+        choices=("epsilon", "v_prediction"),
+        help="of a single-file checkpoint, where its weights do not tell",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--resolution", type=int, metavar="PX", help="side of the square pictures (default: the model's)"
@@ -145,7 +151,13 @@ def _load(args: argparse.Namespace) -> StableDiffusion:
     from .checkpoint import load_checkpoint
     from .devices import DTYPES, pick_device
 
-    return load_checkpoint(args.checkpoint, device=pick_device(args.device), dtype=DTYPES[args.precision])
+    return load_checkpoint(
+        args.checkpoint,
+        device=pick_device(args.device),
+        dtype=DTYPES[args.precision],
+        vae=args.vae,
+        prediction_type=args.prediction_type,
+    )
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .checkpoint import visiting
 
 if TYPE_CHECKING:
     from .checkpoint import StableDiffusion
@@ -75,8 +77,5 @@ def encode_prompts(
 def _encode(model: StableDiffusion, which: int, prompts: Sequence[str], *, hidden_states: bool = False) -> Any:
     tokenizer, encoder = model.tokenizers[which], model.text_encoders[which]
     ids = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return encoder(ids.to(_device(encoder)), output_hidden_states=hidden_states)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+    with visiting(encoder, model.device):
+        return encoder(ids.to(model.device), output_hidden_states=hidden_states)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import struct
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,30 +24,19 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from .errors import LoRAFileError
+from .ldm_names import unet_name
 from .lora import Factors, LoRA
 from .projections import Projection
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_BLOCK = re.compile(r"^(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.(.+)$")
 _SUFFIXES = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
 def kohya_name(name: str, family: str) -> str:
     """The module's name in the file: diffusers' path for SD 1 and 2, the original (sgm) path for SDXL."""
     if family == "sdxl":
-        name = _sgm_path(name)
+        name = unet_name(name)
     return "lora_unet_" + name.replace(".", "_")
-
-
-def _sgm_path(name: str) -> str:
-    """SDXL: each down level holds 2 layers and a downsampler, each up level 3 layers; index 1 is the attention."""
-    match = _BLOCK.match(name)
-    if match is None:
-        return name.replace("mid_block.attentions.0", "middle_block.1")
-    side, level, layer, rest = match.group(1), int(match.group(2)), int(match.group(3)), match.group(4)
-    if side == "down_blocks":
-        return f"input_blocks.{3 * level + layer + 1}.1.{rest}"
-    return f"output_blocks.{3 * level + layer}.1.{rest}"
 
 
 def common_alpha(lora: Mapping[str, Factors]) -> int:

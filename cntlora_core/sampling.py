@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .checkpoint import visiting
+from .conditioning import Conditioning, encode_prompts
 from .events import Observer, Progress, ignore
 
 if TYPE_CHECKING:
@@ -35,8 +37,6 @@ def sample_latents(
     `size` is (height, width) in px, the model's own resolution when None. `guidance` 1 runs the prompt alone, at half the cost.
     """
     from diffusers import DDIMScheduler
-
-    from .conditioning import Conditioning, encode_prompts
 
     height, width = size or (model.resolution, model.resolution)
     shape = (LATENT_CHANNELS, height // model.vae_scale, width // model.vae_scale)
@@ -66,10 +66,11 @@ def sample_latents(
 def decode(model: StableDiffusion, latents: Tensor) -> list[Image.Image]:
     """Scaled latents `[n, 4, h, w]` -> n RGB pictures."""
     pictures = []
-    for latent in latents.split(1):
-        pixels = model.vae.decode((latent / model.vae.config.scaling_factor).to(model.vae.dtype)).sample.float()
-        array = ((pixels[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-        pictures.append(Image.fromarray(np.ascontiguousarray(array)))
+    with visiting(model.vae, model.device):
+        for latent in latents.split(1):
+            pixels = model.vae.decode((latent / model.vae.config.scaling_factor).to(model.vae.dtype)).sample.float()
+            array = ((pixels[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+            pictures.append(Image.fromarray(np.ascontiguousarray(array)))
     return pictures
 
 

@@ -14,12 +14,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .checkpoint import visiting
+from .conditioning import Conditioning, encode_prompts
 from .errors import ImageError, SettingError
 from .events import Notice, Observer, Progress, ignore
 
 if TYPE_CHECKING:
     from .checkpoint import StableDiffusion
-    from .conditioning import Conditioning
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MIN_SIDE = 16  # px; below this there is nothing to learn from
@@ -140,8 +141,6 @@ def encode_subject(
     observer: Observer = ignore,
 ) -> Subject:
     """Run the VAE and the text encoders once; training reads only what comes out."""
-    from .conditioning import encode_prompts
-
     size = check_resolution(model, resolution)
     small = [p.name for p in pictures if min(p.image.size) < size]
     if small:
@@ -151,12 +150,14 @@ def encode_subject(
             )
         )
     means, stds = [], []
-    for start in range(0, len(pictures), ENCODE_BATCH):
-        batch = torch.stack([_to_tensor(crop_square(p.image, size)) for p in pictures[start : start + ENCODE_BATCH]])
-        posterior = model.vae.encode(batch.to(model.device, model.vae.dtype)).latent_dist
-        means.append(posterior.mean.float() * model.vae.config.scaling_factor)
-        stds.append(posterior.std.float() * model.vae.config.scaling_factor)
-        observer(Progress("encoding pictures", min(start + ENCODE_BATCH, len(pictures)), len(pictures)))
+    with visiting(model.vae, model.device):
+        for start in range(0, len(pictures), ENCODE_BATCH):
+            part = pictures[start : start + ENCODE_BATCH]
+            batch = torch.stack([_to_tensor(crop_square(p.image, size)) for p in part])
+            posterior = model.vae.encode(batch.to(model.device, model.vae.dtype)).latent_dist
+            means.append(posterior.mean.float() * model.vae.config.scaling_factor)
+            stds.append(posterior.std.float() * model.vae.config.scaling_factor)
+            observer(Progress("encoding pictures", start + len(part), len(pictures)))
     conditioning = encode_prompts(model, [prompt], size=(size, size))
     rows = torch.zeros(len(pictures), dtype=torch.long)
     digest = hashlib.sha256("".join(p.digest for p in pictures).encode()).hexdigest()

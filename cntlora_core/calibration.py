@@ -14,6 +14,7 @@ from .constraints import Constraint, make_constraint, preservation_metric
 from .errors import NonFiniteError
 from .events import Calibrated, Notice, Observer, Progress, ignore
 from .lora import Factors, LoRA, attached, concatenate, default_init, gaussian_init
+from .memory import checkpointed
 from .projections import Projection, find_projections
 from .ranks import MAX_RANK_FACTOR, budget_of, data_ranks, uniform_ranks
 from .solve import Components, line_search, unit_response
@@ -42,16 +43,18 @@ def calibrate(
     config: CalibrationConfig,
     *,
     prior: Triples | None = None,
+    projections: Sequence[Projection] | None = None,
     observer: Observer = ignore,
 ) -> Calibration:
     """Compute the LoRA's start. No weight of the model is trained or changed.
 
+    `projections`: which layers get an adapter; all attention projections when None.
     `prior`: triples of what the model should keep (class pictures under the class prompt); their activations give C_p.
     Raises NonFiniteError when the model's loss is not a number.
     """
     started = time.monotonic()
     generator = torch.Generator().manual_seed(config.seed)
-    projections = find_projections(model.unet)
+    projections = projections or find_projections(model.unet)
     _tell_clipped(projections, config.rank, observer)
     if config.init in ("gaussian", "default"):
         return _plain_start(projections, config, generator, started)
@@ -123,7 +126,8 @@ def _measure(
 ) -> tuple[Moments, float]:
     """One sweep: the moments, and the mean loss of the model as it stands."""
     total, done = 0.0, 0
-    with record(model.unet, projections, backward=backward) as moments:
+    recompute = checkpointed(model.unet, config.gradient_checkpointing and backward)
+    with record(model.unet, projections, backward=backward) as moments, recompute:
         for batch in triples.batches(config.batch_size):
             with torch.set_grad_enabled(backward):
                 losses = batch.loss(model)

@@ -15,7 +15,9 @@ from torch import nn
 
 from .diffusion import NoiseSchedule
 from .errors import CheckpointError
+from .families import config_of, detect_family
 from .single_file import beside, load_single_file
+from .tensor_file import open_tensors
 from .tokenizers import load_tokenizers
 
 MINI_SD = "mini-sd"
@@ -84,17 +86,20 @@ def _from_file(
     prediction_type: str | None,
     tokenizer: str | os.PathLike[str] | None,
 ) -> StableDiffusion:
-    family, scheduler_config, unet, decoder, encoders = load_single_file(
-        path, device=device, dtype=dtype, vae=vae, prediction_type=prediction_type
-    )
-    folders = [tokenizer] if tokenizer else beside(path)
+    source = open_tensors(path)
+    family = detect_family(source, prediction_type)
+    tokenizers = load_tokenizers(family, [tokenizer] if tokenizer else beside(path))
+    scheduler_config = config_of(family)["scheduler"]
+    if prediction_type:
+        scheduler_config["prediction_type"] = prediction_type
+    unet, decoder, encoders = load_single_file(source, family, device=device, dtype=dtype, vae=vae)
     for part in (unet, decoder, *encoders):
         part.eval().requires_grad_(False)
     return StableDiffusion(
         unet=unet,
         vae=decoder,
         text_encoders=encoders,
-        tokenizers=load_tokenizers(family, folders),
+        tokenizers=tokenizers,
         schedule=NoiseSchedule.from_config(scheduler_config),
         scheduler_config=scheduler_config,
         family=family,
@@ -199,9 +204,9 @@ def visiting(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     training, and fp16 (which overflows in SDXL's VAE) is only how they are stored."""
     stored = next(module.parameters()).dtype
     try:
-        yield module.to(device, torch.float32)
+        yield nn.Module.to(module, device, torch.float32)  # diffusers' own `to` warns about casts
     finally:
-        module.to("cpu", stored)
+        nn.Module.to(module, "cpu", stored)
 
 
 @contextmanager

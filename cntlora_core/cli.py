@@ -116,6 +116,7 @@ def _run_arguments(parser: argparse.ArgumentParser, *, steps: bool) -> None:
     parser.add_argument("--rank", type=int, default=CalibrationConfig.rank, help="mean rank (default: %(default)s)")
     parser.add_argument("--rank-rule", choices=RANK_RULES, default=CalibrationConfig.rank_rule)
     parser.add_argument("--batch-size", type=int, default=TrainConfig.batch_size)
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="far less memory, a third slower")
     parser.add_argument("--output", required=True, metavar="FILE.safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     parser.add_argument("--save-precision", default="fp32", choices=("fp32", "fp16", "bf16"))
@@ -162,7 +163,12 @@ def _load(args: argparse.Namespace) -> StableDiffusion:
 
 def _train(args: argparse.Namespace) -> None:
     calibration = CalibrationConfig(
-        init=args.init, rank=args.rank, rank_rule=args.rank_rule, batch_size=args.batch_size, seed=args.seed
+        init=args.init,
+        rank=args.rank,
+        rank_rule=args.rank_rule,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        gradient_checkpointing=args.gradient_checkpointing,
     )
     training = TrainConfig(
         steps=args.steps,
@@ -170,6 +176,7 @@ def _train(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
         validate_every=args.validate_every,
+        gradient_checkpointing=args.gradient_checkpointing,
     )
     from .lora_file import DTYPES, check_output
     from .runs import class_prior, personalise, read_subject, validation_loss, write

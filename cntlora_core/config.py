@@ -55,6 +55,7 @@ class CalibrationConfig:
     rho: float = 0.1
     preservation: float = 1.0
     seed: int = 0
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         _require(self.init in INITS, "init", self.init, f"one of {', '.join(INITS)}")
@@ -83,6 +84,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     validate_every: int = 10
     seed: int = 0
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         _require(

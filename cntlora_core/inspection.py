@@ -55,6 +55,7 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Versions, devices, threads and the CLIP tokenizer that would be used."""
+    from .memory import describe_needs
     from .tokenizers import describe_tokenizer
 
     cuda = (
@@ -67,6 +68,7 @@ def environment() -> dict[str, Any]:
         "devices": ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])],
         "threads": torch.get_num_threads(),
         "tokenizer": describe_tokenizer(),
+        "memory_of_a_training_step_bf16": describe_needs(),
     }
 
 

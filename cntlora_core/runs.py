@@ -16,6 +16,7 @@ from .errors import NonFiniteError
 from .events import Base, Observer, Saved, Status, ignore
 from .lora import LoRA, attached
 from .lora_file import save_lora
+from .memory import checkpointed
 from .metadata import describe
 from .sampling import sample_latents
 from .subject import Subject, encode_subject, find_pictures
@@ -108,7 +109,8 @@ def personalise(
     observer(Status(f"Training {training.steps} steps"))
     steps, stopped = 0, None
     validations: list[tuple[int, float]] = []
-    with attached(model.unet, start.lora, trainable=True) as adapters:
+    recompute = checkpointed(model.unet, training.gradient_checkpointing)
+    with attached(model.unet, start.lora, trainable=True) as adapters, recompute:
         try:
             result = train(model, subject, adapters, training, validate=validate, observer=observer)
             steps, validations = len(result.losses), result.validations

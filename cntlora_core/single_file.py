@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError
-from .families import config_of, detect_family
+from .families import config_of
 from .ldm_names import UNET_PREFIX, VAE_PREFIX, open_clip_name, unet_name, vae_name
 from .tensor_file import TensorSource, open_tensors
 
@@ -28,25 +28,20 @@ OPEN_CLIP_PREFIXES = {
 
 
 def load_single_file(
-    path: str | os.PathLike[str],
+    source: TensorSource,
+    family: str,
     *,
     device: torch.device,
     dtype: torch.dtype,
     vae: str | os.PathLike[str] | None = None,
-    prediction_type: str | None = None,
-) -> tuple[str, dict[str, Any], Any, Any, tuple[nn.Module, ...]]:
-    """(family, scheduler config, UNet, VAE, text encoders). The UNet comes straight into `dtype` on `device`, one tensor at a time;
-    VAE and text encoders stay on the CPU in the file's own dtype. Raises CheckpointError."""
-    source = open_tensors(path)
-    family = detect_family(source, prediction_type)
+) -> tuple[Any, Any, tuple[nn.Module, ...]]:
+    """(UNet, VAE, text encoders) of an opened file. The UNet comes straight into `dtype` on `device`, one tensor at a time; VAE and
+    text encoders stay on the CPU in the file's own dtype. `vae` names another VAE file. Raises CheckpointError."""
     config = config_of(family)
-    if prediction_type:
-        config["scheduler"]["prediction_type"] = prediction_type
     unet = _build_unet(source, config["unet"], device, dtype)
-    vae_source = source if vae is None else open_tensors(vae)
-    decoder = _build_vae(vae_source, config["vae"])
+    decoder = _build_vae(source if vae is None else open_tensors(vae), config["vae"])
     encoders = tuple(_build_text(source, family, i, c) for i, c in enumerate(config["text_encoders"]))
-    return family, config["scheduler"], unet, decoder, encoders
+    return unet, decoder, encoders
 
 
 def _build_unet(source: TensorSource, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:

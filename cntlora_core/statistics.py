@@ -77,9 +77,10 @@ class _Recorder:
 
     def hook(self, projection: Projection) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = _rows(args[0])
+            x = args[0].detach()  # kept until the backward pass, so in its own dtype
             if self.speakers[projection.input_key] == projection.name:
-                self._add(self.moments.inputs, projection.input_key, x.T @ x, len(x))
+                rows = _rows(x)
+                self._add(self.moments.inputs, projection.input_key, rows.T @ rows, len(rows))
             if self.backward and torch.is_grad_enabled():
                 if not output.requires_grad:
                     # Nothing before this layer needs a gradient: let the backward pass end here.
@@ -90,8 +91,8 @@ class _Recorder:
 
     def _gradient(self, projection: Projection, x: Tensor, grad: Tensor) -> None:
         delta = _rows(grad)
-        self._add(self.moments.grads, projection.name, delta.T @ delta, len(x))
-        self._add(self.moments.cross, projection.name, delta.T @ x, len(x))
+        self._add(self.moments.grads, projection.name, delta.T @ delta, len(delta))
+        self._add(self.moments.cross, projection.name, delta.T @ _rows(x), len(delta))
 
     def _add(self, into: dict[str, RunningMean], key: str, total: Tensor, count: int) -> None:
         into.setdefault(key, RunningMean()).update(total.to(self.storage), count)

@@ -132,7 +132,7 @@ def _measure(
             with torch.set_grad_enabled(backward):
                 losses = batch.loss(model)
             if backward:
-                losses.sum().backward()
+                (losses.sum() * _gradient_scale(model.dtype)).backward()
             total += float(losses.detach().sum())
             done += len(batch)
             observer(Progress(phase, done, len(triples)))
@@ -140,6 +140,11 @@ def _measure(
     if not torch.isfinite(torch.tensor(loss)):
         raise NonFiniteError(_why_not_finite(model), step=0)
     return moments, loss
+
+
+def _gradient_scale(dtype: torch.dtype) -> float:
+    """fp16 gradients would underflow. The update does not depend on the scale: it cancels between G and S, and in the step size."""
+    return 1024.0 if dtype == torch.float16 else 1.0
 
 
 def _why_not_finite(model: StableDiffusion) -> str:

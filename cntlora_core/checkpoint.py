@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .diffusion import NoiseSchedule
 from .errors import CheckpointError
 from .families import config_of, detect_family
+from .schedule import NoiseSchedule
 from .single_file import beside, load_single_file
 from .tensor_file import open_tensors
 from .tokenizers import load_tokenizers

@@ -23,7 +23,7 @@ CHECKPOINTED_BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock")  # what diffuse
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes. `weights`: the frozen UNet; `activations`: what the backward pass needs of one forward pass; `adapters`: factors,
-    gradients and optimiser; `workspace`: the largest single layer's input and output in passing."""
+    gradients and optimiser; `workspace`: a convolution in passing, its widest activations and its weights reordered."""
 
     weights: int
     activations: int
@@ -72,8 +72,9 @@ def estimate_training_memory(
         activations = few.total + kept.largest_block  # one block at a time is recomputed
     weights = sum(p.numel() * p.element_size() for p in unet.parameters())
     adapters = sum(p.parameters_per_rank for p in projections) * rank * 4 * COPIES_OF_ADAPTERS
+    largest = max(p.numel() for p in unet.parameters()) * dtype.itemsize
     widest = config["block_out_channels"][0] * 2 * side * side * batch_size * dtype.itemsize
-    return MemoryEstimate(weights, activations, adapters, 4 * widest)
+    return MemoryEstimate(weights, activations, adapters, 4 * widest + 2 * largest)
 
 
 def _inputs(config: dict[str, Any], batch: int, side: int, dtype: torch.dtype) -> dict[str, Any]:

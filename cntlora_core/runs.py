@@ -56,7 +56,7 @@ def class_prior(model: StableDiffusion, prompt: str, subject: Subject, *, observ
     Their activations give the preservation constraint's C_p without any class pictures on disk.
     """
     from .conditioning import encode_prompts
-    from .diffusion import stratified_timesteps
+    from .schedule import stratified_timesteps
 
     observer(Status(f"Drawing {PRIOR_PICTURES} pictures of '{prompt}' to preserve"))
     size = (subject.resolution, subject.resolution)

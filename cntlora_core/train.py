@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from .config import TrainConfig
-from .diffusion import denoising_loss, stratified_timesteps
+from .diffusion import denoising_loss
 from .errors import NonFiniteError
 from .events import Observer, Step, Validation, ignore
 from .lora import Adapters
+from .schedule import stratified_timesteps
 from .triples import shuffled_cycle
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def train(
     generator = torch.Generator().manual_seed(config.seed)
     parameters = adapters.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, foreach=True)
+    # fp16 gradients underflow without a moving loss scale; in other precisions this does nothing.
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     order = shuffled_cycle(max(1, config.steps) * config.batch_size, len(subject), generator)
     good = [p.detach().clone() for p in parameters]
     result = TrainResult([], [])
@@ -74,11 +77,13 @@ def train(
         if not torch.isfinite(loss):
             raise stop(step, "loss")
         torch._foreach_copy_(good, [p.detach() for p in parameters])
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        if not torch.isfinite(norm):
+        if not (torch.isfinite(norm) or scaler.is_enabled()):  # the scaler skips such a step and lowers its scale
             raise stop(step, "gradient")
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         result.losses.append(value)
         observer(Step(step, value, config.lr))

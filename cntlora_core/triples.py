@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .diffusion import bin_centres, denoising_loss, stratified_timesteps
+from .diffusion import denoising_loss
+from .schedule import bin_centres, stratified_timesteps
 
 if TYPE_CHECKING:
     from .checkpoint import StableDiffusion

@@ -1,5 +1,7 @@
 """Fetch the emoji packages with `npm pack` and make the arrays for pre-training and the subjects for fine-tuning.
 
+    python benchmarks/mini_sd/prepare_data.py --output DIR
+
 Writes data/pretrain.{npz,jsonl} (Twitter and Google drawings), data/fluent.{npz,jsonl} (Microsoft Fluent 3D: never used in
 pre-training) and subjects/<name>/{train,heldout}/*.png with metadata.jsonl.
 """
@@ -11,48 +13,53 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from common import SIZE
+from common import BUILD, SIZE
 from PIL import Image
+from subjects import SUBJECTS, make_subjects
+
+
+@dataclass(frozen=True)
+class Package:
+    name: str
+    version: str
+    sha256: str  # of the tarball that `npm pack` fetches
+
 
 PACKAGES = {
-    "twitter": ("emoji-datasource-twitter", "16.0.0"),
-    "google": ("emoji-datasource-google", "16.0.0"),
-    "fluent": ("@lobehub/fluent-emoji-3d", "1.1.0"),
+    "twitter": Package(
+        "emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
+    ),
+    "google": Package(
+        "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
+    ),
+    "fluent": Package(
+        "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
+    ),
 }
 SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 LEFT_OUT = ("country-flag", "subdivision-flag", "family", "skin-tone")
 
-# Subjects: class, pattern of the names, names that are held out (a pattern). Only names of the Fluent set count.
-SUBJECTS = {
-    "cat_faces": ("cat face", r"cat face with.*|.+ cat face.*", r"kissing|open mouth|weary"),
-    "hearts": ("heart", r"(\w+ )?(heavy black |blue |brown |green |pink |purple |white |yellow |black |grey |light blue |orange )heart", r"^(black|grey|light blue|orange) heart"),
-    "animal_faces": ("animal face", r"(bear|dog|fox|hamster|mouse|panda|tiger|cat|cow|lion|monkey|pig|rabbit|wolf) face|koala", r"^(cat|cow|lion|monkey|pig|rabbit|wolf) face"),
-    "cars": ("car", r"(?!bus stop).*(automobile|taxi|police car|\bbus\b|trolleybus|minibus|ambulance|fire engine|delivery truck|recreational vehicle|racing car|pickup truck|articulated lorry).*", r"oncoming|minibus|ambulance"),
-    "fruits": ("fruit", r"(grapes|melon|watermelon|tangerine|lemon|banana|pineapple|mango|red apple|green apple|pear|peach|cherries|strawberry|blueberries|kiwifruit|tomato|coconut)", r"melon|pear|tangerine|strawberry|mango"),
-    "flowers": ("flower", r"(tulip|cherry blossom|rose|hibiscus|sunflower|blossom|bouquet|white flower|rosette|wilted flower|hyacinth|lotus)", r"rose$|blossom$|lotus"),
-    "moons": ("moon", r".*\bmoon\b.*", r"waning|last quarter"),
-    "clocks": ("clock", r"clock face.*", r"thirty"),
-    "books": ("book", r".*\bbooks?\b.*|notebook.*|ledger", r"orange|ledger|books"),
-    "balls": ("ball", r"(soccer ball|baseball|softball|basketball.*|volleyball|tennis racquet.*|bowling|rugby football|american football|billiards|yo yo)", r"volleyball|rugby|billiards"),
-    "hand_signs": ("hand", r"(?!teacup).*(hand|thumbs|fist|victory).*", r"raised|left|down"),
-    "smileys": ("smiley face", r"(grinning|smiling|winking|smirking|relieved|kissing|neutral|expressionless|pensive|confused) face.*", r"eyes|tongue|hugging"),
-}  # fmt: skip
-MOST_TRAINING, MOST_HELD_OUT = 8, 8
 
-
-def archive(key: str, npm: Path) -> Path:
-    """The package's tarball, fetched once."""
-    package, version = PACKAGES[key]
-    file = npm / f"{package.replace('@', '').replace('/', '-')}-{version}.tgz"
+def archive(package: Package, npm: Path) -> Path:
+    """The package's tarball, fetched once and checked every time. Raises SystemExit when it is not the recorded one."""
+    file = npm / f"{package.name.replace('@', '').replace('/', '-')}-{package.version}.tgz"
     if not file.exists():
+        command = shutil.which("npm")
+        if command is None:
+            raise SystemExit(f"'{file}' is missing and npm was not found. Install Node.js, or put the tarball there.")
         npm.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "pack", f"{package}@{version}", "--silent"], cwd=npm, check=True)
+        subprocess.run([command, "pack", f"{package.name}@{package.version}", "--silent"], cwd=npm, check=True)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != package.sha256:
+        raise SystemExit(f"'{file}' has SHA-256 {digest}, not {package.sha256}. Delete it to fetch it again.")
     return file
 
 
@@ -98,7 +105,7 @@ def facts(entry: dict, vendor: str, skin: str | None) -> dict:
 
 def pretraining(emoji: list[dict], npm: Path) -> Iterator[tuple[np.ndarray, dict]]:
     for vendor in ("twitter", "google"):
-        files = members(archive(vendor, npm), lambda n, v=vendor: f"/img/{v}/64/" in n and n.endswith(".png"))
+        files = members(archive(PACKAGES[vendor], npm), lambda n, v=vendor: f"/img/{v}/64/" in n and n.endswith(".png"))
         for entry in emoji:
             variants = [(entry["image"], None)]
             variants += [
@@ -111,7 +118,7 @@ def pretraining(emoji: list[dict], npm: Path) -> Iterator[tuple[np.ndarray, dict
 
 
 def fluent(emoji: list[dict], npm: Path) -> Iterator[tuple[np.ndarray, dict]]:
-    files = members(archive("fluent", npm), lambda n: n.endswith(".webp"))
+    files = members(archive(PACKAGES["fluent"], npm), lambda n: n.endswith(".webp"))
     plain = {key.replace("-fe0f", ""): raw for key, raw in files.items()}
     for entry in emoji:
         key = entry["unified"].lower()
@@ -127,46 +134,20 @@ def save(rows: Iterator[tuple[np.ndarray, dict]], data: Path, name: str) -> None
     print(f"{name}: {len(images)} pictures")
 
 
-def make_subject(images: np.ndarray, rows: list[dict], name: str, folder: Path) -> tuple[int, int]:
-    """Write a subject's training and held-out pictures; returns how many of each."""
-    class_name, pattern, held_out = SUBJECTS[name]
-    chosen = [(i, r["name"]) for i, r in enumerate(rows) if re.fullmatch(pattern, r["name"])]
-    parts = {
-        "train": [c for c in chosen if not re.search(held_out, c[1])][:MOST_TRAINING],
-        "heldout": [c for c in chosen if re.search(held_out, c[1])][:MOST_HELD_OUT],
-    }
-    for part, pictures in parts.items():
-        (folder / name / part).mkdir(parents=True, exist_ok=True)
-        lines = []
-        for i, text in pictures:
-            file = f"{text.replace(' ', '_')}.png"
-            Image.fromarray(images[i]).save(folder / name / part / file)
-            about = {"file_name": file, "text": f"{text} emoji, fluent style", "name": text}
-            prompts = {"prompt": f"a sks {class_name} emoji", "class_prompt": f"a {class_name} emoji"}
-            lines.append(json.dumps(about | prompts) + "\n")
-        (folder / name / part / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-    return len(parts["train"]), len(parts["heldout"])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("mini-sd-build"))
-    output = parser.parse_args().output
-    npm, data = output / "npm", output / "data"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=BUILD)
+    parser.add_argument("--npm", type=Path, help="where the tarballs are or shall be (default: OUTPUT/npm)")
+    args = parser.parse_args()
+    npm, data = args.npm or args.output / "npm", args.output / "data"
     data.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive("twitter", npm)) as tar:
+    with tarfile.open(archive(PACKAGES["twitter"], npm)) as tar:
         handle = tar.extractfile("package/emoji.json")
         assert handle is not None
         emoji = [e for e in json.load(handle) if e["subcategory"] not in LEFT_OUT]
     save(pretraining(emoji, npm), data, "pretrain")
     save(fluent(emoji, npm), data, "fluent")
-    for key in PACKAGES:
-        digest = hashlib.sha256(archive(key, npm).read_bytes()).hexdigest()
-        print(f"{'@'.join(PACKAGES[key])}: sha256 {digest}")
-    images = np.load(data / "fluent.npz")["images"]
-    rows = [json.loads(line) for line in (data / "fluent.jsonl").read_text(encoding="utf-8").splitlines()]
-    for name in SUBJECTS:
-        print(name, make_subject(images, rows, name, output / "subjects"))
+    make_subjects(data, args.output / "subjects", SUBJECTS)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Train the text encoder and the UNet together on cached latents; save the averaged weights as a diffusers pipeline.
+"""Train the text encoder and the UNet together on cached latents; save the averaged weights as a diffusers pipeline (fp16).
 
-Two phases made the embedded model: `--phase 1 --steps 2848` from nothing, then `--phase 2 --steps 7685 --init` the result.
+    python benchmarks/mini_sd/train_unet.py --phase 1 --steps 2848 --output DIR/phase1
+    python benchmarks/mini_sd/train_unet.py --phase 2 --steps 7685 --init DIR/phase1 --output DIR/model
+
 Phase 1 weights the loss by min-SNR-5; phase 2 divides the loss of each of 32 timestep strata by its running mean, so that every
 noise level counts alike, and draws rarely the categories of least interest.
 """
@@ -10,18 +12,34 @@ from __future__ import annotations
 import random
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import EMA, SIZE, arguments, learning_rate, load
+from common import BUILD, EMA, SIZE, arguments, learning_rate, load, record, report_due, start
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-BATCH, WEIGHT_DECAY, EMA_DECAY, GAMMA, EMPTY_CAPTIONS, HIDDEN = 32, 0.01, 0.999, 5.0, 0.10, 128
+BATCH, WARM_UP, WEIGHT_DECAY, EMA_DECAY = 32, 200, 0.01, 0.999
+GAMMA, EMPTY_CAPTIONS, HIDDEN = 5.0, 0.10, 128
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Peak learning rates, and the sampling weights of skin tones and of the `RARE` categories (all others: 1)."""
+
+    lr: float
+    text_lr: float
+    skin_tones: float
+    rare: float
+    min_snr: bool
+
+
 PHASES = {
-    1: {"lr": 1e-3, "text_lr": 5e-4, "skin_tones": 0.05, "rare": 1.0},
-    2: {"lr": 1e-3, "text_lr": 1e-3, "skin_tones": 0.03, "rare": 0.4},
+    1: Phase(lr=1e-3, text_lr=5e-4, skin_tones=0.05, rare=1.0, min_snr=True),
+    2: Phase(lr=1e-3, text_lr=1e-3, skin_tones=0.03, rare=0.4, min_snr=False),
 }
 RARE = ("Symbols", "People & Body", "Flags")
 UNET = {
@@ -71,11 +89,11 @@ def caption(row: dict, rng: random.Random) -> str:
 
 
 class Losses:
-    """Weights of the per-sample losses: min-SNR (phase 1), or one over the running mean of each stratum (phase 2)."""
+    """Weights of the per-sample losses: min-SNR, or one over the running mean of each stratum."""
 
-    def __init__(self, phase: int, abar: Tensor) -> None:
+    def __init__(self, min_snr: bool, abar: Tensor) -> None:
         snr = abar / (1 - abar)
-        self.min_snr = (snr.clamp(max=GAMMA) / snr).float() if phase == 1 else None
+        self.min_snr = (snr.clamp(max=GAMMA) / snr).float() if min_snr else None
         self.mean: Tensor | None = None
         self.steps = 0
 
@@ -89,17 +107,22 @@ class Losses:
         return (losses * 0.1 / self.mean).mean()
 
 
-def build(work: Path, init: Path | None) -> StableDiffusionPipeline:
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+def build(tokenizer_folder: Path, vae_folder: Path, init: Path | None = None) -> StableDiffusionPipeline:
+    """fp32, with fresh weights unless `init` is a saved pipeline."""
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     if init:
-        unet = UNet2DConditionModel.from_pretrained(init, subfolder="unet", torch_dtype=torch.float32)
-        text = CLIPTextModel.from_pretrained(init, subfolder="text_encoder", torch_dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(
+            init, subfolder="unet", torch_dtype=torch.float32, local_files_only=True
+        )
+        text = CLIPTextModel.from_pretrained(
+            init, subfolder="text_encoder", torch_dtype=torch.float32, local_files_only=True
+        )
     else:
+        ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
         unet = UNet2DConditionModel(**UNET)
         text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **ids, **TEXT))
     return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        vae=AutoencoderKL.from_pretrained(vae_folder, local_files_only=True),
         text_encoder=text.train(),
         tokenizer=tokenizer,
         unet=unet.train(),
@@ -110,9 +133,9 @@ def build(work: Path, init: Path | None) -> StableDiffusionPipeline:
     )
 
 
-def parameter_groups(pipe: StableDiffusionPipeline, settings: dict) -> list[dict]:
-    groups = []
-    for module, lr in ((pipe.unet, settings["lr"]), (pipe.text_encoder, settings["text_lr"])):
+def parameter_groups(pipe: StableDiffusionPipeline, phase: Phase) -> list[dict]:
+    groups: list[dict] = []
+    for module, lr in ((pipe.unet, phase.lr), (pipe.text_encoder, phase.text_lr)):
         matrices = [p for p in module.parameters() if p.ndim > 1]
         others = [p for p in module.parameters() if p.ndim <= 1]
         groups += [{"params": matrices, "peak": lr, "weight_decay": WEIGHT_DECAY}]
@@ -123,6 +146,7 @@ def parameter_groups(pipe: StableDiffusionPipeline, settings: dict) -> list[dict
 def step_losses(
     pipe: StableDiffusionPipeline, latents: Tensor, captions: list[str], t: Tensor, abar: Tensor, noise: Tensor
 ) -> Tensor:
+    """Epsilon-MSE of every sample `[n]`, for scaled latents and noise `[n, 4, 16, 16]` and timesteps `[n]`."""
     ids = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     level = abar[t].view(-1, 1, 1, 1)
     noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
@@ -131,44 +155,34 @@ def step_losses(
     return (predicted.float() - noise).square().mean((1, 2, 3))
 
 
-def save(pipe: StableDiffusionPipeline, work: Path, folder: Path) -> None:
-    """fp16 weights, and the classic tokenizer files beside the new one."""
-    pipe.to(torch.float16)
-    pipe.save_pretrained(folder, safe_serialization=True)
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(work / "tokenizer" / name, folder / "tokenizer" / name)
+def stratified_timesteps(n: int, generator: torch.Generator) -> Tensor:
+    """One in each of n equal strata, in order: less noise in the gradient, the same expectation. `[n]`."""
+    return ((torch.arange(n) + torch.rand(n, generator=generator)) * (1000 / n)).long().clamp(max=999)
 
 
-def main() -> None:
-    parser = arguments(__doc__, steps=2848)
-    parser.add_argument("--phase", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--init", type=Path, help="a saved pipeline to go on from")
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    settings = PHASES[args.phase]
-    rows = load(args.data, "pretrain")[1]
-    latents = torch.load(args.work / "latents.pt", weights_only=True)
-    weights = torch.tensor(
-        [settings["skin_tones"] if r["skin"] else settings["rare"] if r["category"] in RARE else 1.0 for r in rows]
-    )
-    pipe = build(args.work, args.init)
+def train(
+    pipe: StableDiffusionPipeline, latents: Tensor, rows: list[dict], phase: Phase, *, steps: int, seed: int = 0
+) -> float:
+    """Train the pipeline's UNet and text encoder in place, up to their averaged weights.
+
+    `latents` `[n, 2, 4, 16, 16]`: mean and standard deviation. Returns the mean epsilon-MSE of the last 250 steps.
+    """
+    weights = [phase.skin_tones if r["skin"] else phase.rare if r["category"] in RARE else 1.0 for r in rows]
+    chances = torch.tensor(weights, dtype=torch.float64)
     abar = DDPMScheduler(**SCHEDULE).alphas_cumprod
-    losses = Losses(args.phase, abar)
+    losses = Losses(phase.min_snr, abar)
     modules = nn.ModuleDict({"unet": pipe.unet, "text": pipe.text_encoder})
     ema = EMA(modules, EMA_DECAY)
-    optimizer = torch.optim.AdamW(parameter_groups(pipe, settings), betas=(0.9, 0.99))
-    rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
-    started = time.monotonic()
-    for step in range(args.steps):
+    optimizer = torch.optim.AdamW(parameter_groups(pipe, phase), betas=(0.9, 0.99))
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    started, seen, last = time.monotonic(), [], float("nan")
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, 200, group["peak"])
-        index = torch.multinomial(weights, BATCH, generator=generator)
+            group["lr"] = learning_rate(step, steps, WARM_UP, group["peak"])
+        index = torch.multinomial(chances, BATCH, generator=generator)
         mean, std = latents[index].float().unbind(1)
         x = mean + std * torch.randn(mean.shape, generator=generator)
-        # One timestep in each of 32 equal strata: less noise in the gradient, the same expectation.
-        t = ((torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) * (1000 / BATCH)).long().clamp(max=999)
+        t = stratified_timesteps(BATCH, generator)
         noise = torch.randn(x.shape, generator=generator)
         each = step_losses(pipe, x, [caption(rows[i], rng) for i in index.tolist()], t, abar, noise)
         losses.weigh(each, t).backward()
@@ -176,12 +190,37 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()
-        if (step + 1) % 250 == 0 or step + 1 == args.steps:
-            print(
-                f"{time.monotonic() - started:.0f} s, step {step + 1}: epsilon-MSE {each.mean().item():.4f}", flush=True
-            )
+        seen.append(each.detach().mean().item())
+        if report_due(step, steps):
+            last, seen = sum(seen) / len(seen), []
+            print(f"{time.monotonic() - started:.0f} s, step {step + 1}: epsilon-MSE {last:.4f}", flush=True)
     ema.swap()
-    save(pipe, args.work, args.output)
+    return last
+
+
+def save(pipe: StableDiffusionPipeline, tokenizer_folder: Path, folder: Path) -> None:
+    """fp16 weights, and the classic tokenizer files beside the new one."""
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        part.half()
+    pipe.save_pretrained(folder, safe_serialization=True)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tokenizer_folder / name, folder / "tokenizer" / name)
+
+
+def main() -> None:
+    parser = arguments(__doc__, BUILD / "model", steps=2848)
+    parser.add_argument("--phase", type=int, choices=tuple(PHASES), default=1)
+    parser.add_argument("--init", type=Path, help="a saved pipeline to go on from")
+    parser.add_argument("--tokenizer", type=Path, default=BUILD / "tokenizer")
+    parser.add_argument("--vae", type=Path, default=BUILD / "vae", help="made by train_vae.py")
+    args = parser.parse_args()
+    start(args)
+    rows = load(args.data, "pretrain")[1]
+    latents = load_file(args.vae / "latents.safetensors")["latents"]
+    pipe = build(args.tokenizer, args.vae, args.init)
+    loss = train(pipe, latents, rows, PHASES[args.phase], steps=args.steps, seed=args.seed)
+    save(pipe, args.tokenizer, args.output)
+    record(args.output, args, epsilon_mse=round(loss, 4))
 
 
 if __name__ == "__main__":

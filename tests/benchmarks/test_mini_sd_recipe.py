@@ -1,6 +1,8 @@
 """The recipe of the embedded model, on arrays made here: each script's core runs and does its job."""
 
+import argparse
 import importlib
+import io
 import random
 import sys
 from pathlib import Path
@@ -8,63 +10,140 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+pytest.importorskip("tokenizers")
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "mini_sd"
+MINI_SD = FOLDER.parents[1] / "cntlora_core" / "mini_sd"
+MODULES = {file.stem for file in FOLDER.glob("*.py")}
 
 
 @pytest.fixture
 def script(monkeypatch):
+    """Import a script as it is run, with its folder first on the path; forget it afterwards, for its siblings' names are common."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    loaded = []
-
-    def load(name):
-        loaded.append(name)
-        return importlib.import_module(name)
-
-    yield load
-    for name in [*loaded, "common"]:
+    yield importlib.import_module
+    for name in MODULES:
         sys.modules.pop(name, None)
 
 
+@pytest.fixture
+def data():
+    """24 drawings of 12 emoji by two vendors."""
+    images = np.random.default_rng(0).integers(0, 255, (24, 64, 64, 3), dtype=np.uint8)
+    rows = [
+        {
+            "name": f"thing {i % 12}",
+            "short": "t",
+            "vendor": v,
+            "category": "Symbols",
+            "unified": str(i % 12),
+            "skin": None,
+        }
+        for i, v in enumerate(["twitter"] * 12 + ["google"] * 12)
+    ]
+    return images, rows
+
+
+@pytest.fixture
+def tokenizer(script, tmp_path):
+    module = script("tokenizer")
+    texts = ["grinning cat face emoji, twitter style", "red heart"] * 20
+    module.save(*module.train(iter(texts)), tmp_path / "tokenizer")
+    return module.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+
+def parameters(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
 def test_drawings_are_put_on_white(script):
-    import io
-
-    from PIL import Image
-
     raw = io.BytesIO()
     Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(raw, "PNG")
     assert (script("prepare_data").on_white(raw.getvalue()) == 255).all()
 
 
-def test_subjects_keep_their_held_out_pictures_apart(script, tmp_path):
+def test_a_damaged_tarball_is_refused(script, tmp_path):
     prepare = script("prepare_data")
-    names = [f"{colour} heart" for colour in ("blue", "green", "pink", "black", "grey")] + ["heart decoration"]
+    package = prepare.PACKAGES["fluent"]
+    (tmp_path / f"lobehub-fluent-emoji-3d-{package.version}.tgz").write_bytes(b"half of it")
+    with pytest.raises(SystemExit, match="Delete it to fetch it again"):
+        prepare.archive(package, tmp_path)
+
+
+HEARTS = [f"{c} heart" for c in ("blue", "green", "pink", "brown", "white", "purple", "black", "grey", "orange")]
+
+
+def test_subjects_keep_their_held_out_pictures_apart(script, tmp_path):
+    subjects = script("subjects")
+    names = [*HEARTS, "heart decoration", "blue heart"]
     images = np.zeros((len(names), 64, 64, 3), np.uint8)
-    assert prepare.make_subject(images, [{"name": n} for n in names], "hearts", tmp_path) == (3, 2)
-    train, held = ({p.name for p in (tmp_path / "hearts" / part).glob("*.png")} for part in ("train", "heldout"))
-    assert held == {"black_heart.png", "grey_heart.png"}
+    hearts = subjects.SUBJECTS["hearts"]
+    for _ in range(2):  # again into the same folder changes nothing
+        assert subjects.make_subject(images, [{"name": n} for n in names], hearts, tmp_path) == (6, 3)
+    train, held = ({p.name for p in (tmp_path / part).glob("*.png")} for part in ("train", "heldout"))
+    assert held == {"black_heart.png", "grey_heart.png", "orange_heart.png"}
     assert not train & held
+    assert '"prompt": "a sks heart emoji", "class_prompt": "a heart emoji"' in (
+        (tmp_path / "train" / "metadata.jsonl").read_text()
+    )
+    changed = subjects.Subject("heart", hearts.pattern, "blue|green|pink")
+    with pytest.raises(ValueError, match=r"already holds 3 other pictures, such as 'blue_heart\.png'"):
+        subjects.make_subject(images, [{"name": n} for n in names], changed, tmp_path)
 
 
-def test_the_tokenizer_round_trips(script, tmp_path):
-    pytest.importorskip("tokenizers")
-    module = script("train_tokenizer")
-    texts = ["grinning cat face emoji, twitter style", "red heart"] * 20
-    tokenizer = module.save(*module.train(iter(texts)), tmp_path)
+def test_too_few_pictures_for_a_subject_are_told(script, tmp_path):
+    subjects = script("subjects")
+    with pytest.raises(ValueError, match="leave 2 pictures for heldout, fewer than 3"):
+        subjects.choose([{"name": n} for n in HEARTS], subjects.Subject("heart", ".* heart", "black|grey"))
+
+
+@pytest.mark.parametrize("part", ["train", "heldout"])
+def test_the_embedded_subject_is_the_recipes(script, part):
+    subjects = script("subjects")
+    files = {k: sorted(p.stem for p in (MINI_SD / k).glob("*.png")) for k in ("subject", "heldout")}
+    names = sorted(name.replace("_", " ") for stems in files.values() for name in stems)
+    chosen = subjects.choose(
+        [{"name": n} for n in [*names, "cat face", "smiling face"]], subjects.SUBJECTS["cat_faces"]
+    )
+    assert [names[i].replace(" ", "_") for i in chosen[part]] == files["subject" if part == "train" else "heldout"]
+
+
+def test_the_tokenizer_round_trips(tokenizer):
     ids = tokenizer("Red  Heart naïve 漢").input_ids
     assert ids[0] == tokenizer.bos_token_id
     assert ids[-1] == tokenizer.eos_token_id == len(tokenizer) - 1
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "red heart naïve 漢"
 
 
-def test_whitened_latents_have_unit_variance_and_the_same_pictures(script):
+def test_the_tokenizer_is_the_same_in_every_run(script):
+    module = script("tokenizer")
+    # Many equally frequent pairs: only the ids of their parts order them.
+    rng = random.Random(0)
+    texts = [" ".join("".join(rng.choices("abcdefgh", k=3)) for _ in range(100))] * 2
+    first, *others = (module.train(iter(texts)) for _ in range(8))
+    assert all(again == first for again in others)
+
+
+def test_vae_steps_are_exact(script, data):
+    module = script("train_vae")
+    trained = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        trained.append(parameters(module.train(*data, steps=1)))
+    assert torch.isfinite(trained[0]).all()
+    assert torch.equal(*trained)
+    torch.manual_seed(0)
+    assert not torch.equal(trained[0], parameters(module.AutoencoderKL(**module.CONFIG)))
+
+
+def test_whitened_latents_have_unit_variance_and_the_same_pictures(script, data):
     module = script("train_vae")
     torch.manual_seed(0)
     vae = module.AutoencoderKL(**module.CONFIG).eval()
-    images = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), dtype=np.uint8)
+    images = data[0][:8]
     x = module.to_tensor(images)
-    assert module.augment(x).shape == x.shape
-    assert torch.isfinite(module.step_loss(vae, x))
     with torch.no_grad():
         before = vae.decode(vae.encode(x).latent_dist.mean).sample
         module.whiten(vae, module.encode(vae, images)[:, 0])
@@ -75,6 +154,27 @@ def test_whitened_latents_have_unit_variance_and_the_same_pictures(script):
     torch.testing.assert_close(scaled.std((0, 2, 3)), torch.ones(4), rtol=0.05, atol=0)
 
 
+def test_a_unet_step_trains_saves_and_samples(script, data, tokenizer, tmp_path):
+    module = script("train_unet")
+    rows = data[1] * 2
+    latents = torch.randn(len(rows), 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    script("train_vae").AutoencoderKL(**script("train_vae").CONFIG).save_pretrained(tmp_path / "vae")
+    torch.manual_seed(0)
+    pipe = module.build(tmp_path / "tokenizer", tmp_path / "vae")
+    fresh = [parameters(part) for part in (pipe.unet, pipe.text_encoder)]
+    loss = module.train(pipe, latents, rows, module.PHASES[1], steps=1)
+    assert 0.5 < loss < 2  # it guesses nothing yet, and the noise has variance 1
+    module.save(pipe, tmp_path / "tokenizer", tmp_path / "model")
+    again = module.build(tmp_path / "tokenizer", tmp_path / "vae", init=tmp_path / "model")
+    for part, before in zip((again.unet, again.text_encoder), fresh, strict=True):
+        assert part.training
+        assert part.dtype == torch.float32
+        assert not torch.equal(parameters(part), before)
+    again.set_progress_bar_config(disable=True)
+    (picture,) = again("red heart", num_inference_steps=1).images
+    assert picture.size == (64, 64)
+
+
 def test_captions_and_loss_weights(script):
     module = script("train_unet")
     row = {"name": "cat face", "short": "cat", "vendor": "google", "skin": None}
@@ -82,11 +182,45 @@ def test_captions_and_loss_weights(script):
     assert "" in texts
     assert "cat face emoji, google style" in texts
     abar = torch.linspace(0.999, 0.01, 1000)
-    t = torch.arange(0, 1000, 1000 // 32)[:32]
+    t = module.stratified_timesteps(32, torch.Generator().manual_seed(0))
+    assert torch.equal(t * 32 // 1000, torch.arange(32))
     each = torch.linspace(0.3, 0.01, 32)
-    balanced = module.Losses(2, abar)
-    assert float(balanced.weigh(each, t)) == pytest.approx(0.1)
-    assert float(module.Losses(1, abar).weigh(each, t)) < float(each.mean())
+    assert float(module.Losses(False, abar).weigh(each, t)) == pytest.approx(0.1)
+    assert float(module.Losses(True, abar).weigh(each, t)) < float(each.mean())
+
+
+def test_the_encoder_learns_pairs_and_is_stored_small(script, data, tmp_path):
+    module = script("train_encoder")
+    images, rows = data
+    pairs = module.find_pairs([*rows, dict(rows[0], skin="dark"), dict(rows[0], unified="only one vendor")])
+    assert pairs.tolist() == [[i, i + 12] for i in range(12)]
+    torch.manual_seed(0)
+    encoder = module.train(images, pairs, steps=2)
+    file = tmp_path / "encoder.safetensors"
+    module.save(encoder, file, {"steps": 2})
+    assert file.stat().st_size < 1.5e6
+    with torch.no_grad():
+        features = module.embed(module.load_encoder(file), images)
+        torch.testing.assert_close(features, module.embed(encoder, images), rtol=0, atol=5e-3)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(24))
+
+
+def test_retrieval_counts_the_own_emoji(script):
+    module = script("train_encoder")
+    gallery = torch.eye(7)
+    queries = torch.stack([gallery[0], gallery[2] + 0.5 * gallery[1], gallery[3]])
+    scores = module.retrieval(queries, ["0", "1", "not there"], gallery, [str(i) for i in range(7)])
+    assert scores == {"top1": 0.5, "top5": 1.0}
+
+
+def test_subjects_are_told_apart_by_their_features(script, monkeypatch):
+    module = script("train_encoder")
+    kinds = {kind: script("subjects").Subject(kind, f"{kind} .*", "[6-9]") for kind in ("red", "blue")}
+    monkeypatch.setattr(module, "SUBJECTS", kinds)
+    rows = [{"name": f"{kind} {i}"} for kind in kinds for i in range(10)]
+    features = torch.eye(2).repeat_interleave(10, 0)
+    features[9] = features[19]  # a red one that looks blue
+    assert module.own_subject(features, rows) == {"red": "3/4", "blue": "4/4"}
 
 
 def test_the_learning_rate_rises_and_falls(script):
@@ -95,3 +229,5 @@ def test_the_learning_rate_rises_and_falls(script):
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == pytest.approx(1.0, abs=0.03)
     assert rates[100] == pytest.approx(0.02)
+    with pytest.raises(SystemExit, match="--steps is 0"):
+        common.start(argparse.Namespace(steps=0, seed=0, threads=1))

@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import arguments, load
+from common import BUILD, arguments, load
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-VOCABULARY, LENGTH = 2048, 32
+MERGES, LENGTH = 1494, 32
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's own word pattern.
 WORD = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
@@ -41,17 +41,20 @@ def train(texts: Iterator[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     split = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Equally frequent pairs are merged in the order of their ids. Left to itself the trainer numbers the bytes that end a word
+    # anew in every run; named here, they always have the same ids.
+    ends = [b + "</w>" for b in alphabet]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 2 - len(alphabet),
+        vocab_size=len(alphabet) + len(ends) + MERGES,
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
-        special_tokens=[],
+        special_tokens=ends,
         min_frequency=2,
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    entries = [*alphabet, *(b + "</w>" for b in alphabet), *(a + b for a, b in merges), START, END]
+    entries = [*alphabet, *ends, *(a + b for a, b in merges), START, END]
     return {token: i for i, token in enumerate(dict.fromkeys(entries))}, merges
 
 
@@ -66,9 +69,9 @@ def save(vocabulary: dict[str, int], merges: list[tuple[str, str]], folder: Path
 
 
 def main() -> None:
-    args = arguments(__doc__).parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = save(*train(corpus(args.data)), args.work / "tokenizer")
+    args = arguments(__doc__, BUILD / "tokenizer").parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    tokenizer = save(*train(corpus(args.data)), args.output)
     captions = [f"{r['name']}, medium dark skin tone emoji, twitter style" for r in load(args.data, "pretrain")[1]]
     longest = max(len(ids) for ids in tokenizer(captions)["input_ids"])
     print(f"{len(tokenizer)} entries, longest caption {longest} of {LENGTH} tokens")

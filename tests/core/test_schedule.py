@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cntlora_core.diffusion import NoiseSchedule, bin_centres, stratified_timesteps
 from cntlora_core.errors import CheckpointError
+from cntlora_core.schedule import NoiseSchedule, bin_centres, stratified_timesteps
 
 
 def test_the_schedule_agrees_with_diffusers(mini_sd):

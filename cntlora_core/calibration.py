@@ -89,6 +89,12 @@ def calibrate(
     return _finish(config, projections, lora, energy, base_loss, loss, step_sizes, cost, started)
 
 
+def continued(lora: LoRA) -> Calibration:
+    """A start that was trained before: its ranks are its own, nothing is measured."""
+    ranks = {name: factors.rank for name, factors in lora.items()}
+    return Calibration(lora, Calibrated("continued", None, None, [], ranks, {}, 0, 0, 0.0))
+
+
 class _Cost:
     """Passes made, in single pictures."""
 

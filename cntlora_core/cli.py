@@ -121,9 +121,18 @@ def _run_arguments(parser: argparse.ArgumentParser, *, steps: bool) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     parser.add_argument("--save-precision", default="fp32", choices=("fp32", "fp16", "bf16"))
     parser.add_argument("--events", metavar="FILE.jsonl", help="write what happens, one JSON object a line")
-    parser.set_defaults(steps=0, lr=TrainConfig.lr, validation_images=None, validate_every=TrainConfig.validate_every)
+    parser.set_defaults(
+        steps=0,
+        continue_from=None,
+        lr=TrainConfig.lr,
+        validation_images=None,
+        validate_every=TrainConfig.validate_every,
+    )
     if steps:
         parser.add_argument("--steps", type=int, default=TrainConfig.steps)
+        parser.add_argument(
+            "--continue-from", metavar="FILE", help="train on from this LoRA, with its ranks; no calibration"
+        )
         parser.add_argument(
             "--lr", type=float, default=TrainConfig.lr, help="AdamW's learning rate (default: %(default)s)"
         )
@@ -178,7 +187,8 @@ def _train(args: argparse.Namespace) -> None:
         validate_every=args.validate_every,
         gradient_checkpointing=args.gradient_checkpointing,
     )
-    from .lora_file import DTYPES, check_output
+    from .lora_file import DTYPES, check_output, load_lora
+    from .projections import find_projections
     from .runs import class_prior, personalise, read_subject, validation_loss, write
 
     output = check_output(args.output, overwrite=args.overwrite)
@@ -196,7 +206,12 @@ def _train(args: argparse.Namespace) -> None:
             )
         validate = validation_loss(model, held_out, args.batch_size) if args.validate_every else None
         prior = class_prior(model, args.class_prompt, subject, observer=observer) if args.class_prompt else None
-        run = personalise(model, subject, calibration, training, prior=prior, validate=validate, observer=observer)
+        lora = (
+            load_lora(args.continue_from, find_projections(model.unet), model.family)[0] if args.continue_from else None
+        )
+        run = personalise(
+            model, subject, calibration, training, prior=prior, lora=lora, validate=validate, observer=observer
+        )
         write(
             output,
             run.lora,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .calibration import Calibration, calibrate
+from .calibration import Calibration, calibrate, continued
 from .config import CalibrationConfig, TrainConfig
 from .errors import NonFiniteError
 from .events import Base, Observer, Saved, Status, ignore
@@ -97,14 +97,18 @@ def personalise(
     training: TrainConfig,
     *,
     prior: Triples | None = None,
+    lora: LoRA | None = None,
     validate: Callable[[], float] | None = None,
     observer: Observer = ignore,
 ) -> Personalised:
-    """Calibrate, then train. The base model is the same before and after."""
+    """Calibrate, then train; or train on from `lora`, with its own ranks. The base model is the same before and after."""
     if validate:
         observer(Base(validate()))
-    observer(Status(f"Calibrating ({calibration.init}) on {len(subject)} pictures"))
-    start = calibrate(model, subject, calibration, prior=prior, observer=observer)
+    if lora is None:
+        observer(Status(f"Calibrating ({calibration.init}) on {len(subject)} pictures"))
+        start = calibrate(model, subject, calibration, prior=prior, observer=observer)
+    else:
+        start = continued(lora)
     observer(start.report)
     observer(Status(f"Training {training.steps} steps"))
     steps, stopped = 0, None
@@ -116,8 +120,8 @@ def personalise(
             steps, validations = len(result.losses), result.validations
         except NonFiniteError as error:
             stopped, steps = error, max(0, error.step - 1)
-        lora = adapters.factors()
-    return Personalised(start, lora, steps, validations, stopped)
+        trained = adapters.factors()
+    return Personalised(start, trained, steps, validations, stopped)
 
 
 def write(

@@ -78,6 +78,17 @@ def test_calibrate_sample_inspect(tmp_path, capsys):
     assert pictures[0] == pictures[2]
 
 
+def test_training_goes_on_from_a_file_with_its_ranks(tmp_path):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    assert main(arguments("calibrate", first, "--rank", "2")) == 0
+    assert main(arguments("train", second, "--continue-from", str(first), "--steps", "1", "--validate-every", "0")) == 0
+    with safe_open(first, "pt") as old, safe_open(second, "pt") as new:
+        shapes = [{k: tuple(f.get_tensor(k).shape) for k in f.keys()} for f in (old, new)]  # noqa: SIM118
+        changed = [k for k in shapes[0] if not torch.equal(old.get_tensor(k), new.get_tensor(k))]
+    assert shapes[0] == shapes[1]
+    assert len(changed) > 56
+
+
 def test_info(capsys):
     assert main(["info"]) == 0
     about = json.loads(capsys.readouterr().out)

@@ -1,204 +1,147 @@
-"""Pictures of a run, drawn with Pillow: losses, the rank map of the UNet, samples. Data in, picture out; saving is the caller's."""
+"""Pictures of a run, drawn with Pillow: losses, the rank map of the UNet, samples. Data in, picture out; saving is
+the caller's. The same data give the same pixels."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-INK, FAINT, GRID, PAPER = "#222222", "#767676", "#e4e4e4", "#ffffff"
-# Okabe & Ito's palette: distinct also for colour-blind eyes.
-LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-SCALE = 2  # charts are drawn at this size and reduced, which smooths the lines
-# Perceptually even steps from pale yellow to dark blue (ColorBrewer YlGnBu).
-SHADES = ((255, 255, 217), (199, 233, 180), (65, 182, 196), (34, 94, 168), (8, 29, 88))
-BLOCK = re.compile(r"^(.*?)\.transformer_blocks\.(\d+)\.(attn[12])\.(to_q|to_k|to_v|to_out\.0)$")
-COLUMNS = tuple((a, k) for a in ("attn1", "attn2") for k in ("to_q", "to_k", "to_v", "to_out.0"))
+from ._draw import FAINT, GRID, LINES, LOG_FROM, MARGIN, MARKERS, Canvas, Point, Scale, log_ticks, number_labels, ticks
+from ._rank_map import rank_map
+from .errors import SettingError
 
-
-def _font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
-
-
-def _finish(image: Image.Image) -> Image.Image:
-    return image.resize((image.width // SCALE, image.height // SCALE), Image.Resampling.LANCZOS)
-
-
-def _canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    image = Image.new("RGB", (width * SCALE, height * SCALE), PAPER)
-    return image, ImageDraw.Draw(image)
-
-
-def _ellipsis(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
-
-
-def _ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers that cover [low, high]."""
-    if high <= low:
-        return [low]
-    raw = (high - low) / count
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= raw)
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+__all__ = ["contact_sheet", "loss_chart", "rank_map", "sample_sheet"]
+SHEET_COLUMNS, GAP = 8, 8
+Curve = Sequence[tuple[int, float]]
 
 
 def loss_chart(
-    curves: Mapping[str, Sequence[tuple[int, float]]],
+    curves: Mapping[str, Curve],
     *,
     title: str,
     y_label: str = "held-out loss (mean squared error)",
     base: float | None = None,
     size: tuple[int, int] = (960, 560),
 ) -> Image.Image:
-    """One line per curve of (step, loss); the best point of each is marked, `base` is a dashed line. NaN points are left out."""
-    finite = {n: [(s, v) for s, v in c if math.isfinite(v)] for n, c in curves.items()}
-    points = [p for curve in finite.values() for p in curve]
-    image, draw = _canvas(*size)
-    u = SCALE
-    draw.text((24 * u, 18 * u), title, fill=INK, font=_font(20 * u))
-    if not points:
-        draw.text((24 * u, 60 * u), "No losses were recorded.", fill=FAINT, font=_font(15 * u))
-        return _finish(image)
-    values = [v for _, v in points] + ([base] if base is not None else [])
-    low, high = min(values), max(values)
-    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
-    low, high, last = low - margin, high + margin, max(1, max(s for s, _ in points))
-    left, top, right, bottom = 84 * u, 92 * u, (size[0] - 30) * u, (size[1] - 62) * u
+    """One line per curve of (step, loss). A ring marks the best point of each, a dashed line the loss `base`.
 
-    def at(step: float, value: float) -> tuple[float, float]:
-        return left + (right - left) * step / last, bottom - (bottom - top) * (value - low) / (high - low)
-
-    small = _font(13 * u)
-    for value in _ticks(low, high):
-        y = at(0, value)[1]
-        draw.line((left, y, right, y), fill=GRID, width=u)
-        draw.text((left - 8 * u, y), f"{value:.4g}", fill=FAINT, font=small, anchor="rm")
-    for step in _ticks(0, last):
-        draw.text((at(step, low)[0], bottom + 8 * u), f"{step:g}", fill=FAINT, font=small, anchor="ma")
-    draw.text(((left + right) / 2, bottom + 30 * u), "training steps", fill=INK, font=small, anchor="ma")
-    draw.text((24 * u, 48 * u), y_label, fill=FAINT, font=small)
+    Losses that are not finite are left out and counted below the chart. Losses that spread over more than a factor of
+    20 are drawn on a logarithmic axis. `size` is in pixels. Raises SettingError when it is below 320 x 240.
+    """
+    if size[0] < 320 or size[1] < 240:
+        raise SettingError(f"A chart of {size[0]} x {size[1]} pixels cannot be read: make it 320 x 240 or more.")
+    lines = {n: sorted(p for p in curve if math.isfinite(p[1])) for n, curve in curves.items()}
+    dropped = sum(len(c) for c in curves.values()) - sum(len(c) for c in lines.values())
+    lines = {name: curve for name, curve in lines.items() if curve}
+    base = base if base is not None and math.isfinite(base) else None
+    page = Canvas(*size, scale=3)
+    page.text(MARGIN, 18, title, size=20, room=size[0] - 2 * MARGIN)
+    if dropped:
+        note = f"{dropped} {'loss' if dropped == 1 else 'losses'} left out: not finite"
+        page.text(MARGIN, size[1] - 18, note, size=11, fill=FAINT, anchor="ls")
+    if not lines:
+        page.text(MARGIN, 56, "No losses were recorded.", size=15, fill=FAINT)
+        return page.finish()
+    styles = [(LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]) for i in range(len(lines))]
+    top = _legend(page, lines, styles, base)
+    plot = _Plot(page, lines, base, top + 34)
+    plot.axes(y_label)
     if base is not None:
-        _dashed(draw, *at(0, base), right)
-        draw.text((right, at(0, base)[1] - 4 * u), f"base model {base:.4f}", fill=FAINT, font=small, anchor="rb")
-    legend: float = left
-    for colour, (name, curve) in zip(_cycle(LINES, len(finite)), finite.items(), strict=True):
-        if not curve:
-            continue
-        path = [at(*p) for p in curve]
-        draw.line(path, fill=colour, width=2 * u, joint="curve")
-        for x, y in path:
-            draw.ellipse((x - 3 * u, y - 3 * u, x + 3 * u, y + 3 * u), fill=colour)
+        page.dashes(plot.left, plot.right, plot.at(0, base)[1])
+    for curve, style in zip(lines.values(), styles, strict=True):
+        plot.curve(curve, *style)
+    for curve, (colour, _) in zip(lines.values(), styles, strict=True):
+        page.ring(*plot.at(*min(curve, key=lambda p: p[1])), 7.5, colour)
+    return page.finish()
+
+
+def _legend(
+    page: Canvas,
+    lines: Mapping[str, Curve],
+    styles: Sequence[tuple[str, str]],
+    base: float | None,
+) -> float:
+    """Draws the names in as many rows as they need, a third of the page at most. Returns where the legend ends."""
+    entries: list[tuple[str, str, tuple[str, str] | None]] = []
+    for (name, curve), look in zip(lines.items(), styles, strict=True):
         step, best = min(curve, key=lambda p: p[1])
-        x, y = at(step, best)
-        draw.ellipse((x - 7 * u, y - 7 * u, x + 7 * u, y + 7 * u), outline=colour, width=2 * u)
-        text = f"{name}: best {best:.4f} at {step}"
-        draw.line((legend, 80 * u, legend + 22 * u, 80 * u), fill=colour, width=3 * u)
-        draw.text((legend + 28 * u, 80 * u), text, fill=INK, font=small, anchor="lm")
-        legend += 28 * u + small.getlength(text) + 26 * u
-    return _finish(image)
+        entries.append((name, f"best {best:.4g} at step {step:g}", look))
+    if base is not None:
+        entries.insert(0, ("base model", f"{base:.4g}", None))
+    x, y, right = float(MARGIN), 62.0, page.width - MARGIN
+    for i, (name, detail, style) in enumerate(entries):
+        name = page.shorten(name, right - MARGIN - 40 - page.measure(detail), middle=True)
+        width = 34 + page.measure(name) + 6 + page.measure(detail)
+        if x > MARGIN and x + width > right:
+            x, y = MARGIN, y + 21
+            if y + 21 > page.height / 3 and i < len(entries) - 1:
+                page.text(x, y, f"and {len(entries) - i} more", fill=FAINT, anchor="lm")
+                break
+        if style is None:
+            page.dashes(x, x + 26, y)
+        else:
+            page.line([(x, y), (x + 26, y)], style[0], 2.5)
+            page.marker(style[1], x + 13, y, style[0], 4.5)
+        page.text(x + 34, y, name, anchor="lm")
+        page.text(x + 40 + page.measure(name), y, detail, fill=FAINT, anchor="lm")
+        x += width + 28
+    return y + 8
 
 
-def _cycle(colours: Sequence[str], count: int) -> list[str]:
-    return [colours[i % len(colours)] for i in range(count)]
+class _Plot:
+    """The field of a loss chart: where a (step, loss) lies on the page."""
 
+    def __init__(self, page: Canvas, lines: Mapping[str, Curve], base: float | None, top: float) -> None:
+        self.page = page
+        values = [v for curve in lines.values() for _, v in curve] + ([base] if base is not None else [])
+        low, high = min(values), max(values)
+        log = low > 0 and low * LOG_FROM < high
+        if log:
+            low = max(low, high * 1e-12)
+            pad = (high / low) ** 0.06
+            self.scale = Scale(low / pad, high * pad, log=True)
+        else:
+            # Differences below the digits that are shown would only magnify rounding.
+            pad = 0.08 * (high - low) if high - low > 1e-7 * max(abs(high), abs(low)) else 0.05 * abs(high) or 1.0
+            self.scale = Scale(low - pad, high + pad)
+        self.y_ticks = (log_ticks if log else ticks)(self.scale.low, self.scale.high)
+        self.y_labels = number_labels(self.y_ticks)
+        self.top, self.bottom = top, page.height - 64
+        self.left = MARGIN + max(page.measure(text) for text in self.y_labels) + 10
+        self.right = page.width - MARGIN
+        self.last = max(1, max(step for curve in lines.values() for step, _ in curve))
 
-def _dashed(draw: ImageDraw.ImageDraw, x: float, y: float, right: float) -> None:
-    while x < right:
-        draw.line((x, y, min(x + 8 * SCALE, right), y), fill=FAINT, width=SCALE)
-        x += 14 * SCALE
+    def at(self, step: float, value: float) -> Point:
+        """The page's pixel (x, y) of a loss."""
+        y = self.bottom - (self.bottom - self.top) * self.scale.place(value)
+        # Room on both sides, so that the ring of a best point touches neither the numbers nor the edge.
+        return self.left + 12 + (self.right - self.left - 24) * step / self.last, y
 
+    def axes(self, y_label: str) -> None:
+        page = self.page
+        page.text(MARGIN, self.top - 12, y_label + (", log scale" if self.scale.log else ""), fill=FAINT, anchor="ls")
+        for value, text in zip(self.y_ticks, self.y_labels, strict=True):
+            y = self.at(0, value)[1]
+            page.line([(self.left, y), (self.right, y)], GRID)
+            page.text(self.left - 8, y, text, fill=FAINT, anchor="rm")
+        page.line([(self.left, self.bottom), (self.right, self.bottom)], FAINT)
+        steps = ticks(0, self.last, count=max(2, min(10, page.width // 90)), smallest=1)
+        for step, text in zip(steps, number_labels(steps), strict=True):
+            x = self.at(step, self.scale.low)[0]
+            page.line([(x, self.bottom), (x, self.bottom + 4)], FAINT)
+            page.text(x, self.bottom + 9, text, fill=FAINT, anchor="ma")
+        page.text((self.left + self.right) / 2, self.bottom + 32, "training steps", fill=FAINT, anchor="ma")
 
-def _shade(fraction: float) -> tuple[int, int, int]:
-    place = min(max(fraction, 0.0), 1.0) * (len(SHADES) - 1)
-    index = min(int(place), len(SHADES) - 2)
-    low, high, part = SHADES[index], SHADES[index + 1], place - index
-    r, g, b = (round(a + (z - a) * part) for a, z in zip(low, high, strict=True))
-    return r, g, b
-
-
-def _short(block: str) -> str:
-    """`down_blocks.1.attentions.0` -> `down 1.0`."""
-    text = block.replace("_blocks.", " ").replace("mid_block", "mid").replace(".attentions.", ".")
-    return text.replace("mid.0", "mid")
-
-
-def _position(row: tuple[str, object]) -> tuple[int, str]:
-    """The order in which the signal meets the blocks; diffusers lists the middle last."""
-    return next((i for i, side in enumerate(("down", "mid", "up")) if row[0].startswith(side)), 3), row[0]
-
-
-def rank_map(
-    ranks: Mapping[str, int], energy: Mapping[str, float], *, title: str, params: int | None = None
-) -> Image.Image:
-    """A picture of the UNet: one row per transformer block from down to up, one cell per projection; colour is the energy its
-    components hold, on a logarithmic scale, the number is its rank."""
-    rows: dict[str, dict[tuple[str, str], str]] = {}
-    for name in ranks:
-        match = BLOCK.match(name)
-        row, column = (f"{_short(match[1])} / {match[2]}", (match[3], match[4])) if match else (name, COLUMNS[0])
-        rows.setdefault(row, {})[column] = name
-    rows = dict(sorted(rows.items(), key=_position))
-    cell, height = (64, 30) if len(rows) <= 24 else (52, 17)
-    left, top = 150, 108
-    image, draw = _canvas(left + 8 * cell + 24 + 24, top + len(rows) * height + 66)
-    u = SCALE
-    draw.text((24 * u, 18 * u), title, fill=INK, font=_font(20 * u))
-    total = (
-        f"{len(ranks)} projections, ranks {min(ranks.values())} to {max(ranks.values())}" if ranks else "no projections"
-    )
-    detail = total if params is None else f"{total}, {params:,} parameters ({params * 4 / 1e6:.2f} MB in fp32)"
-    draw.text((24 * u, 47 * u), detail, fill=FAINT, font=_font(13 * u))
-    small = _font(12 * u)
-    place = {column: left + i * cell + (24 if column[0] == "attn2" else 0) for i, column in enumerate(COLUMNS)}
-    for (attention, kind), x in place.items():
-        label = kind.removeprefix("to_").removesuffix(".0")
-        draw.text(((x + cell / 2) * u, (top - 8) * u), label, fill=INK, font=small, anchor="mb")
-        if kind == "to_q":
-            name = "self-attention" if attention == "attn1" else "cross-attention"
-            draw.text((x * u, (top - 26) * u), name, fill=FAINT, font=small, anchor="lb")
-    logs = {n: math.log10(e) for n, e in energy.items() if e > 0}
-    low, high = (min(logs.values()), max(logs.values())) if logs else (0.0, 0.0)
-    for i, (row, cells) in enumerate(rows.items()):
-        y = top + i * height
-        text = _ellipsis(row, (left - 34) * u, small)
-        draw.text(((left - 10) * u, (y + height / 2) * u), text, fill=INK, font=small, anchor="rm")
-        for column, name in cells.items():
-            level = (logs[name] - low) / ((high - low) or 1) if name in logs else None
-            _cell(draw, place[column], y, cell, height, ranks[name], level)
-    _colour_bar(draw, left, top + len(rows) * height + 18, low, high, bool(logs))
-    return _finish(image)
-
-
-def _cell(
-    draw: ImageDraw.ImageDraw, x: float, y: float, width: int, height: int, rank: int, level: float | None
-) -> None:
-    fill = (240, 240, 240) if level is None else _shade(level)
-    u = SCALE
-    draw.rectangle((x * u, y * u, (x + width - 2) * u, (y + height - 2) * u), fill=fill)
-    dark = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] < 140
-    centre = ((x + (width - 2) / 2) * u, (y + (height - 2) / 2) * u)
-    draw.text(centre, str(rank), fill="white" if dark else INK, font=_font(min(14, height - 4) * u), anchor="mm")
-
-
-def _colour_bar(draw: ImageDraw.ImageDraw, left: int, y: int, low: float, high: float, known: bool) -> None:
-    u, width = SCALE, 240
-    small = _font(12 * u)
-    if not known:
-        draw.text((left * u, y * u), "number: rank; no energy was measured", fill=FAINT, font=small)
-        return
-    for i in range(width):
-        draw.rectangle(((left + i) * u, y * u, (left + i + 1) * u, (y + 10) * u), fill=_shade(i / width))
-    draw.text((left * u, (y + 14) * u), f"energy 1e{low:.1f}", fill=FAINT, font=small)
-    draw.text(((left + width) * u, (y + 14) * u), f"1e{high:.1f}", fill=FAINT, font=small, anchor="ra")
-    draw.text(((left + width + 20) * u, (y - 1) * u), "number: rank", fill=FAINT, font=small)
+    def curve(self, curve: Sequence[tuple[int, float]], colour: str, marker: str) -> None:
+        path = [self.at(*p) for p in curve]
+        if len(path) > 1:
+            self.page.line(path, colour, 2)
+        # Closer points than this would run into a band: show one in so many, and the last.
+        every = max(1, math.ceil(10 * len(path) / (self.right - self.left)))
+        for x, y in [*path[:-1:every], path[-1]]:
+            self.page.marker(marker, x, y, colour)
 
 
 def sample_sheet(
@@ -208,29 +151,56 @@ def sample_sheet(
     subject: Sequence[Image.Image] = (),
     cell: int = 128,
 ) -> Image.Image:
-    """Labelled rows of pictures, the subject's own first. Small pictures are enlarged smoothly, large ones reduced."""
-    every = ([("the subject", list(subject))] if subject else []) + [(label, list(p)) for label, p in rows]
-    columns = max((len(pictures) for _, pictures in every), default=1)
-    left, top, gap = 24, 58, 6
-    width = max(left * 2 + columns * (cell + gap), 420)
-    line = cell + 30
-    image = Image.new("RGB", (width, top + len(every) * line + 12), PAPER)
-    draw = ImageDraw.Draw(image)
-    draw.text((left, 18), _ellipsis(title, width - 2 * left, _font(18)), fill=INK, font=_font(18))
-    for i, (label, pictures) in enumerate(every):
-        y = top + i * line
-        draw.text((left, y), label, fill=FAINT, font=_font(14))
-        for j, picture in enumerate(pictures):
-            image.paste(_fit(picture, cell), (left + j * (cell + gap), y + 21))
-    return image
+    """Labelled rows of pictures, the subject's own first, each in a square of `cell` pixels, eight to a line.
+
+    Raises SettingError when `cell` is not between 16 and 2048.
+    """
+    _check_cell(cell)
+    every = ([("the subject", subject)] if subject else []) + list(rows)
+    columns = max(1, min(SHEET_COLUMNS, max((len(pictures) for _, pictures in every), default=1)))
+    heights = [24 + math.ceil(len(pictures) / columns) * (cell + GAP) + 8 for _, pictures in every]
+    page = Canvas(max(2 * MARGIN + columns * (cell + GAP) - GAP, 420), 62 + (sum(heights) or 34) + 8, scale=1)
+    page.text(MARGIN, 18, title, size=20, room=page.width - 2 * MARGIN)
+    if not every:
+        page.text(MARGIN, 62, "There are no pictures.", size=15, fill=FAINT)
+    y = 62
+    for (label, pictures), height in zip(every, heights, strict=True):
+        page.text(MARGIN, y, label if pictures else f"{label}: no pictures", size=14, room=page.width - 2 * MARGIN)
+        for i, picture in enumerate(pictures):
+            row, column = divmod(i, columns)
+            page.picture(picture, MARGIN + column * (cell + GAP), y + 24 + row * (cell + GAP), cell)
+        y += height
+    return page.finish()
 
 
-def _fit(picture: Image.Image, cell: int) -> Image.Image:
-    scale = cell / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    framed = Image.new("RGB", (cell, cell), "#f4f4f4")
-    framed.paste(
-        picture.convert("RGB").resize(size, Image.Resampling.LANCZOS),
-        ((cell - size[0]) // 2, (cell - size[1]) // 2),
+def contact_sheet(
+    images: Sequence[Image.Image], labels: Sequence[str], *, columns: int = 6, cell: int = 128
+) -> Image.Image:
+    """Thumbnails with a name under each, to check a dataset by eye. Long names lose their middle, not their ending.
+
+    Raises SettingError when there is not one label per picture, `columns` is below 1 or `cell` is not between 16 and 2048.
+    """
+    _check_cell(cell)
+    if len(images) != len(labels):
+        raise SettingError(f"{len(images)} pictures have {len(labels)} labels: give one label per picture.")
+    if columns < 1:
+        raise SettingError(f"columns is {columns}: it must be 1 or more.")
+    columns, step = max(1, min(columns, len(images))), cell + 28
+    if not images:
+        page = Canvas(420, 68, scale=1)
+        page.text(MARGIN, MARGIN, "There are no pictures.", size=15, fill=FAINT)
+        return page.finish()
+    page = Canvas(
+        2 * MARGIN + columns * (cell + 12) - 12, 2 * MARGIN + math.ceil(len(images) / columns) * step, scale=1
     )
-    return framed
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        row, column = divmod(i, columns)
+        x, y = MARGIN + column * (cell + 12), MARGIN + row * step
+        page.picture(image, x, y, cell)
+        page.text(x + cell / 2, y + cell + 6, label, size=12, anchor="ma", room=cell, middle=True)
+    return page.finish()
+
+
+def _check_cell(cell: int) -> None:
+    if not 16 <= cell <= 2048:
+        raise SettingError(f"cell is {cell}: pictures are shown between 16 and 2048 pixels wide.")

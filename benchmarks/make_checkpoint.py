@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from cntlora_core.families import FAMILIES, V_MARK, config_of
-from cntlora_core.ldm_names import UNET_PREFIX, VAE_PREFIX, open_clip_name, unet_name, vae_name
-from cntlora_core.single_file import CLIP_L_PREFIXES, OPEN_CLIP_PREFIXES
+from cntlora_core.ldm_names import UNET_PREFIX, VAE_PREFIX, attention_up_blocks, text_name, unet_name, vae_name
 
 DTYPES = {"fp32": (torch.float32, "F32"), "fp16": (torch.float16, "F16"), "bf16": (torch.bfloat16, "BF16")}
 
@@ -30,7 +29,7 @@ def shapes_of(family: str, config: dict | None = None) -> dict[str, tuple[int, .
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config["unet"]).state_dict()
         vae = AutoencoderKL.from_config(config["vae"]).state_dict()
-    attentive = frozenset(i for i, kind in enumerate(config["unet"]["up_block_types"]) if kind.startswith("CrossAttn"))
+    attentive = attention_up_blocks(config["unet"])
     shapes = {UNET_PREFIX + unet_name(k, attention_up_blocks=attentive): tuple(v.shape) for k, v in unet.items()}
     levels = len(config["vae"]["block_out_channels"])
     for name, value in vae.items():
@@ -43,16 +42,13 @@ def shapes_of(family: str, config: dict | None = None) -> dict[str, tuple[int, .
 
 
 def _text_shapes(family: str, index: int, config: dict) -> dict[str, tuple[int, ...]]:
-    open_clip = family in ("sd2", "sd2-v") or index == 1
-    prefix = (OPEN_CLIP_PREFIXES if open_clip else CLIP_L_PREFIXES)[family]
     kind = CLIPTextModelWithProjection if index == 1 else CLIPTextModel
     with torch.device("meta"):
         state = kind(CLIPTextConfig(**config)).state_dict()
     shapes = {}
     for name, value in state.items():
-        bare = name.removeprefix("text_model.")
-        old, third = open_clip_name(bare) if open_clip else (bare, None)
-        shapes[prefix + old] = (3 * value.shape[0], *value.shape[1:]) if third is not None else tuple(value.shape)
+        old, third = text_name(name, family, index)
+        shapes[old] = (3 * value.shape[0], *value.shape[1:]) if third is not None else tuple(value.shape)
     return shapes
 
 

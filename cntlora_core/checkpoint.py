@@ -62,10 +62,9 @@ def load_checkpoint(
 ) -> StableDiffusion:
     """Load a single file, a diffusers folder, or the embedded miniature by its name `mini-sd`.
 
-    The UNet comes in `dtype` on `device`; VAE and text encoders wait on the CPU and visit the device, in fp32,
-    while they run. For single
-    files `vae` names another VAE file, `tokenizer` a folder with CLIP's vocabulary, and `prediction_type` overrides what the
-    weights suggest. Raises CheckpointError.
+    The UNet comes in `dtype` on `device`; VAE and text encoders wait on the CPU and visit the device, in fp32, while they run.
+    For single files `vae` names another VAE file, `tokenizer` a folder with CLIP's vocabulary, and `prediction_type` overrides
+    what the weights suggest. Raises CheckpointError.
     """
     folder = MINI_SD_FOLDER / "model" if str(path) == MINI_SD else Path(path)
     device = torch.device(device)

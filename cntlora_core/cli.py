@@ -187,7 +187,8 @@ def _train(args: argparse.Namespace) -> None:
         validate_every=args.validate_every,
         gradient_checkpointing=args.gradient_checkpointing,
     )
-    from .lora_file import DTYPES, check_output, load_lora
+    from .devices import DTYPES
+    from .lora_file import check_output, load_lora
     from .projections import find_projections
     from .runs import class_prior, personalise, read_subject, validation_loss, write
 
@@ -198,6 +199,9 @@ def _train(args: argparse.Namespace) -> None:
             events = check_output(args.events, overwrite=args.overwrite, suffix=".jsonl")
             observer = both(observer, stack.enter_context(EventFile(events)))
         model = _load(args)
+        lora = None
+        if args.continue_from:
+            lora, _ = load_lora(args.continue_from, find_projections(model.unet), model.family)
         subject = read_subject(model, args.images, args.prompt, resolution=args.resolution, observer=observer)
         held_out = subject
         if args.validation_images:
@@ -205,10 +209,9 @@ def _train(args: argparse.Namespace) -> None:
                 model, args.validation_images, args.prompt, resolution=args.resolution, observer=observer
             )
         validate = validation_loss(model, held_out, args.batch_size) if args.validate_every else None
-        prior = class_prior(model, args.class_prompt, subject, observer=observer) if args.class_prompt else None
-        lora = (
-            load_lora(args.continue_from, find_projections(model.unet), model.family)[0] if args.continue_from else None
-        )
+        prior = None
+        if args.class_prompt and lora is None:  # only calibration reads it
+            prior = class_prior(model, args.class_prompt, subject, observer=observer)
         run = personalise(
             model, subject, calibration, training, prior=prior, lora=lora, validate=validate, observer=observer
         )

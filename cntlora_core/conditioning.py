@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import visiting
-
-if TYPE_CHECKING:
-    from .checkpoint import StableDiffusion
+from .checkpoint import StableDiffusion, visiting
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,6 @@ def _run(folder: Path, observer: Observer) -> dict[str, Any]:
     subject = read_subject(model, MINI_SD_FOLDER / "subject", PROMPT, observer=observer)
     held_out = read_subject(model, MINI_SD_FOLDER / "heldout", PROMPT, observer=observer)
     validate = validation_loss(model, held_out, TRAINING.batch_size)
-    base_loss = validate()
     run = personalise(model, subject, CALIBRATION, TRAINING, validate=validate, observer=observer)
     lora = write(
         folder / "lora.safetensors", run.lora, model, subject,
@@ -82,10 +81,10 @@ def _run(folder: Path, observer: Observer) -> dict[str, Any]:
         params=parameter_count(run.lora),
     ).save(folder / "ranks.png")
     curves = {"calibrated (target)": run.validations, "ordinary LoRA (gaussian)": gaussian.validations}
-    loss_chart(curves, title="Held-out loss against training steps", base=base_loss).save(folder / "loss.png")
+    loss_chart(curves, title="Held-out loss against training steps", base=run.base_loss).save(folder / "loss.png")
     return {
         "lora": str(lora),
-        "base_loss": base_loss,
+        "base_loss": run.base_loss,
         "step0_loss": run.validations[0][1],
         "final_loss": run.validations[-1][1],
         "gaussian_final_loss": gaussian.validations[-1][1],

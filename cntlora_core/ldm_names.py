@@ -6,6 +6,8 @@ Every function takes the new name and gives the original one, so that a model ca
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -56,6 +58,11 @@ def unet_name(name: str, *, attention_up_blocks: frozenset[int] = frozenset()) -
     return _in_resnet(f"{group}.{0 if kind == 'resnets' else 1}.{rest}")
 
 
+def attention_up_blocks(config: Mapping[str, Any]) -> frozenset[int]:
+    """Indices of the up blocks with attentions, from diffusers' UNet configuration."""
+    return frozenset(i for i, kind in enumerate(config["up_block_types"]) if kind.startswith("CrossAttn"))
+
+
 def _in_resnet(name: str) -> str:
     for new, old in _RESNET.items():
         # A resnet's child stands right behind the block's number; transformer blocks have a norm1 too, deeper down.
@@ -86,6 +93,15 @@ def vae_name(name: str, levels: int) -> str:
     return re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", name)
 
 
+CLIP_L_PREFIXES = {
+    "sd1": "cond_stage_model.transformer.text_model.",
+    "sdxl": "conditioner.embedders.0.transformer.text_model.",
+}
+OPEN_CLIP_PREFIXES = {
+    "sd2": "cond_stage_model.model.",
+    "sd2-v": "cond_stage_model.model.",
+    "sdxl": "conditioner.embedders.1.model.",
+}
 _OPEN_CLIP = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -112,3 +128,17 @@ def open_clip_name(name: str) -> tuple[str, int | None]:
     for new, old in _OPEN_CLIP.items():
         name = name.replace(new, old)
     return name, third
+
+
+def text_prefix(family: str, index: int) -> tuple[str, bool]:
+    """Where the family's text encoder number `index` stands, and whether it is in OpenCLIP's layout."""
+    open_clip = family in ("sd2", "sd2-v") or index == 1
+    return (OPEN_CLIP_PREFIXES if open_clip else CLIP_L_PREFIXES)[family], open_clip
+
+
+def text_name(name: str, family: str, index: int) -> tuple[str, int | None]:
+    """A parameter of transformers' CLIP text model in the original file, prefix included, and which third of a joined matrix it is."""
+    prefix, open_clip = text_prefix(family, index)
+    bare = name.removeprefix("text_model.")
+    old, third = open_clip_name(bare) if open_clip else (bare, None)
+    return prefix + old, third

@@ -28,7 +28,6 @@ from .ldm_names import unet_name
 from .lora import Factors, LoRA
 from .projections import Projection
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SUFFIXES = ("lora_down.weight", "lora_up.weight", "alpha")
 
 

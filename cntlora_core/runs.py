@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .calibration import Calibration, calibrate, continued
+from .conditioning import encode_prompts
 from .config import CalibrationConfig, TrainConfig
 from .errors import NonFiniteError
 from .events import Base, Observer, Saved, Status, ignore
@@ -19,6 +20,7 @@ from .lora_file import save_lora
 from .memory import checkpointed
 from .metadata import describe
 from .sampling import sample_latents
+from .schedule import stratified_timesteps
 from .subject import Subject, encode_subject, find_pictures
 from .train import train
 from .triples import Triples, fixed_triples, mean_loss
@@ -55,9 +57,6 @@ def class_prior(model: StableDiffusion, prompt: str, subject: Subject, *, observ
 
     Their activations give the preservation constraint's C_p without any class pictures on disk.
     """
-    from .conditioning import encode_prompts
-    from .schedule import stratified_timesteps
-
     observer(Status(f"Drawing {PRIOR_PICTURES} pictures of '{prompt}' to preserve"))
     size = (subject.resolution, subject.resolution)
     latents = sample_latents(
@@ -80,12 +79,13 @@ def class_prior(model: StableDiffusion, prompt: str, subject: Subject, *, observ
 class Personalised:
     """A finished run: the LoRA as calibrated and as trained, and its losses.
 
-    `stopped` is the reason the training ended early with the last good weights, None when it ran to the end.
+    `base_loss` is the untouched model's, None without a validation; `stopped` is the reason the training ended early with the last good weights, None when it ran to the end.
     """
 
     start: Calibration
     lora: LoRA
     steps: int
+    base_loss: float | None
     validations: list[tuple[int, float]]
     stopped: NonFiniteError | None = None
 
@@ -102,8 +102,9 @@ def personalise(
     observer: Observer = ignore,
 ) -> Personalised:
     """Calibrate, then train; or train on from `lora`, with its own ranks. The base model is the same before and after."""
-    if validate:
-        observer(Base(validate()))
+    base_loss = validate() if validate else None
+    if base_loss is not None:
+        observer(Base(base_loss))
     if lora is None:
         observer(Status(f"Calibrating ({calibration.init}) on {len(subject)} pictures"))
         start = calibrate(model, subject, calibration, prior=prior, observer=observer)
@@ -121,7 +122,7 @@ def personalise(
         except NonFiniteError as error:
             stopped, steps = error, max(0, error.step - 1)
         trained = adapters.factors()
-    return Personalised(start, trained, steps, validations, stopped)
+    return Personalised(start, trained, steps, base_loss, validations, stopped)
 
 
 def write(

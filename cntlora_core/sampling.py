@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import visiting
+from .checkpoint import StableDiffusion, visiting
 from .conditioning import Conditioning, encode_prompts
 from .events import Observer, Progress, ignore
-
-if TYPE_CHECKING:
-    from .checkpoint import StableDiffusion
 
 LATENT_CHANNELS = 4
 

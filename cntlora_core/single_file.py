@@ -12,19 +12,10 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError
 from .families import config_of
-from .ldm_names import UNET_PREFIX, VAE_PREFIX, open_clip_name, unet_name, vae_name
+from .ldm_names import UNET_PREFIX, VAE_PREFIX, attention_up_blocks, text_name, text_prefix, unet_name, vae_name
 from .tensor_file import TensorSource, open_tensors
 
 Locate = Callable[[str], tuple[str, int | None]]  # a parameter's name -> its name in the file, and which third of it
-CLIP_L_PREFIXES = {
-    "sd1": "cond_stage_model.transformer.text_model.",
-    "sdxl": "conditioner.embedders.0.transformer.text_model.",
-}
-OPEN_CLIP_PREFIXES = {
-    "sd2": "cond_stage_model.model.",
-    "sd2-v": "cond_stage_model.model.",
-    "sdxl": "conditioner.embedders.1.model.",
-}
 
 
 def load_single_file(
@@ -49,7 +40,7 @@ def _build_unet(source: TensorSource, config: dict[str, Any], device: torch.devi
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-    attentive = frozenset(i for i, kind in enumerate(config["up_block_types"]) if kind.startswith("CrossAttn"))
+    attentive = attention_up_blocks(config)
 
     def locate(name: str) -> tuple[str, None]:
         return UNET_PREFIX + unet_name(name, attention_up_blocks=attentive), None
@@ -74,8 +65,7 @@ def _build_vae(source: TensorSource, config: dict[str, Any]) -> Any:
 def _build_text(source: TensorSource, family: str, index: int, config: dict[str, Any]) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    open_clip = family in ("sd2", "sd2-v") or index == 1
-    prefix = (OPEN_CLIP_PREFIXES if open_clip else CLIP_L_PREFIXES)[family]
+    prefix, _ = text_prefix(family, index)
     kind = CLIPTextModelWithProjection if index == 1 else CLIPTextModel
     with torch.device("meta"):
         model = kind(CLIPTextConfig(**config))
@@ -83,13 +73,7 @@ def _build_text(source: TensorSource, family: str, index: int, config: dict[str,
         raise CheckpointError(
             f"'{source.path.name}' holds no text encoder ('{prefix}...'): use the full checkpoint, not a UNet alone."
         )
-
-    def locate(name: str) -> tuple[str, int | None]:
-        bare = name.removeprefix("text_model.")
-        old, third = open_clip_name(bare) if open_clip else (bare, None)
-        return prefix + old, third
-
-    _fill(model, source, locate, "text encoder", torch.device("cpu"), None)
+    _fill(model, source, lambda name: text_name(name, family, index), "text encoder", torch.device("cpu"), None)
     return model
 
 

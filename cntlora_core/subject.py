@@ -7,20 +7,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .checkpoint import visiting
+from .checkpoint import StableDiffusion, visiting
 from .conditioning import Conditioning, encode_prompts
 from .errors import ImageError, SettingError
 from .events import Notice, Observer, Progress, ignore
-
-if TYPE_CHECKING:
-    from .checkpoint import StableDiffusion
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MIN_SIDE = 16  # px; below this there is nothing to learn from

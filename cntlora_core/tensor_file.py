@@ -91,11 +91,12 @@ class SafetensorsFile:
     def _parse(self, raw: bytes) -> None:
         try:
             header = json.loads(raw)
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            header.pop("__metadata__", None)
             self.header: dict[str, dict] = header
             self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-            assert all(len(entry["data_offsets"]) == 2 and entry["dtype"] in DTYPES for entry in header.values())
-        except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+            if not all(len(entry["data_offsets"]) == 2 and entry["dtype"] in DTYPES for entry in header.values()):
+                raise ValueError("unknown dtype or offsets")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"'{self.path.name}' is not a safetensors file: its header is damaged.") from error
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:

@@ -211,7 +211,7 @@ def _train(args: argparse.Namespace) -> None:
         validate = validation_loss(model, held_out, args.batch_size) if args.validate_every else None
         prior = None
         if args.class_prompt and lora is None:  # only calibration reads it
-            prior = class_prior(model, args.class_prompt, subject, observer=observer)
+            prior = class_prior(model, args.class_prompt, subject.resolution, observer=observer)
         run = personalise(
             model, subject, calibration, training, prior=prior, lora=lora, validate=validate, observer=observer
         )

@@ -21,7 +21,7 @@ from .memory import checkpointed
 from .metadata import describe
 from .sampling import sample_latents
 from .schedule import stratified_timesteps
-from .subject import Subject, encode_subject, find_pictures
+from .subject import Subject, check_resolution, encode_subject, find_pictures
 from .train import train
 from .triples import Triples, fixed_triples, mean_loss
 
@@ -52,26 +52,34 @@ def validation_loss(model: StableDiffusion, subject: Subject, batch_size: int) -
     return lambda: mean_loss(model, triples, batch_size)
 
 
-def class_prior(model: StableDiffusion, prompt: str, subject: Subject, *, observer: Observer = ignore) -> Triples:
+def class_prior(
+    model: StableDiffusion,
+    prompt: str,
+    resolution: int | None = None,
+    *,
+    count: int = PRIOR_PICTURES,
+    observer: Observer = ignore,
+) -> Triples:
     """What the model already knows of the class: its own pictures for `prompt`, as latents, at stratified timesteps.
 
     Their activations give the preservation constraint's C_p without any class pictures on disk.
     """
-    observer(Status(f"Drawing {PRIOR_PICTURES} pictures of '{prompt}' to preserve"))
-    size = (subject.resolution, subject.resolution)
+    observer(Status(f"Drawing {count} pictures of '{prompt}' to preserve"))
+    side = check_resolution(model, resolution)
+    size = (side, side)
     latents = sample_latents(
         model,
-        [prompt] * PRIOR_PICTURES,
-        range(PRIOR_SEED, PRIOR_SEED + PRIOR_PICTURES),
+        [prompt] * count,
+        range(PRIOR_SEED, PRIOR_SEED + count),
         steps=PRIOR_STEPS,
         guidance=1.0,
         size=size,
         observer=observer,
     )
     generator = torch.Generator().manual_seed(PRIOR_SEED)
-    t = stratified_timesteps(PRIOR_PICTURES, len(model.schedule), generator).to(latents.device)
+    t = stratified_timesteps(count, len(model.schedule), generator).to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    rows = torch.zeros(PRIOR_PICTURES, dtype=torch.long)
+    rows = torch.zeros(count, dtype=torch.long)
     return Triples(latents, t, noise, encode_prompts(model, [prompt], size=size)[rows])
 
 

@@ -84,7 +84,7 @@ def test_same_seed_same_lora_and_an_untouched_model(mini_sd, subject, target):
 
 def test_a_prior_takes_the_update_off_the_class(mini_sd, subject):
     """More weight on preservation: less change of the outputs on the prior's activations, relative to the subject's."""
-    prior = class_prior(mini_sd, "a cat face emoji", subject)
+    prior = class_prior(mini_sd, "a cat face emoji", subject.resolution)
     projections = find_projections(mini_sd.unet)
     with record(mini_sd.unet, projections, backward=False) as kept, torch.no_grad():
         prior.loss(mini_sd)

@@ -1,0 +1,26 @@
+"""CNTLoRA's nodes: a schema and a few lines each, over `cntlora_core`."""
+
+from .calibrate import CalibrateLoRA
+from .host import ComfyExtension, add_routes, io
+from .load_checkpoint import LoadCheckpoint
+from .preview import PreviewLoRA
+from .prior import PriorImages
+from .save import SaveLoRA
+from .subject import SubjectImages
+from .train import TrainLoRA
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadCheckpoint,
+    SubjectImages,
+    PriorImages,
+    CalibrateLoRA,
+    TrainLoRA,
+    SaveLoRA,
+    PreviewLoRA,
+]
+
+
+class CNTLoRAExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        add_routes()  # not in on_load, which older hosts never call
+        return NODES

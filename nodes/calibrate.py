@@ -1,0 +1,136 @@
+"""Calibrate LoRA: a start that already fits, in closed form."""
+
+from __future__ import annotations
+
+from ..cntlora_core.calibration import calibrate
+from ..cntlora_core.config import INITS, RANK_RULES, CalibrationConfig
+from ..cntlora_core.lora import parameter_count
+from ..cntlora_core.report import rank_map
+from . import host
+from .host import io, ui
+from .reporter import Reporter
+from .types import LoRAInit, Prior, SDModel, Start, SubjectPictures, lora_model, node_id, to_image
+
+
+class CalibrateLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        default = CalibrationConfig()
+        return io.Schema(
+            node_id="CNTLoRACalibrate",
+            display_name="Calibrate LoRA (CNTLoRA)",
+            category="training/CNTLoRA",
+            description="Runs the model over the pictures, reads the activations at the attention projections and computes a "
+            "LoRA that already fits them, with a rank of its own for every layer. Nothing is trained.",
+            inputs=[
+                SDModel.Input("sd_model", tooltip="From Load SD Checkpoint."),
+                SubjectPictures.Input("subject", tooltip="From Subject Images."),
+                Prior.Input(
+                    "prior", optional=True, tooltip="From Prior Images: what the model should keep of the class."
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(INITS),
+                    default=default.init,
+                    tooltip="target: fits what the denoising loss asks for, usable before training. domain: forward passes only, "
+                    "less memory, a weaker start. gaussian and default: ordinary LoRA starts, to compare with.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=default.rank,
+                    min=1,
+                    max=128,
+                    tooltip="Mean rank, so the file's size. 4-8 for an object, 8-16 for a face or a style. Too high learns the "
+                    "background too; too low misses detail.",
+                ),
+                io.Combo.Input(
+                    "ranks",
+                    options=list(RANK_RULES),
+                    default=default.rank_rule,
+                    tooltip="data: layers that matter for this subject get more rank, others less, the file stays the same size. "
+                    "uniform: the same rank everywhere.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**32 - 1,
+                    control_after_generate=False,
+                    tooltip="Same seed, same pictures: the same LoRA.",
+                ),
+                host.advanced(io.Int)(
+                    "passes",
+                    default=default.passes,
+                    min=1,
+                    max=256,
+                    tooltip="Batches measured. 8 are nearly as good as 32; fewer are noisy.",
+                ),
+                host.advanced(io.Int)(
+                    "batch_size",
+                    default=default.batch_size,
+                    min=1,
+                    max=64,
+                    tooltip="Pictures per batch. Lower it when memory runs out.",
+                ),
+                host.advanced(io.Float)(
+                    "preservation",
+                    default=default.preservation,
+                    min=0.0,
+                    max=64.0,
+                    step=0.1,
+                    tooltip="Weight of the prior, when one is connected. Higher forgets less and fits a little less.",
+                ),
+                host.advanced(io.Boolean)(
+                    "gradient_checkpointing",
+                    default=False,
+                    tooltip="Less memory, about a third slower. For mode target.",
+                ),
+            ],
+            outputs=[
+                LoRAInit.Output(display_name="lora_init", tooltip="For Train LoRA."),
+                io.LoraModel.Output(
+                    display_name="lora", tooltip="The step-0 LoRA, for Save, Preview or Load LoRA Model."
+                ),
+                io.Image.Output(display_name="rank_map", tooltip="Rank and energy of every attention projection."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        sd_model,
+        subject,
+        mode,
+        rank,
+        ranks,
+        seed,
+        passes,
+        batch_size,
+        preservation,
+        gradient_checkpointing,
+        prior=None,
+    ) -> io.NodeOutput:
+        config = CalibrationConfig(
+            init=mode,
+            rank=rank,
+            rank_rule=ranks,
+            seed=seed,
+            passes=passes,
+            batch_size=batch_size,
+            preservation=preservation,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        with Reporter(node_id(cls), "CNTLoRACalibrate", "Calibrate LoRA") as report, host.working(sd_model):
+            encoded = subject.encode(sd_model, report)
+            start = calibrate(sd_model, encoded, config, prior=prior, observer=report)
+            report(start.report)
+            picture = rank_map(
+                start.report.ranks,
+                start.report.energy,
+                title="Rank and energy of each projection",
+                params=parameter_count(start.lora),
+            )
+        image = to_image([picture])
+        lora = lora_model(start.lora, sd_model, encoded, config)
+        return io.NodeOutput(Start(start, config), lora, image, ui=ui.PreviewImage(image, cls=cls))

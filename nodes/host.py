@@ -1,0 +1,162 @@
+"""The only file that knows ComfyUI: its schema, folders, devices, Cancel and messages to the page."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comfy
+import comfy.model_management as management
+import comfy.utils
+import folder_paths
+import torch
+from aiohttp import web
+from comfy_api.latest import ComfyExtension, io, ui
+from server import PromptServer
+
+from ..cntlora_core.checkpoint import MINI_SD, StableDiffusion
+from ..cntlora_core.devices import DTYPES
+from .paths import inside
+
+__all__ = ["ComfyExtension", "io", "ui"]
+
+EMBEDDED = f"{MINI_SD} (embedded)"
+PRECISIONS = ("auto", *DTYPES)
+
+
+def advanced(kind: Any) -> Callable[..., Any]:
+    """`kind.Input`, folded away under Advanced where the host can (0.15.0 and later; before, the argument is an error)."""
+    known = "advanced" in inspect.signature(kind.Input.__init__).parameters
+    return partial(kind.Input, advanced=True) if known else kind.Input
+
+
+# --- folders -----------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_names() -> list[str]:
+    files = folder_paths.get_filename_list("checkpoints")
+    return [name for name in files if name.endswith(".safetensors")] + [EMBEDDED]
+
+
+def checkpoint_path(name: str) -> str | None:
+    """The file of a name in ComfyUI's list, `mini-sd` for the embedded model, None when there is no such file."""
+    return MINI_SD if name == EMBEDDED else folder_paths.get_full_path("checkpoints", name)
+
+
+def tokenizer_folder() -> Path:
+    """CLIP's vocabulary as ComfyUI ships it."""
+    return Path(comfy.__path__[0], "sd1_tokenizer")
+
+
+def input_folder() -> Path:
+    return Path(folder_paths.get_input_directory())
+
+
+def input_subfolders() -> list[str]:
+    """Folders directly under ComfyUI's input folder."""
+    root = input_folder()
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else []
+
+
+def lora_path(name: str) -> Path:
+    """`<first loras folder>/<name>.safetensors`. Raises SettingError for a name that leads elsewhere."""
+    root = Path(folder_paths.get_folder_paths("loras")[0])
+    return inside(root, f"{name.removesuffix('.safetensors')}.safetensors")
+
+
+def lora_name(path: Path) -> str:
+    """The name under which Load LoRA lists the file."""
+    return path.relative_to(folder_paths.get_folder_paths("loras")[0]).as_posix()
+
+
+def run_folder(node: str) -> Path:
+    """Where a node's last run keeps its events and samples (the page sees the samples through /view, type temp)."""
+    path = _run_folder(node)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _run_folder(node: str) -> Path:
+    name = "".join(c if c.isalnum() else "_" for c in node)  # also keeps a request inside the folder
+    return Path(folder_paths.get_temp_directory(), "cntlora", name)
+
+
+# --- devices -----------------------------------------------------------------------------------------------------------
+
+
+def device() -> torch.device:
+    return management.get_torch_device()
+
+
+def dtype(precision: str) -> torch.dtype:
+    """fp32 on a CPU; on a GPU bf16 where it is native, else fp16."""
+    if precision != "auto":
+        return DTYPES[precision]
+    if management.is_device_cpu(device()):
+        return torch.float32
+    return torch.bfloat16 if management.should_use_bf16(device()) else torch.float16
+
+
+@contextmanager
+def gradients() -> Iterator[None]:
+    """Out of ComfyUI's inference mode: tensors made inside can be trained."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def working(model: StableDiffusion) -> Iterator[None]:
+    """The UNet on its device while the block runs, with ComfyUI's own models out of the way; on the host otherwise."""
+    management.unload_all_models()
+    try:
+        with gradients():
+            model.unet.to(model.device)
+            yield
+    finally:
+        model.unet.to("cpu")
+        management.soft_empty_cache()
+
+
+# --- Cancel, progress, messages ----------------------------------------------------------------------------------------
+
+
+def check_cancel() -> None:
+    """Raises ComfyUI's own exception when the user pressed Cancel."""
+    management.throw_exception_if_processing_interrupted()
+
+
+def progress_bar(node_id: str) -> Callable[[int, int, Any], None]:
+    """`(done, total, PIL picture or None)` shown on the node. Raises on Cancel."""
+    bar = comfy.utils.ProgressBar(1, node_id=node_id)
+
+    def show(done: int, total: int, picture: Any = None) -> None:
+        bar.update_absolute(done, total, ("JPEG", picture, 512) if picture is not None else None)
+
+    return show
+
+
+def send(message: dict[str, Any]) -> None:
+    """A message to every open page; nobody need listen."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.send_sync("cntlora.event", message)
+
+
+def add_routes() -> None:
+    """GET /cntlora/events?node=ID&class=NODE: every event of the node's last run, for a page that was opened later."""
+    server = getattr(PromptServer, "instance", None)
+    if server is None:
+        return
+
+    @server.routes.get("/cntlora/events")
+    async def events(request: web.Request) -> web.Response:
+        path = _run_folder(request.query.get("node", "")) / "events.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        found = [json.loads(line) for line in lines if line.endswith("}")]  # the last line may be half written
+        same = bool(found) and found[0].get("class") == request.query.get("class")
+        return web.json_response({"events": found if same else []})

@@ -1,0 +1,66 @@
+"""Load SD Checkpoint."""
+
+from __future__ import annotations
+
+import os
+
+from ..cntlora_core.checkpoint import load_checkpoint
+from . import host
+from .host import io
+from .types import SDModel
+
+
+class LoadCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CNTLoRALoadCheckpoint",
+            display_name="Load SD Checkpoint (CNTLoRA)",
+            category="training/CNTLoRA",
+            description="Loads a Stable Diffusion 1.x, 2.x or SDXL checkpoint for calibration and training.",
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=host.checkpoint_names(),
+                    default=host.EMBEDDED,
+                    tooltip="A .safetensors checkpoint from models/checkpoints. 'mini-sd (embedded)' is a tiny model that "
+                    "comes with CNTLoRA: it draws 64 px emoji and trains in seconds, to try the graph.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(host.PRECISIONS),
+                    default="auto",
+                    tooltip="How the frozen model computes; the LoRA itself is always trained in fp32. auto: fp32 on a CPU, "
+                    "bf16 or fp16 on a GPU. fp32 needs twice the memory; fp16 may overflow where bf16 does not.",
+                ),
+            ],
+            outputs=[SDModel.Output(display_name="sd_model", tooltip="The model, ready for CNTLoRA's other nodes.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str, precision: str) -> bool | str:
+        if precision not in host.PRECISIONS:
+            return f"precision is '{precision}': it must be one of {', '.join(host.PRECISIONS)}."
+        if checkpoint not in host.checkpoint_names():
+            return f"The checkpoint '{checkpoint}' is not in models/checkpoints. Put it there and refresh, or choose another."
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str, precision: str) -> str:
+        path = host.checkpoint_path(checkpoint)
+        stat = os.stat(path) if path and os.path.exists(path) else None
+        return f"{checkpoint}|{precision}|{stat and (stat.st_size, stat.st_mtime_ns)}"
+
+    @classmethod
+    def execute(cls, checkpoint: str, precision: str) -> io.NodeOutput:
+        path = host.checkpoint_path(checkpoint)
+        embedded = checkpoint == host.EMBEDDED
+        with host.gradients():
+            model = load_checkpoint(
+                path or checkpoint,
+                device=host.device(),
+                dtype=host.dtype(precision),
+                tokenizer=None if embedded else host.tokenizer_folder(),
+            )
+        model.unet.to("cpu")  # until a node works with it
+        return io.NodeOutput(model)

@@ -1,0 +1,62 @@
+"""Prior Images: what the model already knows of the class, for the calibration to preserve."""
+
+from __future__ import annotations
+
+from ..cntlora_core.runs import PRIOR_PICTURES, class_prior
+from ..cntlora_core.sampling import decode
+from . import host
+from .host import io
+from .reporter import Reporter
+from .types import Prior, SDModel, node_id, to_image
+
+
+class PriorImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CNTLoRAPriorImages",
+            display_name="Prior Images (CNTLoRA)",
+            category="training/CNTLoRA",
+            description="Lets the model draw its own idea of the class, so that calibration disturbs it as little as it can.",
+            inputs=[
+                SDModel.Input("sd_model", tooltip="The model that will be calibrated."),
+                io.String.Input(
+                    "class_prompt",
+                    default="a cat face emoji",
+                    tooltip="The class without the trigger, e.g. 'a dog'. It should match the class of the subject.",
+                ),
+                io.Int.Input(
+                    "count",
+                    default=PRIOR_PICTURES,
+                    min=1,
+                    max=64,
+                    tooltip="Pictures to draw. 8 are enough for most subjects; more cover the class better and take longer.",
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=64,
+                    tooltip="Side in px, 0 for the model's own. Use the subject's resolution.",
+                ),
+            ],
+            outputs=[
+                Prior.Output(display_name="prior", tooltip="For Calibrate LoRA."),
+                io.Image.Output(display_name="pictures", tooltip="What the model drew, quickly: rough, but its own."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, class_prompt: str | None = None) -> bool | str:
+        if class_prompt is not None and not class_prompt.strip():
+            return "class_prompt is empty: name the class without the trigger, e.g. 'a dog'."
+        return True
+
+    @classmethod
+    def execute(cls, sd_model, class_prompt: str, count: int, resolution: int) -> io.NodeOutput:
+        with Reporter(node_id(cls), "CNTLoRAPriorImages", "Prior Images") as report, host.working(sd_model):
+            prior = class_prior(sd_model, class_prompt, resolution or None, count=count, observer=report)
+            pictures = decode(sd_model, prior.latents)
+        return io.NodeOutput(prior, to_image(pictures))

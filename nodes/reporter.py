@@ -1,0 +1,82 @@
+"""What a run reports, on its way to the page: progress on the node, a message, and a line in the run's file."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..cntlora_core.events import Event, Progress, Step
+from . import host
+
+FREQUENT = ("step", "progress")
+SEND_EVERY = 0.25  # seconds between messages of the frequent kind: they go together, so that the page stays quick
+
+
+class Reporter:
+    """An observer for one node. Raises on Cancel, so a run stops within one step.
+
+    Every event becomes a line of `events.jsonl`, numbered, from which a page opened later rebuilds what it missed.
+    """
+
+    def __init__(self, node: str, kind: str, title: str, steps: int = 0) -> None:
+        self.node, self.kind, self.steps, self.sequence = node, kind, steps, 0
+        self.run = f"{time.time_ns():x}"
+        self.folder: Path = host.run_folder(node)
+        self.unsent: list[dict[str, Any]] = []
+        self.sent = 0.0
+        for old in self.folder.iterdir():
+            old.unlink()
+        self.show = host.progress_bar(node)
+        self.file = (self.folder / "events.jsonl").open("w", encoding="utf-8")
+        self._send({"type": "run", "class": self.kind, "title": title, "steps": steps, "started": time.time()})
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            cancelled = kind is not None and "Interrupt" in kind.__name__
+            text = "Done" if kind is None else "Cancelled; what was trained is kept" if cancelled else str(error)
+            self._send({"type": "end", "ok": kind is None, "text": text})
+        finally:
+            self.file.close()
+
+    def note(self, event: Event) -> None:
+        """Tell without looking for Cancel: for what must be said while a cancelled run ends."""
+        self._send(json.loads(event.to_json()))
+
+    def __call__(self, event: Event) -> None:
+        self.note(event)
+        if isinstance(event, Progress):
+            self.show(event.done, event.total, None)
+        elif isinstance(event, Step):
+            self.show(event.step, self.steps, None)
+        host.check_cancel()
+
+    def picture(self, step: int, pictures: list[Image.Image]) -> None:
+        """Samples after `step` steps, side by side."""
+        width = sum(p.width for p in pictures)
+        strip = Image.new("RGB", (width, max(p.height for p in pictures)))
+        left = 0
+        for p in pictures:
+            strip.paste(p, (left, 0))
+            left += p.width
+        name = f"{self.run}_{step:06d}.png"
+        strip.save(self.folder / name)
+        self._send({"type": "sample", "step": step, "file": name})
+        self.show(step, max(1, self.steps), strip)
+
+    def _send(self, content: dict[str, Any]) -> None:
+        self.sequence += 1
+        event = {"run": self.run, "seq": self.sequence, "time": time.time(), **content}
+        self.file.write(json.dumps(event, ensure_ascii=False) + "\n")
+        self.file.flush()
+        self.unsent.append(event)
+        if event["type"] in FREQUENT and time.monotonic() - self.sent < SEND_EVERY:
+            return
+        host.send({"v": 1, "node": self.node, "class": self.kind, "events": self.unsent})
+        self.unsent, self.sent = [], time.monotonic()

@@ -1,0 +1,57 @@
+"""Save LoRA, where ComfyUI's Load LoRA finds it."""
+
+from __future__ import annotations
+
+from ..cntlora_core.devices import DTYPES
+from ..cntlora_core.errors import CNTLoRAError, LoRAFileError
+from . import host
+from .host import io
+from .paths import free_name
+from .types import LoRAModel
+
+
+class SaveLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CNTLoRASaveLoRA",
+            display_name="Save LoRA (CNTLoRA)",
+            category="training/CNTLoRA",
+            description="Writes the LoRA with its metadata (trigger, base model, settings) into the first loras folder.",
+            inputs=[
+                io.LoraModel.Input("lora", tooltip="From Train LoRA, or from Calibrate LoRA for the step-0 LoRA."),
+                io.String.Input(
+                    "name",
+                    default="my_subject",
+                    tooltip="File name in models/loras, with a folder if you like: 'people/anna'. Nothing is overwritten: a "
+                    "taken name gets _2, _3, ...",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(DTYPES),
+                    default="fp16" if "fp16" in DTYPES else next(iter(DTYPES)),
+                    tooltip="fp16 is half the size of fp32 and looks the same; bf16 is coarser. fp32 to train on later.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="file_name", tooltip="The name in Load LoRA's list, after a refresh (R).")
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        if name is None:
+            return True
+        try:
+            host.lora_path(name)
+        except CNTLoRAError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, lora, name: str, precision: str) -> io.NodeOutput:
+        if not isinstance(lora, LoRAModel):
+            raise LoRAFileError("This LoRA does not come from CNTLoRA: save it with ComfyUI's Save LoRA Weights.")
+        saved = lora.write(free_name(host.lora_path(name)), DTYPES[precision])
+        return io.NodeOutput(host.lora_name(saved), ui={"text": (f"Saved as {host.lora_name(saved)}",)})

@@ -1,0 +1,153 @@
+"""Subject Images: a folder of pictures, or pictures from the graph, and what to call them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from torch import Tensor
+
+from ..cntlora_core.checkpoint import MINI_SD_FOLDER
+from ..cntlora_core.errors import CNTLoRAError, ImageError, SettingError
+from ..cntlora_core.report import contact_sheet
+from ..cntlora_core.subject import SUFFIXES, Picture, find_pictures
+from . import host
+from .host import io, ui
+from .paths import inside
+from .types import Pictures, SubjectPictures, from_image, to_image
+
+EXAMPLES = {
+    "example: cat faces (embedded)": MINI_SD_FOLDER / "subject",
+    "example: more cat faces, to validate (embedded)": MINI_SD_FOLDER / "heldout",
+}
+
+
+def picture_folder(name: str) -> Path:
+    """The folder of a name in the list. Raises SettingError or ImageError; reads nothing outside ComfyUI's input folder."""
+    if name in EXAMPLES:
+        return EXAMPLES[name]
+    root = host.input_folder()
+    folder = inside(root, name)
+    if not folder.is_dir():
+        raise ImageError(
+            f"The folder 'input/{name}' does not exist. Put 3-20 pictures of the subject there and refresh."
+        )
+    files = _files(folder)
+    for file in files:
+        if file.is_symlink() and not file.resolve().is_relative_to(root.resolve()):
+            raise SettingError(
+                f"'{file.name}' is a link to a place outside ComfyUI's input folder: copy the picture instead."
+            )
+    if not files:
+        raise ImageError(
+            f"No images in 'input/{name}': found 0 of {' '.join(SUFFIXES)}. Put 3-20 pictures of the subject there."
+        )
+    return folder
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+
+
+def fill_prompt(template: str, trigger: str, class_name: str) -> str:
+    """`{trigger}` and `{class}` filled in, spaces tidied."""
+    return " ".join(template.replace("{trigger}", trigger).replace("{class}", class_name).split())
+
+
+class SubjectImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CNTLoRASubjectImages",
+            display_name="Subject Images (CNTLoRA)",
+            category="training/CNTLoRA",
+            description="The pictures to learn from: a folder under ComfyUI's input folder, or an IMAGE batch.",
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=[*host.input_subfolders(), *EXAMPLES],
+                    default=next(iter(EXAMPLES)),
+                    tooltip="A folder in ComfyUI's input folder with 3-20 pictures (.png .jpg .jpeg .webp). Fewer teach only "
+                    "one view; many near-duplicates teach their background.",
+                ),
+                io.String.Input(
+                    "trigger",
+                    default="sks",
+                    tooltip="The word that will call the subject, e.g. 'sks'. A rare word learns faster; a common one brings "
+                    "its old meaning along.",
+                ),
+                io.String.Input(
+                    "class_name",
+                    default="cat face emoji",
+                    tooltip="What the subject is, in the model's own words, e.g. 'dog', 'woman', 'toy car'. Too vague, and the "
+                    "whole model drifts; too narrow, and less carries over.",
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=64,
+                    tooltip="Side of the training square in px; 0 takes the model's own (512, 768 or 1024). Larger shows more "
+                    "detail and costs memory and time; smaller is quick but soft.",
+                ),
+                host.advanced(io.String)(
+                    "caption",
+                    default="a {trigger} {class}",
+                    tooltip="The prompt of every picture; {trigger} and {class} are filled in.",
+                ),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="Pictures from the graph, used instead of the folder when connected.",
+                ),
+            ],
+            outputs=[
+                SubjectPictures.Output(display_name="subject", tooltip="For Calibrate LoRA and Train LoRA."),
+                io.Image.Output(display_name="contact_sheet", tooltip="What was found, with names, to check by eye."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, folder: str, trigger: str | None = None, class_name: str | None = None) -> bool | str:
+        if trigger is not None and class_name is not None and not f"{trigger}{class_name}".strip():
+            return "trigger and class_name are empty: say what the pictures show, e.g. 'sks' and 'dog'."
+        try:
+            picture_folder(folder)
+        except CNTLoRAError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, **others: object) -> str:
+        try:
+            seen = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _files(picture_folder(folder))]
+        except CNTLoRAError as error:
+            seen = [str(error)]
+        return hashlib.sha256(repr((folder, seen, sorted((k, str(v)) for k, v in others.items()))).encode()).hexdigest()
+
+    @classmethod
+    def execute(
+        cls,
+        folder: str,
+        trigger: str,
+        class_name: str,
+        resolution: int,
+        caption: str = "a {trigger} {class}",
+        images: Tensor | None = None,
+    ) -> io.NodeOutput:
+        notices: list[str] = []
+        if images is None:
+            pictures = find_pictures(picture_folder(folder), lambda event: notices.append(getattr(event, "text", "")))
+        else:
+            pictures = [
+                Picture(f"image {n}", image, hashlib.sha256(image.tobytes()).hexdigest())
+                for n, image in enumerate(from_image(images), 1)
+            ]
+        prompt = fill_prompt(caption, trigger, class_name)
+        sizes = sorted(min(p.image.size) for p in pictures)
+        text = f"{len(pictures)} pictures, shorter sides {sizes[0]}-{sizes[-1]} px. Prompt: '{prompt}'."
+        sheet = to_image([contact_sheet([p.image for p in pictures], [p.name for p in pictures])])
+        shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (" ".join([text, *notices]),)}
+        return io.NodeOutput(Pictures(tuple(pictures), prompt, resolution or None), sheet, ui=shown)

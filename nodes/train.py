@@ -1,0 +1,221 @@
+"""Train LoRA (DreamBooth)."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from PIL import Image
+
+from ..cntlora_core.calibration import calibrate
+from ..cntlora_core.config import CalibrationConfig, TrainConfig
+from ..cntlora_core.errors import CNTLoRAError
+from ..cntlora_core.events import Base, Event, Notice, Saved, Status, Step
+from ..cntlora_core.lora import LoRA, attached
+from ..cntlora_core.memory import checkpointed
+from ..cntlora_core.runs import validation_loss
+from ..cntlora_core.sampling import sample
+from ..cntlora_core.train import train
+from . import host
+from .host import io, ui
+from .paths import free_name
+from .reporter import Reporter
+from .types import LoRAInit, LoRAModel, SDModel, Start, SubjectPictures, lora_model, node_id, to_image
+
+SAMPLES = 4
+SAMPLE_SEED = 0
+ORDINARY = CalibrationConfig(init="gaussian")  # the start when none is connected
+
+
+class TrainLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        default = TrainConfig()
+        return io.Schema(
+            node_id="CNTLoRATrain",
+            display_name="Train LoRA (CNTLoRA)",
+            category="training/CNTLoRA",
+            description="Trains the LoRA on the pictures (DreamBooth). Cancel stops within one step and keeps the work.",
+            inputs=[
+                SDModel.Input("sd_model", tooltip="From Load SD Checkpoint."),
+                SubjectPictures.Input("subject", tooltip="From Subject Images."),
+                LoRAInit.Input(
+                    "lora_init",
+                    optional=True,
+                    tooltip="From Calibrate LoRA. Without it an ordinary LoRA of rank 4 is trained.",
+                ),
+                SubjectPictures.Input(
+                    "validation",
+                    optional=True,
+                    tooltip="Other pictures of the same subject, never trained on: their loss shows when training overfits. "
+                    "Without it the training pictures are used.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=default.steps,
+                    min=0,
+                    max=100_000,
+                    tooltip="Training steps. About 100 after a calibration on the small model; 200-1000 for real subjects. Too "
+                    "many, and pictures copy the training set; too few, and likeness is missing.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=default.lr,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-5,
+                    round=False,
+                    tooltip="AdamW's step. 0.003 was best after a calibration, 0.01 for an ordinary start, on the small model. "
+                    "Too high: loss jumps, pictures burn. Too low: nothing happens.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**32 - 1,
+                    control_after_generate=False,
+                    tooltip="Order of pictures, timesteps and noise.",
+                ),
+                io.Int.Input(
+                    "sample_every",
+                    default=50,
+                    min=0,
+                    max=100_000,
+                    tooltip="Draw samples at step 0 and after every so many steps; 0: none. Often is pretty but slows training.",
+                ),
+                host.advanced(io.Int)(
+                    "batch_size",
+                    default=default.batch_size,
+                    min=1,
+                    max=64,
+                    tooltip="Pictures per step. Lower it when memory runs out; higher is steadier and slower.",
+                ),
+                host.advanced(io.Int)(
+                    "validate_every",
+                    default=default.validate_every,
+                    min=0,
+                    max=100_000,
+                    tooltip="Steps between validations; 0: never.",
+                ),
+                host.advanced(io.Float)(
+                    "weight_decay",
+                    default=default.weight_decay,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Pulls the LoRA towards zero.",
+                ),
+                host.advanced(io.Boolean)(
+                    "gradient_checkpointing",
+                    default=False,
+                    tooltip="Less memory, about a third slower. For large models on small cards.",
+                ),
+                host.advanced(io.String)(
+                    "sample_prompt", default="", tooltip="What to draw; empty: the training prompt."
+                ),
+            ],
+            outputs=[
+                io.LoraModel.Output(
+                    display_name="lora", tooltip="For Save LoRA, Preview LoRA or ComfyUI's Load LoRA Model."
+                ),
+                io.LossMap.Output(display_name="loss", tooltip="For ComfyUI's Plot Loss Graph."),
+                io.Image.Output(display_name="samples", tooltip="The last samples drawn."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, sd_model, subject, steps, learning_rate, seed, sample_every, batch_size, validate_every, weight_decay,
+        gradient_checkpointing, sample_prompt, lora_init=None, validation=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        config = TrainConfig(
+            steps=steps,
+            lr=learning_rate,
+            batch_size=batch_size,
+            weight_decay=weight_decay,
+            validate_every=validate_every,
+            seed=seed,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        with Reporter(node_id(cls), "CNTLoRATrain", "Train LoRA", steps) as report, host.working(sd_model):
+            encoded = subject.encode(sd_model, report)
+            held_out = validation.encode(sd_model, report) if validation else encoded
+            validate = validation_loss(sd_model, held_out, batch_size) if validate_every else None
+            if validate:
+                report(Base(validate()))
+            start = lora_init or Start(calibrate(sd_model, encoded, ORDINARY), ORDINARY)
+            sampler = Sampler(sd_model, sample_prompt or encoded.prompt, sample_every, steps, report)
+            report(Status(f"Training {steps} steps"))
+
+            def finished(factors: LoRA, done: int) -> LoRAModel:
+                return lora_model(factors, sd_model, encoded, start.config, config, done)
+
+            with (
+                attached(sd_model.unet, start.calibration.lora, trainable=True) as adapters,
+                checkpointed(sd_model.unet, gradient_checkpointing),
+            ):
+                sampler.draw(0)
+                try:
+                    result = train(sd_model, encoded, adapters, config, validate=validate, observer=sampler)
+                except BaseException as error:
+                    kept = _keep(finished(adapters.factors(), sampler.step), sampler.step, report)
+                    raise _explained(error, kept) from error
+                lora = finished(adapters.factors(), steps)
+        images = to_image(sampler.pictures)
+        losses = {"loss": result.losses or [loss for _, loss in result.validations]}
+        return io.NodeOutput(lora, losses, images, ui=ui.PreviewImage(images, cls=cls))
+
+
+def _keep(lora: LoRAModel, step: int, report: Reporter) -> str | None:
+    """Save what an interrupted run has learnt. Its name, None when no step was finished."""
+    if step == 0:
+        return None
+    path = free_name(host.lora_path(f"cntlora-interrupted/{time.strftime('%Y-%m-%d_%H%M%S')}_step{step}"))
+    name = host.lora_name(lora.write(path))
+    report.note(Saved(name))
+    return name
+
+
+def _explained(error: BaseException, kept: str | None) -> BaseException:
+    """The same error for a Cancel; for what the user can mend, a sentence with the remedy and where the work is."""
+    where = f" What was trained is in loras/{kept}." if kept else ""
+    if isinstance(error, torch.OutOfMemoryError):
+        return CNTLoRAError(
+            "The GPU ran out of memory. Next to try: gradient_checkpointing on, batch_size 1, a lower resolution."
+            + where
+        )
+    if isinstance(error, CNTLoRAError):
+        return CNTLoRAError(f"{error}{where}")
+    return error
+
+
+class Sampler:
+    """An observer that draws samples between steps and passes every event on. A failed sample never stops training."""
+
+    def __init__(self, model, prompt: str, every: int, steps: int, report: Reporter) -> None:
+        self.model, self.prompt, self.every, self.steps, self.report = model, prompt, every, steps, report
+        self.pictures = [Image.new("RGB", (model.resolution, model.resolution), "white")]
+        self.step = 0
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Step):
+            self.step = event.step
+        self.report(event)
+        if isinstance(event, Step) and self.every and (event.step % self.every == 0 or event.step == self.steps):
+            self.draw(event.step)
+
+    def draw(self, step: int) -> None:
+        if not self.every:
+            return
+        seeds = range(SAMPLE_SEED, SAMPLE_SEED + SAMPLES)
+        try:
+            self.pictures = sample(self.model, [self.prompt] * SAMPLES, seeds, steps=20, observer=_cancel_only)
+            self.report.picture(step, self.pictures)
+        except (RuntimeError, OSError) as error:
+            self.report(Notice(f"The samples of step {step} could not be drawn ({error}); training goes on."))
+
+
+def _cancel_only(event: Event) -> None:
+    host.check_cancel()

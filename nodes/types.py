@@ -1,0 +1,88 @@
+"""What runs along the wires between CNTLoRA's nodes, and pictures in ComfyUI's form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..cntlora_core.calibration import Calibration
+from ..cntlora_core.checkpoint import StableDiffusion
+from ..cntlora_core.config import CalibrationConfig, TrainConfig
+from ..cntlora_core.events import Observer
+from ..cntlora_core.lora import LoRA
+from ..cntlora_core.lora_file import to_state_dict
+from ..cntlora_core.runs import write
+from ..cntlora_core.subject import Picture, Subject, encode_subject
+from .host import io
+
+SDModel = io.Custom("CNTLORA_SD_MODEL")
+SubjectPictures = io.Custom("CNTLORA_SUBJECT")
+Prior = io.Custom("CNTLORA_PRIOR")
+LoRAInit = io.Custom("CNTLORA_INIT")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of a subject and what to call it; no model has seen them yet."""
+
+    pictures: tuple[Picture, ...]
+    prompt: str
+    resolution: int | None
+
+    def encode(self, model: StableDiffusion, observer: Observer) -> Subject:
+        return encode_subject(model, self.pictures, self.prompt, resolution=self.resolution, observer=observer)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A LoRA to train from, and how it was made."""
+
+    calibration: Calibration
+    config: CalibrationConfig
+
+
+class LoRAModel(dict[str, Tensor]):
+    """ComfyUI's LORA_MODEL, a state dict in kohya's names, that can also write itself with its whole story."""
+
+    write: Callable[..., Path]
+
+
+def lora_model(
+    lora: LoRA,
+    model: StableDiffusion,
+    subject: Subject,
+    config: CalibrationConfig,
+    training: TrainConfig | None = None,
+    steps: int = 0,
+) -> LoRAModel:
+    state = LoRAModel(to_state_dict(lora, model.family))
+
+    def save(path: Path, dtype: torch.dtype = torch.float32) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return write(path, lora, model, subject, steps=steps, calibration=config, training=training, dtype=dtype)
+
+    state.write = save
+    return state
+
+
+def to_image(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size as ComfyUI's IMAGE: `[n, h, w, 3]` fp32, 0 to 1."""
+    return torch.from_numpy(np.stack([np.asarray(p.convert("RGB"), dtype=np.float32) / 255 for p in pictures]))
+
+
+def from_image(batch: Tensor) -> list[Image.Image]:
+    """The other way, alpha dropped."""
+    array = (batch[..., :3].detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy()
+    return [Image.fromarray(np.ascontiguousarray(a)) for a in array]
+
+
+def node_id(cls: Any) -> str:
+    """ComfyUI's id of the running node: a string such as "7", or "12:5" in a subgraph."""
+    return str(cls.hidden.unique_id)

@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean node-texts
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m cntlora_core demo --output demo-output
@@ -30,3 +30,7 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 
 clean:
 	rm -rf $(VENV) demo-output build dist *.egg-info
+
+# the tables of the help pages and locales/en, from the schema of the nodes
+node-texts: $(VENV)/.installed
+	UPDATE_NODE_TEXTS=1 $(BIN)/python -m pytest -q tests/nodes/test_schema.py

@@ -7,7 +7,7 @@ from ..cntlora_core.config import INITS, RANK_RULES, CalibrationConfig
 from ..cntlora_core.lora import parameter_count
 from ..cntlora_core.report import rank_map
 from . import host
-from .host import io, ui
+from .host import io
 from .reporter import Reporter
 from .types import LoRAInit, Prior, SDModel, Start, SubjectPictures, lora_model, node_id, to_image
 
@@ -131,6 +131,6 @@ class CalibrateLoRA(io.ComfyNode):
                 title="Rank and energy of each projection",
                 params=parameter_count(start.lora),
             )
-        image = to_image([picture])
+            report.picture(0, [picture])
         lora = lora_model(start.lora, sd_model, encoded, config)
-        return io.NodeOutput(Start(start, config), lora, image, ui=ui.PreviewImage(image, cls=cls))
+        return io.NodeOutput(Start(start, config), lora, to_image([picture]))

@@ -3,7 +3,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { Panel } from "./panel.js";
 
-const PANELS = { CNTLoRATrain: { chart: true, height: 280 }, CNTLoRACalibrate: { chart: false, height: 44, most: 44 } };
+const PANELS = { CNTLoRATrain: { chart: true, height: 280 }, CNTLoRACalibrate: { chart: false, height: 260 } };
 const panels = new WeakMap(); // node -> panel
 
 const root = () => app.rootGraph ?? app.graph;
@@ -41,13 +41,12 @@ function pictureAddress(node, file) {
   return api.apiURL(`/view?type=temp&subfolder=${encodeURIComponent(folder)}&filename=${encodeURIComponent(file)}`);
 }
 
-function addPanel(node, { chart, height, most }) {
+function addPanel(node, { chart, height }) {
   const panel = new Panel({ chart, read: () => readRun(node), picture: (file) => pictureAddress(node, file) });
   const widget = node.addDOMWidget("cntlora_panel", "cntlora", panel.root, {
     serialize: false,
     hideOnZoom: false,
     getMinHeight: () => height,
-    ...(most && { getMaxHeight: () => most }),
   });
   widget.serialize = false;
   panels.set(node, panel);

@@ -18,6 +18,10 @@ export class Panel {
     this.numbers = make("div", "cntlora-numbers");
     this.root.append(this.headline, this.numbers);
     if (chart) this.#withChart();
+    this.what = (step) => (chart ? `Samples at step ${step}` : "Rank map of the UNet");
+    this.strip = make("div", chart ? "cntlora-strip" : "cntlora-strip cntlora-map", { role: "group", "aria-label": chart ? "Samples while training" : "Rank map" });
+    this.strip.addEventListener("wheel", (e) => e.stopPropagation(), { signal: this.abort.signal });
+    this.root.append(this.strip);
     this.#show();
   }
 
@@ -29,9 +33,7 @@ export class Panel {
       this.legend.append(item);
     }
     this.plot = make("div", "cntlora-chart", { role: "img" });
-    this.strip = make("div", "cntlora-strip", { role: "list", "aria-label": "Samples while training" });
-    this.strip.addEventListener("wheel", (e) => e.stopPropagation(), { signal: this.abort.signal });
-    this.root.append(this.legend, this.plot, this.strip);
+    this.root.append(this.legend, this.plot);
     this.chart = new Chart(this.plot);
     this.resize = new ResizeObserver(() => this.chart.redraw());
     this.resize.observe(this.plot);
@@ -63,11 +65,11 @@ export class Panel {
     this.headline.classList.toggle("cntlora-failed", state.ended?.ok === false);
     const notes = state.notices.length ? ` · ${state.notices.at(-1)}` : "";
     this.numbers.textContent = numbers(state) + notes;
+    this.#showSamples();
     if (!this.chart) return;
     const best = state.best ? `, best ${state.best[1].toFixed(4)} at step ${state.best[0]}` : "";
     this.plot.setAttribute("aria-label", `Loss over ${state.step} steps${best}`);
     this.chart.draw(state);
-    this.#showSamples();
   }
 
   #showSamples() {
@@ -76,11 +78,11 @@ export class Panel {
     const shown = new Set([...this.strip.children].map((c) => c.dataset.file));
     for (const { step, file } of this.state.samples) {
       if (shown.has(file)) continue;
-      const button = make("button", "cntlora-sample", { type: "button", role: "listitem", "aria-label": `Samples at step ${step}, enlarge`, "data-file": file });
-      const image = make("img", "", { src: this.picture(file), alt: `Samples at step ${step}` });
+      const button = make("button", "cntlora-sample", { type: "button", "aria-label": `${this.what(step)}, enlarge`, "data-file": file });
+      const image = make("img", "", { src: this.picture(file), alt: this.what(step) });
       const label = make("span", "cntlora-step");
       label.textContent = `step ${step}`;
-      button.append(image, label);
+      button.append(image, ...(this.chart ? [label] : []));
       button.addEventListener("click", () => this.#enlarge(step, file), { signal: this.abort.signal });
       this.strip.append(button);
       this.strip.scrollLeft = this.strip.scrollWidth;
@@ -88,10 +90,10 @@ export class Panel {
   }
 
   #enlarge(step, file) {
-    const dialog = make("dialog", "cntlora-dialog", { "aria-label": `Samples at step ${step}` });
-    const image = make("img", "", { src: this.picture(file), alt: `Samples at step ${step}` });
+    const dialog = make("dialog", "cntlora-dialog", { "aria-label": this.what(step) });
+    const image = make("img", "", { src: this.picture(file), alt: this.what(step) });
     const close = make("button", "cntlora-close", { type: "button" });
-    close.textContent = `Step ${step} · close`;
+    close.textContent = "Close";
     dialog.append(image, close);
     close.addEventListener("click", () => dialog.close());
     image.addEventListener("click", () => dialog.close());

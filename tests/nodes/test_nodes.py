@@ -1,0 +1,146 @@
+"""The nodes themselves beside stand-ins: what is refused before a run, what makes them run again, and a whole short run."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+FOLDER = "example: cat faces (embedded)"
+SUBJECT = {"trigger": "sks", "class_name": "cat face emoji", "resolution": 0}
+TRAIN = {"learning_rate": 3e-3, "seed": 0, "batch_size": 2, "validate_every": 0, "weight_decay": 0.01,
+         "gradient_checkpointing": False, "sample_prompt": ""}  # fmt: skip
+
+
+@pytest.fixture
+def folder(pack, request):
+    path = pack.base / "input" / request.node.name.split("[")[0]
+    path.mkdir()
+    Image.new("RGB", (64, 64), "orange").save(path / "a.png")
+    return path
+
+
+def run(node, **inputs):
+    node.hidden = SimpleNamespace(unique_id="12:5")
+    with torch.inference_mode():  # as ComfyUI does
+        return node.execute(**inputs)
+
+
+@pytest.fixture(scope="module")
+def model(pack):
+    return run(pack.LoadCheckpoint, checkpoint="mini-sd (embedded)", precision="auto").values[0]
+
+
+@pytest.fixture(scope="module")
+def pictures(pack):
+    return run(pack.SubjectImages, folder=FOLDER, **SUBJECT).values[0]
+
+
+def test_only_safetensors_checkpoints_are_offered(pack):
+    assert pack.host.checkpoint_names() == ["sd15.safetensors", "mini-sd (embedded)"]
+
+
+@pytest.mark.parametrize("name", ["../up", "/etc", "nowhere", "C:\\x"])
+def test_a_wrong_folder_is_a_sentence(pack, name):
+    assert pack.SubjectImages.validate_inputs(name).endswith(".")
+
+
+def test_a_picture_that_links_outside_is_refused(pack, folder, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "secret.png")
+    (folder / "b.png").symlink_to(tmp_path / "secret.png")
+    assert "link to a place outside" in pack.SubjectImages.validate_inputs(folder.name)
+
+
+def test_changed_pictures_change_the_fingerprint_and_nothing_else_does(pack, folder):
+    first = pack.SubjectImages.fingerprint_inputs(folder.name, **SUBJECT)
+    (folder / "notes.txt").write_text("hello")
+    assert pack.SubjectImages.fingerprint_inputs(folder.name, **SUBJECT) == first
+    Image.new("RGB", (64, 64), "red").save(folder / "b.png")
+    assert pack.SubjectImages.fingerprint_inputs(folder.name, **SUBJECT) != first
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "says"),
+    [
+        ("SaveLoRA", {"name": "../x"}, "is not a name inside 'loras'"),
+        ("PriorImages", {"class_prompt": "  "}, "class_prompt is empty"),
+        ("LoadCheckpoint", {"checkpoint": "no.safetensors", "precision": "auto"}, "is not in models/checkpoints"),
+        ("LoadCheckpoint", {"checkpoint": "mini-sd (embedded)", "precision": "fp8"}, "must be one of"),
+        ("SubjectImages", {"folder": FOLDER, "trigger": "", "class_name": " "}, "say what the pictures show"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_run(pack, node, inputs, says):
+    assert says in getattr(pack, node).validate_inputs(**inputs)
+
+
+def test_pictures_from_the_graph_take_the_folders_place(pack):
+    batch = torch.rand(3, 64, 64, 3)
+    subject, sheet = run(pack.SubjectImages, folder=FOLDER, images=batch, **SUBJECT).values
+    assert len(subject.pictures) == 3
+    assert sheet.ndim == 4
+
+
+def test_a_run_tells_everything_in_order_and_leaves_the_model_as_it_was(pack, model, pictures):
+    before = {k: v.clone() for k, v in model.unet.state_dict().items()}
+    out = run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=3, sample_every=2, **TRAIN)
+    lora, losses, images = out.values
+    assert len(losses["loss"]) == 3
+    assert images.shape == (4, 64, 64, 3)
+    lines = (pack.base / "temp/cntlora/12_5/events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    assert [e["seq"] for e in events] == list(range(1, len(events) + 1))
+    assert [e["step"] for e in events if e["type"] == "sample"] == [0, 2, 3]
+    assert events[-1]["type"] == "end"
+    assert events[-1]["ok"]
+    after = model.unet.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    first, second = (run(pack.SaveLoRA, lora=lora, name="runs/a", precision="fp16").values[0] for _ in range(2))
+    assert (first, second) == ("runs/a.safetensors", "runs/a_2.safetensors")
+
+
+class InterruptProcessingException(Exception):
+    """ComfyUI's Cancel, by name."""
+
+
+def test_cancel_leaves_within_one_step_and_keeps_the_work(pack, model, pictures, monkeypatch):
+    calls = []
+
+    def check():
+        calls.append(1)
+        if len(calls) == 8:
+            raise InterruptProcessingException
+
+    monkeypatch.setattr(pack.host, "check_cancel", check)
+    with pytest.raises(InterruptProcessingException):
+        run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=1000, sample_every=0, **TRAIN)
+    assert len(calls) == 8
+    events = [json.loads(x) for x in (pack.base / "temp/cntlora/12_5/events.jsonl").read_text().splitlines()]
+    (saved,) = [e["path"] for e in events if e["type"] == "saved"]
+    assert (pack.base / "loras" / saved).is_file()
+    assert events[-1]["text"] == "Cancelled; what was trained is kept"
+
+
+def test_running_out_of_memory_says_what_to_try_and_where_the_work_is(pack, model, pictures, monkeypatch):
+    def fail(*args, observer, **options):
+        observer(pack.train.Step(1, 0.1, 1e-3))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(pack.train, "train", fail)
+    with pytest.raises(ValueError, match=r"gradient_checkpointing on, batch_size 1.*What was trained is in loras/"):
+        run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=5, sample_every=0, **TRAIN)
+
+
+def test_a_failed_sample_does_not_stop_training(pack, model, pictures, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(pack.train, "sample", fail)
+    out = run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=2, sample_every=1, **TRAIN)
+    assert len(out.values[1]["loss"]) == 2
+
+
+def test_a_foreign_lora_is_sent_to_comfyuis_own_node(pack):
+    with pytest.raises(ValueError, match="Save LoRA Weights"):
+        run(pack.SaveLoRA, lora={}, name="x", precision="fp16")

@@ -3,7 +3,7 @@
 WEB_DIRECTORY = "./web"
 
 
-async def comfy_entrypoint():
+async def comfy_entrypoint():  # type: ignore[no-untyped-def]  # the type is ComfyUI's
     """The extension with its nodes, for ComfyUI 0.3.64 and later."""
     try:
         from .nodes import CNTLoRAExtension

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from ..cntlora_core.calibration import calibrate
+from ..cntlora_core.checkpoint import StableDiffusion
 from ..cntlora_core.config import INITS, RANK_RULES, CalibrationConfig
 from ..cntlora_core.lora import parameter_count
 from ..cntlora_core.report import rank_map
+from ..cntlora_core.triples import Triples
 from . import host
 from .host import io
 from .reporter import Reporter
-from .types import LoRAInit, Prior, SDModel, Start, SubjectPictures, lora_model, node_id, to_image
+from .types import LoRAInit, Pictures, Prior, SDModel, Start, SubjectPictures, lora_model, node_id, to_image
 
 
 class CalibrateLoRA(io.ComfyNode):
@@ -99,17 +101,17 @@ class CalibrateLoRA(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        sd_model,
-        subject,
-        mode,
-        rank,
-        ranks,
-        seed,
-        passes,
-        batch_size,
-        preservation,
-        gradient_checkpointing,
-        prior=None,
+        sd_model: StableDiffusion,
+        subject: Pictures,
+        mode: str,
+        rank: int,
+        ranks: str,
+        seed: int,
+        passes: int,
+        batch_size: int,
+        preservation: float,
+        gradient_checkpointing: bool,
+        prior: Triples | None = None,
     ) -> io.NodeOutput:
         config = CalibrationConfig(
             init=mode,

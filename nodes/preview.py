@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ..cntlora_core.events import Progress
+from torch import Tensor
+
+from ..cntlora_core.checkpoint import StableDiffusion
+from ..cntlora_core.events import Event, Progress
 from ..cntlora_core.lora import attached
 from ..cntlora_core.lora_file import from_state_dict
 from ..cntlora_core.projections import find_projections
@@ -63,10 +66,20 @@ class PreviewLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, sd_model, lora, prompt, strength, count, seed, steps, guidance) -> io.NodeOutput:
+    def execute(
+        cls,
+        sd_model: StableDiffusion,
+        lora: dict[str, Tensor],
+        prompt: str,
+        strength: float,
+        count: int,
+        seed: int,
+        steps: int,
+        guidance: float,
+    ) -> io.NodeOutput:
         show = host.progress_bar(node_id(cls))
 
-        def observer(event) -> None:
+        def observer(event: Event) -> None:
             if isinstance(event, Progress):
                 show(event.done, event.total, None)
             host.check_cancel()

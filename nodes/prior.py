@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..cntlora_core.checkpoint import StableDiffusion
 from ..cntlora_core.runs import PRIOR_PICTURES, class_prior
 from ..cntlora_core.sampling import decode
 from . import host
@@ -55,7 +56,7 @@ class PriorImages(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, sd_model, class_prompt: str, count: int, resolution: int) -> io.NodeOutput:
+    def execute(cls, sd_model: StableDiffusion, class_prompt: str, count: int, resolution: int) -> io.NodeOutput:
         with Reporter(node_id(cls), "CNTLoRAPriorImages", "Prior Images") as report, host.working(sd_model):
             prior = class_prior(sd_model, class_prompt, resolution or None, count=count, observer=report)
             pictures = decode(sd_model, prior.latents)

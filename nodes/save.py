@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ..cntlora_core.devices import DTYPES
 from ..cntlora_core.errors import CNTLoRAError, LoRAFileError
 from . import host
@@ -50,7 +52,7 @@ class SaveLoRA(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, lora, name: str, precision: str) -> io.NodeOutput:
+    def execute(cls, lora: dict[str, Tensor], name: str, precision: str) -> io.NodeOutput:
         if not isinstance(lora, LoRAModel):
             raise LoRAFileError("This LoRA does not come from CNTLoRA: save it with ComfyUI's Save LoRA Weights.")
         saved = lora.write(free_name(host.lora_path(name)), DTYPES[precision])

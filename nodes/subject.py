@@ -122,7 +122,9 @@ class SubjectImages(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder: str, **others: object) -> str:
         try:
-            seen = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _files(picture_folder(folder))]
+            seen: list[object] = [
+                (p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _files(picture_folder(folder))
+            ]
         except CNTLoRAError as error:
             seen = [str(error)]
         return hashlib.sha256(repr((folder, seen, sorted((k, str(v)) for k, v in others.items()))).encode()).hexdigest()

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ..cntlora_core.calibration import calibrate
+from ..cntlora_core.checkpoint import StableDiffusion
 from ..cntlora_core.config import CalibrationConfig, TrainConfig
 from ..cntlora_core.errors import CNTLoRAError
 from ..cntlora_core.events import Base, Event, Notice, Saved, Status, Step
@@ -20,7 +21,7 @@ from . import host
 from .host import io, ui
 from .paths import free_name
 from .reporter import Reporter
-from .types import LoRAInit, LoRAModel, SDModel, Start, SubjectPictures, lora_model, node_id, to_image
+from .types import LoRAInit, LoRAModel, Pictures, SDModel, Start, SubjectPictures, lora_model, node_id, to_image
 
 SAMPLES = 4
 SAMPLE_SEED = 0
@@ -127,9 +128,21 @@ class TrainLoRA(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, sd_model, subject, steps, learning_rate, seed, sample_every, batch_size, validate_every, weight_decay,
-        gradient_checkpointing, sample_prompt, lora_init=None, validation=None,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        sd_model: StableDiffusion,
+        subject: Pictures,
+        steps: int,
+        learning_rate: float,
+        seed: int,
+        sample_every: int,
+        batch_size: int,
+        validate_every: int,
+        weight_decay: float,
+        gradient_checkpointing: bool,
+        sample_prompt: str,
+        lora_init: Start | None = None,
+        validation: Pictures | None = None,
+    ) -> io.NodeOutput:
         config = TrainConfig(
             steps=steps,
             lr=learning_rate,
@@ -194,7 +207,7 @@ def _explained(error: BaseException, kept: str | None) -> BaseException:
 class Sampler:
     """An observer that draws samples between steps and passes every event on. A failed sample never stops training."""
 
-    def __init__(self, model, prompt: str, every: int, steps: int, report: Reporter) -> None:
+    def __init__(self, model: StableDiffusion, prompt: str, every: int, steps: int, report: Reporter) -> None:
         self.model, self.prompt, self.every, self.steps, self.report = model, prompt, every, steps, report
         self.pictures = [Image.new("RGB", (model.resolution, model.resolution), "white")]
         self.step = 0

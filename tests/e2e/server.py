@@ -28,7 +28,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         command = [sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base)]
-        command += ["--disable-api-nodes"]
+        command += ["--disable-api-nodes", *os.environ.get("COMFYUI_ARGS", "").split()]
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)
         self.process = subprocess.Popen(

@@ -43,6 +43,7 @@ function pictureAddress(node, file) {
 
 function addPanel(node, { chart, height }) {
   const panel = new Panel({ chart, read: () => readRun(node), picture: (file) => pictureAddress(node, file) });
+  panel.root.style.minHeight = `${height}px`; // the Vue renderer asks the element, the canvas asks getMinHeight
   const widget = node.addDOMWidget("cntlora_panel", "cntlora", panel.root, {
     serialize: false,
     hideOnZoom: false,

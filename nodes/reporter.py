@@ -68,7 +68,8 @@ class Reporter:
         name = f"{self.run}_{step:06d}.png"
         strip.save(self.folder / name)
         self._send({"type": "sample", "step": step, "file": name})
-        self.show(step, max(1, self.steps), strip)
+        if self.steps:  # a preview on the node while it trains; the panel shows the rest
+            self.show(step, self.steps, strip)
 
     def _send(self, content: dict[str, Any]) -> None:
         self.sequence += 1

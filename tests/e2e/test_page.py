@@ -88,3 +88,18 @@ def test_the_panel_lives_and_survives_a_reload(page, comfyui):
     assert page.locator(".cntlora-sample").count() == 6  # the rank map, and steps 0 to 400
     shot(page, "after")
     assert not [error for error in page.errors if "cntlora" in error]
+
+
+def test_a_wrong_input_is_a_red_node_with_a_sentence(page):
+    open_example(page, "train_a_subject")
+    page.evaluate(
+        """() => {
+            const subject = window.app.graph.nodes.find((n) => n.comfyClass === 'CNTLoRASubjectImages');
+            subject.widgets.find((w) => w.name === 'folder').value = '../../etc';
+            window.app.queuePrompt(0);
+        }"""
+    )
+    page.wait_for_function("() => Object.keys(window.app.lastNodeErrors ?? {}).length > 0", timeout=20_000)
+    errors = page.evaluate("() => JSON.stringify(window.app.lastNodeErrors)")
+    assert "is not a name inside 'input'" in errors
+    shot(page, "red_node")

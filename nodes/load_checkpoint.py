@@ -38,9 +38,7 @@ class LoadCheckpoint(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str, precision: str) -> bool | str:
-        if precision not in host.PRECISIONS:
-            return f"precision is '{precision}': it must be one of {', '.join(host.PRECISIONS)}."
+    def validate_inputs(cls, checkpoint: str) -> bool | str:
         if checkpoint not in host.checkpoint_names():
             return f"The checkpoint '{checkpoint}' is not in models/checkpoints. Put it there and refresh, or choose another."
         return True

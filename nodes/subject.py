@@ -110,9 +110,7 @@ class SubjectImages(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder: str, trigger: str | None = None, class_name: str | None = None) -> bool | str:
-        if trigger is not None and class_name is not None and not f"{trigger}{class_name}".strip():
-            return "trigger and class_name are empty: say what the pictures show, e.g. 'sks' and 'dog'."
+    def validate_inputs(cls, folder: str) -> bool | str:  # only what it judges: the host repeats it for every argument
         try:
             picture_folder(folder)
         except CNTLoRAError as error:
@@ -147,6 +145,8 @@ class SubjectImages(io.ComfyNode):
                 Picture(f"image {n}", image, hashlib.sha256(image.tobytes()).hexdigest())
                 for n, image in enumerate(from_image(images), 1)
             ]
+        if not f"{trigger}{class_name}".strip():
+            raise SettingError("trigger and class_name are empty: say what the pictures show, e.g. 'sks' and 'dog'.")
         prompt = fill_prompt(caption, trigger, class_name)
         sizes = sorted(min(p.image.size) for p in pictures)
         text = f"{len(pictures)} pictures, shorter sides {sizes[0]}-{sizes[-1]} px. Prompt: '{prompt}'."

@@ -13,9 +13,13 @@ from typing import Any, ClassVar
 class Event:
     type: ClassVar[str] = "event"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, `type` first."""
+        return {"type": self.type, **asdict(self)}
+
     def to_json(self) -> str:
         """One line of JSON with `type` first."""
-        return json.dumps({"type": self.type, **asdict(self)}, ensure_ascii=False)
+        return json.dumps(self.to_dict(), ensure_ascii=False)
 
 
 @dataclass(frozen=True)

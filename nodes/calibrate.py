@@ -52,14 +52,7 @@ class CalibrateLoRA(io.ComfyNode):
                     tooltip="data: layers that matter for this subject get more rank, others less, the file stays the same size. "
                     "uniform: the same rank everywhere.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**32 - 1,
-                    control_after_generate=False,
-                    tooltip="Same seed, same pictures: the same LoRA.",
-                ),
+                host.seed("Same seed, same pictures: the same LoRA."),
                 host.advanced(io.Int)(
                     "passes",
                     default=default.passes,

@@ -27,12 +27,18 @@ __all__ = ["ComfyExtension", "io", "ui"]
 
 EMBEDDED = f"{MINI_SD} (embedded)"
 PRECISIONS = ("auto", *DTYPES)
+Cancelled = management.InterruptProcessingException
 
 
 def advanced(kind: Any) -> Callable[..., Any]:
     """`kind.Input`, folded away under Advanced where the host can (0.15.0 and later; before, the argument is an error)."""
     known = "advanced" in inspect.signature(kind.Input.__init__).parameters
     return partial(kind.Input, advanced=True) if known else kind.Input
+
+
+def seed(tooltip: str) -> Any:
+    """A seed that stays as it is: one that changes by itself after a run, as the page does it by default, trains all again."""
+    return io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False, tooltip=tooltip)
 
 
 # --- folders -----------------------------------------------------------------------------------------------------------
@@ -65,13 +71,16 @@ def input_subfolders() -> list[str]:
 
 def lora_path(name: str) -> Path:
     """`<first loras folder>/<name>.safetensors`. Raises SettingError for a name that leads elsewhere."""
-    root = Path(folder_paths.get_folder_paths("loras")[0])
-    return inside(root, f"{name.removesuffix('.safetensors')}.safetensors")
+    return inside(_loras_folder(), f"{name.removesuffix('.safetensors')}.safetensors")
 
 
 def lora_name(path: Path) -> str:
     """The name under which Load LoRA lists the file."""
-    return path.relative_to(folder_paths.get_folder_paths("loras")[0]).as_posix()
+    return path.relative_to(_loras_folder()).as_posix()
+
+
+def _loras_folder() -> Path:
+    return Path(folder_paths.get_folder_paths("loras")[0])
 
 
 def run_folder(node: str) -> Path:
@@ -126,7 +135,7 @@ def working(model: StableDiffusion) -> Iterator[None]:
 
 
 def check_cancel() -> None:
-    """Raises ComfyUI's own exception when the user pressed Cancel."""
+    """Raises Cancelled, ComfyUI's own exception, when the user pressed Cancel."""
     management.throw_exception_if_processing_interrupted()
 
 

@@ -40,14 +40,7 @@ class PreviewLoRA(io.ComfyNode):
                     tooltip="1 as trained, 0 not at all. Below 1 is softer and more flexible; above 1 soon burns.",
                 ),
                 io.Int.Input("count", default=4, min=1, max=16, tooltip="Number of pictures."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**32 - 1,
-                    control_after_generate=False,
-                    tooltip="Noise of the first picture; the others count up.",
-                ),
+                host.seed("Noise of the first picture; the others count up."),
                 host.advanced(io.Int)(
                     "steps", default=25, min=1, max=200, tooltip="DDIM steps; below 15 is rough, above 50 no better."
                 ),

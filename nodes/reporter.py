@@ -39,7 +39,7 @@ class Reporter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
-            cancelled = kind is not None and "Interrupt" in kind.__name__
+            cancelled = isinstance(error, host.Cancelled)
             text = "Done" if kind is None else "Cancelled; what was trained is kept" if cancelled else str(error)
             self._send({"type": "end", "ok": kind is None, "text": text})
         finally:
@@ -47,7 +47,7 @@ class Reporter:
 
     def note(self, event: Event) -> None:
         """Tell without looking for Cancel: for what must be said while a cancelled run ends."""
-        self._send(json.loads(event.to_json()))
+        self._send(event.to_dict())
 
     def __call__(self, event: Event) -> None:
         self.note(event)

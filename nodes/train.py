@@ -69,14 +69,7 @@ class TrainLoRA(io.ComfyNode):
                     tooltip="AdamW's step. 0.003 was best after a calibration, 0.01 for an ordinary start, on the small model. "
                     "Too high: loss jumps, pictures burn. Too low: nothing happens.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**32 - 1,
-                    control_after_generate=False,
-                    tooltip="Order of pictures, timesteps and noise.",
-                ),
+                host.seed("Order of pictures, timesteps and noise."),
                 io.Int.Input(
                     "sample_every",
                     default=50,
@@ -159,7 +152,7 @@ class TrainLoRA(io.ComfyNode):
             if validate:
                 report(Base(validate()))
             start = lora_init or Start(calibrate(sd_model, encoded, ORDINARY), ORDINARY)
-            sampler = Sampler(sd_model, sample_prompt or encoded.prompt, sample_every, steps, report)
+            sampler = Sampler(sd_model, sample_prompt or encoded.prompt, sample_every, report)
             report(Status(f"Training {steps} steps"))
 
             def finished(factors: LoRA, done: int) -> LoRAModel:
@@ -207,8 +200,8 @@ def _explained(error: BaseException, kept: str | None) -> BaseException:
 class Sampler:
     """An observer that draws samples between steps and passes every event on. A failed sample never stops training."""
 
-    def __init__(self, model: StableDiffusion, prompt: str, every: int, steps: int, report: Reporter) -> None:
-        self.model, self.prompt, self.every, self.steps, self.report = model, prompt, every, steps, report
+    def __init__(self, model: StableDiffusion, prompt: str, every: int, report: Reporter) -> None:
+        self.model, self.prompt, self.every, self.report = model, prompt, every, report
         self.pictures = [Image.new("RGB", (model.resolution, model.resolution), "white")]
         self.step = 0
 
@@ -216,7 +209,7 @@ class Sampler:
         if isinstance(event, Step):
             self.step = event.step
         self.report(event)
-        if isinstance(event, Step) and self.every and (event.step % self.every == 0 or event.step == self.steps):
+        if isinstance(event, Step) and self.every and (event.step % self.every == 0 or event.step == self.report.steps):
             self.draw(event.step)
 
     def draw(self, step: int) -> None:

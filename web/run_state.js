@@ -1,9 +1,10 @@
-// What a run has reported so far, as plain data. No DOM here: the tests run it under node.
+// What a run has reported so far, as plain data. No DOM here.
 
 export function emptyState() {
   return {
-    run: null, seq: 0, title: "", steps: 0, step: 0, status: "", phase: null, started: 0, ended: null,
-    base: null, losses: [], smooth: [], validations: [], best: null, samples: [], notices: [], saved: null, marks: [],
+    run: null, seq: 0, steps: 0, step: 0, status: "", phase: null, started: 0, ended: null,
+    base: null, losses: [], smooth: [], validations: [], best: null, samples: [], notices: [], saved: null,
+    marks: [], average: 0,
   };
 }
 
@@ -13,7 +14,7 @@ function addStep(state, event) {
   state.step = event.step;
   state.losses.push([event.step, event.loss]);
   const n = state.losses.length;
-  state.average = (state.average ?? 0) * SMOOTHING + event.loss * (1 - SMOOTHING);
+  state.average = state.average * SMOOTHING + event.loss * (1 - SMOOTHING);
   state.smooth.push([event.step, state.average / (1 - SMOOTHING ** n)]);
   state.marks.push([event.time, event.step]);
   if (state.marks.length > 30) state.marks.shift();
@@ -29,7 +30,7 @@ const HANDLERS = {
   warning: (s, e) => s.notices.push(e.text),
   progress: (s, e) => { s.phase = e; },
   base: (s, e) => { s.base = e.loss; },
-  calibrated: (s, e) => { s.calibrated = e; s.phase = null; },
+  calibrated: (s) => { s.phase = null; },
   step: addStep,
   validation: addValidation,
   sample: (s, e) => s.samples.push({ step: e.step, file: e.file }),
@@ -40,8 +41,7 @@ const HANDLERS = {
 // Take one event into `state`, or answer "gap" when earlier ones are missing: the caller then reads the whole file.
 export function accept(state, event) {
   if (event.type === "run") {
-    Object.assign(state, emptyState(), { average: 0, calibrated: null },
-      { run: event.run, seq: event.seq, title: event.title, steps: event.steps, started: event.started });
+    Object.assign(state, emptyState(), { run: event.run, seq: event.seq, steps: event.steps, started: event.started });
     return "ok";
   }
   if (event.run !== state.run || event.seq > state.seq + 1) return "gap";

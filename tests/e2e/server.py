@@ -92,7 +92,7 @@ class Server:
         raise TimeoutError(self.text()[-3000:])
 
     def events(self, node: str) -> list[dict]:
-        """What the node's last run reported, as the page reads it after a reload."""
+        """What the node's last run reported, from its file."""
         text = self.raw(f"/view?type=temp&subfolder=cntlora/{node}&filename=events.jsonl").decode()
         return [json.loads(line) for line in text.splitlines()]
 

@@ -49,6 +49,7 @@ def stand_ins(base):
             "should_use_bf16": lambda device: False,
             "unload_all_models": lambda: None,
             "soft_empty_cache": lambda: None,
+            "InterruptProcessingException": type("InterruptProcessingException", (Exception,), {}),
             "throw_exception_if_processing_interrupted": lambda: None,
         },
         "folder_paths": {

@@ -103,20 +103,16 @@ def test_a_run_tells_everything_in_order_and_leaves_the_model_as_it_was(pack, mo
     assert (first, second) == ("runs/a.safetensors", "runs/a_2.safetensors")
 
 
-class InterruptProcessingException(Exception):
-    """ComfyUI's Cancel, by name."""
-
-
 def test_cancel_leaves_within_one_step_and_keeps_the_work(pack, model, pictures, monkeypatch):
     calls = []
 
     def check():
         calls.append(1)
         if len(calls) == 8:
-            raise InterruptProcessingException
+            raise pack.host.Cancelled
 
     monkeypatch.setattr(pack.host, "check_cancel", check)
-    with pytest.raises(InterruptProcessingException):
+    with pytest.raises(pack.host.Cancelled):
         run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=1000, sample_every=0, **TRAIN)
     assert len(calls) == 8
     events = [json.loads(x) for x in (pack.base / "temp/cntlora/12_5/events.jsonl").read_text().splitlines()]

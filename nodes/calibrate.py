@@ -11,17 +11,18 @@ from ..cntlora_core.triples import Triples
 from . import host
 from .host import io
 from .reporter import Reporter
-from .types import LoRAInit, Pictures, Prior, SDModel, Start, SubjectPictures, lora_model, node_id, to_image
+from .types import LoRAInit, Pictures, Prior, SDModel, Start, SubjectPictures, lora_model, to_image
 
 
 class CalibrateLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = CalibrationConfig()
-        return io.Schema(
+        return host.schema(
             node_id="CNTLoRACalibrate",
             display_name="Calibrate LoRA (CNTLoRA)",
             category="training/CNTLoRA",
+            search_aliases=["initialise lora", "init lora", "consnotrainlora", "lora rank"],
             description="Runs the model over the pictures, reads the activations at the attention projections and computes a "
             "LoRA that already fits them, with a rank of its own for every layer. Nothing is trained.",
             inputs=[
@@ -88,7 +89,7 @@ class CalibrateLoRA(io.ComfyNode):
                 ),
                 io.Image.Output(display_name="rank_map", tooltip="Rank and energy of every attention projection."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=host.IDENTITY,
         )
 
     @classmethod
@@ -116,7 +117,7 @@ class CalibrateLoRA(io.ComfyNode):
             preservation=preservation,
             gradient_checkpointing=gradient_checkpointing,
         )
-        with Reporter(node_id(cls), "CNTLoRACalibrate", "Calibrate LoRA") as report, host.working(sd_model):
+        with Reporter(host.identity(cls), "CNTLoRACalibrate", "Calibrate LoRA") as report, host.working(sd_model):
             encoded = subject.encode(sd_model, report)
             start = calibrate(sd_model, encoded, config, prior=prior, observer=report)
             report(start.report)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,13 @@ def advanced(kind: Any) -> Callable[..., Any]:
     """`kind.Input`, folded away under Advanced where the host can (0.15.0 and later; before, the argument is an error)."""
     known = "advanced" in inspect.signature(kind.Input.__init__).parameters
     return partial(kind.Input, advanced=True) if known else kind.Input
+
+
+def schema(**values: Any) -> Any:
+    """`io.Schema`, without the search aliases where the host does not know them yet."""
+    if "search_aliases" not in inspect.signature(io.Schema).parameters:
+        values.pop("search_aliases", None)
+    return io.Schema(**values)
 
 
 def seed(tooltip: str) -> Any:
@@ -83,16 +92,34 @@ def _loras_folder() -> Path:
     return Path(folder_paths.get_folder_paths("loras")[0])
 
 
-def run_folder(node: str) -> Path:
-    """Where a node's last run keeps its events and samples (the page sees the samples through /view, type temp)."""
-    path = _run_folder(node)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+# --- which node this is --------------------------------------------------------------------------------------------------
+
+IDENTITY = [io.Hidden.unique_id, io.Hidden.extra_pnginfo]  # what `identity` reads
 
 
-def _run_folder(node: str) -> Path:
-    name = "".join(c if c.isalnum() else "_" for c in node)  # also keeps a request inside the folder
-    return Path(folder_paths.get_temp_directory(), "cntlora", name)
+@dataclass(frozen=True)
+class Identity:
+    """A node of a workflow. `node` is "7", or "12:5" in a subgraph; `workflow` is empty when no page sent the run."""
+
+    workflow: str
+    node: str
+
+    @property
+    def folder(self) -> str:
+        """Under ComfyUI's temp folder: the node's last run, its events and samples (the page reads them by /view)."""
+        name = f"{self.workflow}-{self.node}" if self.workflow else self.node
+        return "cntlora/" + re.sub(r"[^A-Za-z0-9-]", "_", name)[:100]  # both parts may be a stranger's
+
+    @property
+    def path(self) -> Path:
+        return Path(folder_paths.get_temp_directory(), self.folder)
+
+
+def identity(cls: Any) -> Identity:
+    """Of the running node."""
+    page = cls.hidden.extra_pnginfo
+    workflow = page.get("workflow") if isinstance(page, dict) else None
+    return Identity(str(workflow.get("id") or "") if isinstance(workflow, dict) else "", str(cls.hidden.unique_id))
 
 
 # --- devices -----------------------------------------------------------------------------------------------------------
@@ -157,15 +184,16 @@ def send(message: dict[str, Any]) -> None:
 
 
 def add_routes() -> None:
-    """GET /cntlora/events?node=ID&class=NODE: every event of the node's last run, for a page that was opened later."""
+    """GET /cntlora/events?workflow=ID&node=ID&class=NODE: every event of the node's last run, for a page opened later."""
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
 
     @server.routes.get("/cntlora/events")
     async def events(request: web.Request) -> web.Response:
-        path = _run_folder(request.query.get("node", "")) / "events.jsonl"
+        asked = request.query
+        path = Identity(asked.get("workflow", ""), asked.get("node", "")).path / "events.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         found = [json.loads(line) for line in lines if line.endswith("}")]  # the last line may be half written
-        same = bool(found) and found[0].get("class") == request.query.get("class")
+        same = bool(found) and found[0].get("class") == asked.get("class")
         return web.json_response({"events": found if same else []})

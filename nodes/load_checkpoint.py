@@ -13,10 +13,11 @@ from .types import SDModel
 class LoadCheckpoint(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return host.schema(
             node_id="CNTLoRALoadCheckpoint",
             display_name="Load SD Checkpoint (CNTLoRA)",
             category="training/CNTLoRA",
+            search_aliases=["load checkpoint", "stable diffusion", "mini sd"],
             description="Loads a Stable Diffusion 1.x, 2.x or SDXL checkpoint for calibration and training.",
             inputs=[
                 io.Combo.Input(

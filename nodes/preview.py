@@ -12,16 +12,17 @@ from ..cntlora_core.projections import find_projections
 from ..cntlora_core.sampling import sample
 from . import host
 from .host import io, ui
-from .types import SDModel, node_id, to_image
+from .types import SDModel, to_image
 
 
 class PreviewLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return host.schema(
             node_id="CNTLoRAPreviewLoRA",
             display_name="Preview LoRA (CNTLoRA)",
             category="training/CNTLoRA",
+            search_aliases=["test lora", "sample lora"],
             description="Draws with the LoRA; strength 0 draws with the model alone. Same seed, same noise: compare freely.",
             inputs=[
                 SDModel.Input("sd_model", tooltip="The model the LoRA was made for."),
@@ -54,7 +55,7 @@ class PreviewLoRA(io.ComfyNode):
                 ),
             ],
             outputs=[io.Image.Output(display_name="pictures", tooltip="The pictures.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=host.IDENTITY,
             is_output_node=True,
         )
 
@@ -70,7 +71,7 @@ class PreviewLoRA(io.ComfyNode):
         steps: int,
         guidance: float,
     ) -> io.NodeOutput:
-        show = host.progress_bar(node_id(cls))
+        show = host.progress_bar(host.identity(cls).node)
 
         def observer(event: Event) -> None:
             if isinstance(event, Progress):

@@ -8,16 +8,17 @@ from ..cntlora_core.sampling import decode
 from . import host
 from .host import io
 from .reporter import Reporter
-from .types import Prior, SDModel, node_id, to_image
+from .types import Prior, SDModel, to_image
 
 
 class PriorImages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return host.schema(
             node_id="CNTLoRAPriorImages",
             display_name="Prior Images (CNTLoRA)",
             category="training/CNTLoRA",
+            search_aliases=["class images", "regularization images", "prior preservation"],
             description="Lets the model draw its own idea of the class, so that calibration disturbs it as little as it can.",
             inputs=[
                 SDModel.Input("sd_model", tooltip="The model that will be calibrated."),
@@ -46,7 +47,7 @@ class PriorImages(io.ComfyNode):
                 Prior.Output(display_name="prior", tooltip="For Calibrate LoRA."),
                 io.Image.Output(display_name="pictures", tooltip="What the model drew, quickly: rough, but its own."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=host.IDENTITY,
         )
 
     @classmethod
@@ -57,7 +58,7 @@ class PriorImages(io.ComfyNode):
 
     @classmethod
     def execute(cls, sd_model: StableDiffusion, class_prompt: str, count: int, resolution: int) -> io.NodeOutput:
-        with Reporter(node_id(cls), "CNTLoRAPriorImages", "Prior Images") as report, host.working(sd_model):
+        with Reporter(host.identity(cls), "CNTLoRAPriorImages", "Prior Images") as report, host.working(sd_model):
             prior = class_prior(sd_model, class_prompt, resolution or None, count=count, observer=report)
             pictures = decode(sd_model, prior.latents)
         return io.NodeOutput(prior, to_image(pictures))

@@ -22,17 +22,19 @@ class Reporter:
     Every event becomes a line of `events.jsonl`, numbered, from which a page opened later rebuilds what it missed.
     """
 
-    def __init__(self, node: str, kind: str, title: str, steps: int = 0) -> None:
+    def __init__(self, node: host.Identity, kind: str, title: str, steps: int = 0) -> None:
         self.node, self.kind, self.steps, self.sequence = node, kind, steps, 0
         self.run = f"{time.time_ns():x}"
-        self.folder: Path = host.run_folder(node)
+        self.folder: Path = node.path
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.unsent: list[dict[str, Any]] = []
         self.sent = 0.0
         for old in self.folder.iterdir():
             old.unlink()
-        self.show = host.progress_bar(node)
+        self.show = host.progress_bar(node.node)
         self.file = (self.folder / "events.jsonl").open("w", encoding="utf-8")
-        self._send({"type": "run", "class": self.kind, "title": title, "steps": steps, "started": time.time()})
+        run = {"class": kind, "title": title, "steps": steps, "started": time.time(), "folder": node.folder}
+        self._send({"type": "run", **run})
 
     def __enter__(self) -> Reporter:
         return self
@@ -79,5 +81,6 @@ class Reporter:
         self.unsent.append(event)
         if event["type"] in FREQUENT and time.monotonic() - self.sent < SEND_EVERY:
             return
-        host.send({"v": 1, "node": self.node, "class": self.kind, "events": self.unsent})
+        source = {"workflow": self.node.workflow, "node": self.node.node, "class": self.kind}
+        host.send({"v": 1, **source, "events": self.unsent})
         self.unsent, self.sent = [], time.monotonic()

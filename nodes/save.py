@@ -15,10 +15,11 @@ from .types import LoRAModel
 class SaveLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return host.schema(
             node_id="CNTLoRASaveLoRA",
             display_name="Save LoRA (CNTLoRA)",
             category="training/CNTLoRA",
+            search_aliases=["export lora", "safetensors"],
             description="Writes the LoRA with its metadata (trigger, base model, settings) into the first loras folder.",
             inputs=[
                 io.LoraModel.Input("lora", tooltip="From Train LoRA, or from Calibrate LoRA for the step-0 LoRA."),

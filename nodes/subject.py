@@ -57,10 +57,11 @@ def fill_prompt(template: str, trigger: str, class_name: str) -> str:
 class SubjectImages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return host.schema(
             node_id="CNTLoRASubjectImages",
             display_name="Subject Images (CNTLoRA)",
             category="training/CNTLoRA",
+            search_aliases=["dataset", "training images", "dreambooth", "load image folder"],
             description="The pictures to learn from: a folder under ComfyUI's input folder, or an IMAGE batch.",
             inputs=[
                 io.Combo.Input(
@@ -106,7 +107,6 @@ class SubjectImages(io.ComfyNode):
                 SubjectPictures.Output(display_name="subject", tooltip="For Calibrate LoRA and Train LoRA."),
                 io.Image.Output(display_name="contact_sheet", tooltip="What was found, with names, to check by eye."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod

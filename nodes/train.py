@@ -21,7 +21,7 @@ from . import host
 from .host import io, ui
 from .paths import free_name
 from .reporter import Reporter
-from .types import LoRAInit, LoRAModel, Pictures, SDModel, Start, SubjectPictures, lora_model, node_id, to_image
+from .types import LoRAInit, LoRAModel, Pictures, SDModel, Start, SubjectPictures, lora_model, to_image
 
 SAMPLES = 4
 SAMPLE_SEED = 0
@@ -32,10 +32,11 @@ class TrainLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = TrainConfig()
-        return io.Schema(
+        return host.schema(
             node_id="CNTLoRATrain",
             display_name="Train LoRA (CNTLoRA)",
             category="training/CNTLoRA",
+            search_aliases=["dreambooth", "fine-tune", "finetune", "train lora", "personalise"],
             description="Trains the LoRA on the pictures (DreamBooth). Cancel stops within one step and keeps the work.",
             inputs=[
                 SDModel.Input("sd_model", tooltip="From Load SD Checkpoint."),
@@ -115,7 +116,7 @@ class TrainLoRA(io.ComfyNode):
                 io.LossMap.Output(display_name="loss", tooltip="For ComfyUI's Plot Loss Graph."),
                 io.Image.Output(display_name="samples", tooltip="The last samples drawn."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=host.IDENTITY,
             is_output_node=True,
         )
 
@@ -145,7 +146,7 @@ class TrainLoRA(io.ComfyNode):
             seed=seed,
             gradient_checkpointing=gradient_checkpointing,
         )
-        with Reporter(node_id(cls), "CNTLoRATrain", "Train LoRA", steps) as report, host.working(sd_model):
+        with Reporter(host.identity(cls), "CNTLoRATrain", "Train LoRA", steps) as report, host.working(sd_model):
             encoded = subject.encode(sd_model, report)
             held_out = validation.encode(sd_model, report) if validation else encoded
             validate = validation_loss(sd_model, held_out, batch_size) if validate_every else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -81,8 +80,3 @@ def from_image(batch: Tensor) -> list[Image.Image]:
     """The other way, alpha dropped."""
     array = (batch[..., :3].detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy()
     return [Image.fromarray(np.ascontiguousarray(a)) for a in array]
-
-
-def node_id(cls: Any) -> str:
-    """ComfyUI's id of the running node: a string such as "7", or "12:5" in a subgraph."""
-    return str(cls.hidden.unique_id)

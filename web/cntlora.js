@@ -7,6 +7,7 @@ const PANELS = { CNTLoRATrain: { chart: true, height: 280 }, CNTLoRACalibrate: {
 const panels = new WeakMap(); // node -> panel
 
 const root = () => app.rootGraph ?? app.graph;
+const workflowId = () => root()?.id ?? ""; // tells two open tabs apart whose nodes have the same ids
 
 // The node of an execution id: "7", or "12:5" for node 5 inside subgraph node 12. Ids stay strings.
 function nodeOf(executionId) {
@@ -32,17 +33,16 @@ function executionIdOf(wanted, graph = root(), prefix = "") {
 async function readRun(node) {
   const id = executionIdOf(node);
   if (id === null) return [];
-  const answer = await api.fetchApi(`/cntlora/events?node=${encodeURIComponent(id)}&class=${node.comfyClass}`);
+  const answer = await api.fetchApi(`/cntlora/events?${new URLSearchParams({ workflow: workflowId(), node: id, class: node.comfyClass })}`);
   return answer.ok ? (await answer.json()).events : [];
 }
 
-function pictureAddress(node, file) {
-  const folder = `cntlora/${(executionIdOf(node) ?? "").replace(/[^\p{L}\p{N}]/gu, "_")}`;
+function pictureAddress(folder, file) {
   return api.apiURL(`/view?type=temp&subfolder=${encodeURIComponent(folder)}&filename=${encodeURIComponent(file)}`);
 }
 
 function addPanel(node, { chart, height }) {
-  const panel = new Panel({ chart, read: () => readRun(node), picture: (file) => pictureAddress(node, file) });
+  const panel = new Panel({ chart, read: () => readRun(node), picture: pictureAddress });
   panel.root.style.minHeight = `${height}px`; // the Vue renderer asks the element, the canvas asks getMinHeight
   const widget = node.addDOMWidget("cntlora_panel", "cntlora", panel.root, {
     serialize: false,
@@ -73,6 +73,7 @@ app.registerExtension({
   setup() {
     styles();
     api.addEventListener("cntlora.event", ({ detail }) => {
+      if (detail.workflow !== workflowId()) return;
       const node = nodeOf(detail.node);
       if (node?.comfyClass === detail.class) panels.get(node)?.take(detail.events);
     });

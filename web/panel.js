@@ -10,7 +10,7 @@ function make(tag, className, attributes = {}) {
 }
 
 export class Panel {
-  // `read`: () => promise of all events of the node's last run; `picture`: (file) => address.
+  // `read`: () => promise of all events of the node's last run; `picture`: (folder, file) => address.
   constructor({ read, picture, chart = true }) {
     Object.assign(this, { read, picture, state: emptyState(), abort: new AbortController() });
     this.root = make("div", "cntlora-panel");
@@ -79,7 +79,7 @@ export class Panel {
     for (const { step, file } of this.state.samples) {
       if (shown.has(file)) continue;
       const button = make("button", "cntlora-sample", { type: "button", "aria-label": `${this.what(step)}, enlarge`, "data-file": file });
-      const image = make("img", "", { src: this.picture(file), alt: this.what(step) });
+      const image = make("img", "", { src: this.picture(this.state.folder, file), alt: this.what(step) });
       const label = make("span", "cntlora-step");
       label.textContent = `step ${step}`;
       button.append(image, ...(this.chart ? [label] : []));
@@ -91,15 +91,20 @@ export class Panel {
 
   #enlarge(step, file) {
     const dialog = make("dialog", "cntlora-dialog", { "aria-label": this.what(step) });
-    const image = make("img", "", { src: this.picture(file), alt: this.what(step) });
+    const image = make("img", "", { src: this.picture(this.state.folder, file), alt: this.what(step) });
     const close = make("button", "cntlora-close", { type: "button" });
     close.textContent = "Close";
     dialog.append(image, close);
     close.addEventListener("click", () => dialog.close());
     image.addEventListener("click", () => dialog.close());
     dialog.addEventListener("close", () => dialog.remove());
+    dialog.addEventListener("keydown", (e) => { // ComfyUI's shortcuts are for the graph behind
+      e.stopPropagation();
+      if (e.key === "Escape") dialog.close();
+    });
     document.body.append(dialog);
     dialog.showModal();
+    close.focus();
   }
 
   destroy() {

@@ -2,7 +2,7 @@
 
 export function emptyState() {
   return {
-    run: null, seq: 0, steps: 0, step: 0, status: "", phase: null, started: 0, ended: null,
+    run: null, folder: "", seq: 0, steps: 0, step: 0, status: "", phase: null, started: 0, ended: null,
     base: null, losses: [], smooth: [], validations: [], best: null, samples: [], notices: [], saved: null,
     marks: [], average: 0,
   };
@@ -41,7 +41,7 @@ const HANDLERS = {
 // Take one event into `state`, or answer "gap" when earlier ones are missing: the caller then reads the whole file.
 export function accept(state, event) {
   if (event.type === "run") {
-    Object.assign(state, emptyState(), { run: event.run, seq: event.seq, steps: event.steps, started: event.started });
+    Object.assign(state, emptyState(), { run: event.run, folder: event.folder, seq: event.seq, steps: event.steps, started: event.started });
     return "ok";
   }
   if (event.run !== state.run || event.seq > state.seq + 1) return "gap";
@@ -64,7 +64,7 @@ function clock(seconds) {
 
 // The state in words: what it is doing, and its numbers.
 export function headline(state) {
-  if (!state.run) return "Not run yet";
+  if (!state.run) return "Not run in this workflow yet";
   if (state.ended) return state.ended.text + (state.saved ? ` in loras/${state.saved}` : "");
   if (state.phase) return `${state.phase.phase[0].toUpperCase()}${state.phase.phase.slice(1)}: ${state.phase.done} of ${state.phase.total}`;
   return state.status || "Starting";

@@ -1,6 +1,7 @@
 """The page itself, in a real browser: the template opens, the panel shows the run live, and again after a reload.
 
 Needs playwright and a Chromium (CHROMIUM_PATH, or Debian's). Screenshots land in E2E_OUTPUT, when it is set.
+E2E_RENDERER=vue runs everything in the Vue renderer (frontend 1.35 or later), otherwise it is the canvas.
 """
 
 import json
@@ -26,6 +27,8 @@ def page(comfyui):
         page = browser.new_page(viewport={"width": 1440, "height": 900}, locale="en-US")
         page.errors = []
         page.on("console", lambda m: page.errors.append(f"{m.text} {m.location}") if m.type == "error" else None)
+        comfyui.post("/settings/Comfy.TutorialCompleted", True)  # else the template browser lies over the graph
+        comfyui.post("/settings/Comfy.VueNodes.Enabled", os.environ.get("E2E_RENDERER") == "vue")
         page.goto(comfyui.url)
         page.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=90_000)
         page.wait_for_timeout(3000)
@@ -58,17 +61,40 @@ def text(page, part):
     )
 
 
-def test_the_panel_lives_and_survives_a_reload(page, comfyui):
-    open_example(page, "train_a_subject")
+def queue(page, **values):
+    """Press Run, every train node set to `values`, and all with seeds of their own, so that no cache answers."""
     page.evaluate(
-        """(seed) => {
-            const train = window.app.graph.nodes.find((n) => n.comfyClass === 'CNTLoRATrain');
-            const set = (name, value) => { train.widgets.find((w) => w.name === name).value = value; };
-            set('steps', 400); set('seed', seed); set('sample_every', 100);
+        """([values, seed]) => {
+            const all = [window.app.graph, ...(window.app.graph.subgraphs?.values() ?? [])].flatMap((g) => g.nodes);
+            for (const node of all.filter((n) => ['CNTLoRATrain', 'CNTLoRACalibrate'].includes(n.comfyClass))) {
+                const settings = { seed: seed++, ...(node.comfyClass === 'CNTLoRATrain' ? values : {}) };
+                for (const w of node.widgets) if (w.name in settings) w.value = settings[w.name];
+            }
             window.app.queuePrompt(0);
         }""",
-        time.time_ns() % 2**31,
+        [values, time.time_ns() % 2**31],
     )
+
+
+def wait_for(page, part, pattern, seconds=60):
+    """Until every such text of the panels fits."""
+    page.wait_for_function(
+        """([part, pattern]) => {
+            const found = [...document.querySelectorAll(`.cntlora-${part}`)].map((e) => e.textContent);
+            return found.length > 0 && found.every((text) => new RegExp(pattern).test(text));
+        }""",
+        arg=[part, pattern],
+        timeout=seconds * 1000,
+    )
+
+
+SHORT = {"steps": 8, "sample_every": 4, "validate_every": 4}
+
+
+def test_the_panel_lives_and_survives_a_reload(page):
+    open_example(page, "train_a_subject")
+    shot(page, "before")
+    queue(page, steps=400, sample_every=100)
     page.wait_for_function("() => document.querySelector('.cntlora-chart canvas')", timeout=60_000)
     page.wait_for_function(
         "() => /step [1-9]\\d\\d?\\/400/.test([...document.querySelectorAll('.cntlora-numbers')].map((e) => e.textContent).join())",
@@ -81,13 +107,86 @@ def test_the_panel_lives_and_survives_a_reload(page, comfyui):
     page.wait_for_timeout(1000)
     assert "/400" in text(page, "numbers")
     shot(page, "reloaded")
-    page.wait_for_function(
-        "() => [...document.querySelectorAll('.cntlora-headline')].every((e) => e.textContent === 'Done')",
-        timeout=180_000,
-    )
+    wait_for(page, "headline", "^Done$", 180)
     assert page.locator(".cntlora-sample").count() == 6  # the rank map, and steps 0 to 400
+    page.wait_for_timeout(500)
     shot(page, "after")
+    page.locator(".cntlora-map .cntlora-sample").first.evaluate("(button) => button.click()")
+    shot(page, "rank_map")
+    assert page.locator("dialog.cntlora-dialog img").get_attribute("alt") == "Rank map of the UNet"
+    page.keyboard.press("Escape")
+    page.wait_for_function("() => !document.querySelector('dialog.cntlora-dialog')", timeout=5000)
     assert not [error for error in page.errors if "cntlora" in error]
+
+
+def test_two_train_nodes_each_show_their_own_run(page):
+    open_example(page, "compare_starts")
+    queue(page, **SHORT)
+    wait_for(page, "headline", "^Done$")
+    trained = page.evaluate(
+        """() => [...document.querySelectorAll('.cntlora-panel')].filter((p) => p.querySelector('.cntlora-chart'))
+                 .map((p) => p.querySelector('.cntlora-numbers').textContent)"""
+    )
+    assert len(trained) == 2
+    assert all("step 8/8" in numbers for numbers in trained)
+    assert trained[0] != trained[1]  # the ordinary start's losses are others than the calibrated start's
+    shot(page, "two_runs")
+
+
+def test_another_tab_with_the_same_node_ids_does_not_show_this_run(page):
+    open_example(page, "train_a_subject")
+    queue(page, **SHORT)
+    wait_for(page, "headline", "^Done$")
+    first = page.evaluate("() => window.app.graph.serialize()")
+    open_example(page, "train_a_subject")
+    wait_for(page, "headline", "^Not run in this workflow yet$", 10)
+    page.evaluate("async (graph) => { await window.app.loadGraphData(graph) }", first)
+    wait_for(page, "headline", "^Done$", 10)
+
+
+def test_the_panel_in_a_subgraph(page):
+    open_example(page, "train_a_subject")
+    page.evaluate(
+        """() => {
+            const chosen = window.app.graph.nodes.filter((n) => ['CNTLoRATrain', 'CNTLoRACalibrate'].includes(n.comfyClass));
+            const { node } = window.app.graph.convertToSubgraph(new Set(chosen));
+            window.app.canvas.openSubgraph(node.subgraph, node);
+        }"""
+    )
+    queue(page, **SHORT)
+    wait_for(page, "headline", "^Done$")
+    assert "step 8/8" in text(page, "numbers")
+    page.wait_for_timeout(500)
+    shot(page, "subgraph")
+
+
+def test_the_panel_can_be_read_in_the_light_theme(page):
+    page.evaluate("async () => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
+    try:
+        open_example(page, "train_a_subject")
+        queue(page, **SHORT)
+        wait_for(page, "headline", "^Done$")
+        page.wait_for_timeout(500)
+        shot(page, "light")
+        ratio = page.evaluate(
+            """() => {
+                const light = (color) => {
+                    const parts = color.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255);
+                    return 0.05 + parts.map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+                        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+                };
+                const behind = (e) => {
+                    const color = getComputedStyle(e).backgroundColor;
+                    return /, 0\\)$/.test(color) && e.parentElement ? behind(e.parentElement) : color;
+                };
+                const text = document.querySelector('.cntlora-headline');
+                const [a, b] = [light(getComputedStyle(text).color), light(behind(text))];
+                return Math.max(a, b) / Math.min(a, b);
+            }"""
+        )
+        assert ratio >= 4.5  # WCAG AA
+    finally:
+        page.evaluate("async () => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
 
 
 def test_a_wrong_input_is_a_red_node_with_a_sentence(page):

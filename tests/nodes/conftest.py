@@ -36,7 +36,7 @@ def stand_ins(base):
         Schema=lambda **values: SimpleNamespace(**({"is_output_node": False, "hidden": []} | values)),
         ComfyNode=object,
         NodeOutput=NodeOutput,
-        Hidden=SimpleNamespace(unique_id="UNIQUE_ID"),
+        Hidden=SimpleNamespace(unique_id="UNIQUE_ID", extra_pnginfo="EXTRA_PNGINFO"),
     )
     preview = SimpleNamespace(as_dict=lambda: {"images": []})
     ui = SimpleNamespace(PreviewImage=lambda *a, **k: preview)

@@ -22,7 +22,7 @@ def folder(pack, request):
 
 
 def run(node, **inputs):
-    node.hidden = SimpleNamespace(unique_id="12:5")
+    node.hidden = SimpleNamespace(unique_id="12:5", extra_pnginfo=None)
     with torch.inference_mode():  # as ComfyUI does
         return node.execute(**inputs)
 
@@ -143,3 +143,19 @@ def test_a_failed_sample_does_not_stop_training(pack, model, pictures, monkeypat
 def test_a_foreign_lora_is_sent_to_comfyuis_own_node(pack):
     with pytest.raises(ValueError, match="Save LoRA Weights"):
         run(pack.SaveLoRA, lora={}, name="x", precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("page", "folder"),
+    [
+        (None, "12_5"),
+        ({"workflow": {"id": "1a-2b"}}, "1a-2b-12_5"),
+        ({"workflow": {"id": "../../etc"}}, "______etc-12_5"),
+        ({"workflow": {}}, "12_5"),
+        ({"workflow": ["strange"]}, "12_5"),
+        ("strange", "12_5"),
+    ],
+)
+def test_each_workflow_has_its_own_runs_under_temp(pack, page, folder):
+    node = SimpleNamespace(hidden=SimpleNamespace(unique_id="12:5", extra_pnginfo=page))
+    assert pack.host.identity(node).folder == f"cntlora/{folder}"

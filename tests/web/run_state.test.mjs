@@ -1,0 +1,57 @@
+// The panel's state without a page: `node --test tests/web`.
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { test } from "node:test";
+
+const source = readFileSync(new URL("../../web/run_state.js", import.meta.url), "utf8");
+const { accept, columns, emptyState, headline, numbers, speed } = await import(`data:text/javascript,${encodeURIComponent(source)}`);
+
+const start = { type: "run", run: "a", seq: 1, time: 100, steps: 10, started: 100, folder: "cntlora/7" };
+const step = (n, loss, time = 100 + n) => ({ type: "step", run: "a", seq: n + 1, time, step: n, loss });
+
+function stateAfter(...events) {
+  const state = emptyState();
+  for (const event of events) accept(state, event);
+  return state;
+}
+
+test("events count once, in order", () => {
+  const state = stateAfter(start, step(1, 0.5));
+  assert.equal(accept(state, step(1, 0.5)), "old");
+  assert.equal(accept(state, step(3, 0.3)), "gap");
+  assert.equal(accept(state, step(2, 0.4)), "ok");
+  assert.deepEqual(state.losses, [[1, 0.5], [2, 0.4]]);
+});
+
+test("a page that came late sees a gap, not a wrong chart", () => {
+  assert.equal(accept(emptyState(), step(5, 0.1)), "gap");
+});
+
+test("a new run forgets the old one", () => {
+  const state = stateAfter(start, step(1, 0.5), { ...start, run: "b" });
+  assert.deepEqual([state.run, state.losses, state.step], ["b", [], 0]);
+});
+
+test("the moving average starts at the first loss and follows a level", () => {
+  const state = stateAfter(start, ...Array.from({ length: 50 }, (_, i) => step(i + 1, 0.25)));
+  for (const [, loss] of state.smooth) assert.ok(Math.abs(loss - 0.25) < 1e-12);
+});
+
+test("the lowest validation is the best, and has its point in the chart", () => {
+  const validation = (seq, at, loss) => ({ type: "validation", run: "a", seq, time: 0, step: at, loss });
+  const state = stateAfter(start, validation(2, 0, 0.3), validation(3, 5, 0.1), validation(4, 10, 0.2));
+  assert.deepEqual(state.best, [5, 0.1]);
+  const [steps, , , validations, best] = columns(state);
+  assert.deepEqual([steps, validations, best], [[0, 5, 10], [0.3, 0.1, 0.2], [null, 0.1, null]]);
+});
+
+test("words and numbers", () => {
+  assert.equal(headline(emptyState()), "Not run in this workflow yet");
+  const state = stateAfter(start, step(1, 0.5), step(2, 0.5), step(3, 0.5), step(4, 0.5));
+  assert.equal(speed(state), 1);
+  assert.match(numbers(state), /^step 4\/10 · 1\.0 steps\/s · 0:06 left/);
+  accept(state, { type: "saved", run: "a", seq: 6, time: 105, path: "cat.safetensors" });
+  accept(state, { type: "end", run: "a", seq: 7, time: 3761, ok: false, text: "Cancelled; what was trained is kept" });
+  assert.equal(headline(state), "Cancelled; what was trained is kept in loras/cat.safetensors");
+  assert.match(numbers(state), /1:01:01 in all/);
+});

@@ -85,7 +85,7 @@ export class Panel {
       button.append(image, ...(this.chart ? [label] : []));
       button.addEventListener("click", () => this.#enlarge(step, file), { signal: this.abort.signal });
       this.strip.append(button);
-      this.strip.scrollLeft = this.strip.scrollWidth;
+      image.addEventListener("load", () => { this.strip.scrollLeft = this.strip.scrollWidth; }, { signal: this.abort.signal });
     }
   }
 

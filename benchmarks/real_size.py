@@ -22,13 +22,14 @@ import torch
 
 from cntlora_core.calibration import calibrate
 from cntlora_core.checkpoint import MINI_SD_FOLDER, load_checkpoint
-from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
 from cntlora_core.devices import DTYPES
 from cntlora_core.lora import attached
 from cntlora_core.memory import checkpointed, estimate_training_memory
 from cntlora_core.projections import find_projections
 from cntlora_core.runs import read_subject, write
 from cntlora_core.train import train
+from cntlora_core.train_state import start_state
 
 
 def status(key: str) -> float:
@@ -66,7 +67,9 @@ def main() -> None:
         model = load_checkpoint(args.checkpoint, dtype=DTYPES[args.precision])
     report["family"] = model.family
     with phase("encode pictures", report):
-        subject = read_subject(model, MINI_SD_FOLDER / "subject", "a sks cat", resolution=args.resolution)
+        subject = read_subject(
+            model, MINI_SD_FOLDER / "subject", "a sks cat", DataConfig(resolution=args.resolution, upscale=True)
+        )
     chosen = find_projections(model.unet)[: args.projections]
     calibration = CalibrationConfig(
         rank=args.rank, passes=args.passes, batch_size=1, gradient_checkpointing=args.gradient_checkpointing
@@ -79,7 +82,7 @@ def main() -> None:
     if args.steps:
         with phase("train", report), attached(model.unet, lora, trainable=True) as adapters:
             with checkpointed(model.unet, args.gradient_checkpointing):
-                train(model, subject, adapters, training)
+                train(model, subject, start_state(model, adapters, training), training)
             lora = adapters.factors()
         report["train"]["steps"] = args.steps
         estimate = estimate_training_memory(

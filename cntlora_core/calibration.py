@@ -11,6 +11,7 @@ import torch
 
 from .config import CalibrationConfig
 from .constraints import Constraint, make_constraint, preservation_metric
+from .distributed import ALONE, Group
 from .errors import NonFiniteError
 from .events import Calibrated, Notice, Observer, Progress, ignore
 from .lora import Factors, LoRA, attached, concatenate, default_init, gaussian_init
@@ -45,11 +46,13 @@ def calibrate(
     prior: Triples | None = None,
     projections: Sequence[Projection] | None = None,
     observer: Observer = ignore,
+    group: Group = ALONE,
 ) -> Calibration:
     """Compute the LoRA's start. No weight of the model is trained or changed.
 
     `projections`: which layers get an adapter; all attention projections when None.
     `prior`: triples of what the model should keep (class pictures under the class prompt); their activations give C_p.
+    The processes of `group` share the pictures (`batch_size` is that of each) and add up what they measured.
     Raises NonFiniteError when the model's loss is not a number.
     """
     started = time.monotonic()
@@ -62,7 +65,7 @@ def calibrate(
     kept = (
         None
         if prior is None
-        else _measure(model, projections, prior, config, False, observer, "measuring the prior")[0]
+        else _measure(model, projections, prior, config, False, observer, "measuring the prior", group)[0]
     )
     cost = _Cost(forward=0 if prior is None else len(prior))
     lora: LoRA = {}
@@ -70,17 +73,17 @@ def calibrate(
     base_loss = loss = None
     step_sizes = []
     for sweep, share in enumerate(_shares(config.rank, config.sweeps)):
-        triples = draw_triples(subject, config.passes * config.batch_size, len(model.schedule), generator)
+        triples = draw_triples(subject, config.passes * config.batch_size * group.size, len(model.schedule), generator)
         phase = f"calibrating {sweep + 1}/{config.sweeps}"
         with attached(model.unet, lora):
-            moments, before = _measure(model, projections, triples, config, constraint.backward, observer, phase)
+            moments, before = _measure(model, projections, triples, config, constraint.backward, observer, phase, group)
         cost.sweep(len(triples), constraint.backward)
         base_loss = before if base_loss is None else base_loss
         solved = _solve(model, projections, constraint, moments, kept, config, share, generator)
         ranks = _ranks(projections, solved, config, share)
         update = {p.name: _factors(p, solved[p.name].truncated(ranks[p.name]), moments) for p in projections}
         first = FIRST_CHANGE / max(_relative_change(model, projections, update, moments), 1e-12)
-        evaluate = cost.counted(len(triples), _loss_of_step(model, lora, update, triples, config.batch_size))
+        evaluate = cost.counted(len(triples), _loss_of_step(model, lora, update, triples, config.batch_size, group))
         step, loss = line_search(evaluate, before, first, signed=constraint.signed)
         step_sizes.append(step)
         lora = concatenate(lora, {name: factors.scaled(step) for name, factors in update.items()})
@@ -129,20 +132,24 @@ def _measure(
     backward: bool,
     observer: Observer,
     phase: str,
+    group: Group,
 ) -> tuple[Moments, float]:
     """One sweep: the moments, and the mean loss of the model as it stands."""
-    total, done = 0.0, 0
+    total, done = torch.zeros(1, dtype=torch.float64), 0
+    mine = triples.share(group)
     recompute = checkpointed(model.unet, config.gradient_checkpointing and backward)
     with record(model.unet, projections, backward=backward) as moments, recompute:
-        for batch in triples.batches(config.batch_size):
+        for batch in mine.batches(config.batch_size):
             with torch.set_grad_enabled(backward):
                 losses = batch.loss(model)
             if backward:
                 (losses.sum() * _gradient_scale(model.dtype)).backward()
-            total += float(losses.detach().sum())
+            total += losses.detach().double().sum().cpu()
             done += len(batch)
-            observer(Progress(phase, done, len(triples)))
-    loss = total / len(triples)
+            observer(Progress(phase, done, len(mine)))
+    group.sum_([total])
+    moments.combine(group)
+    loss = float(total) / len(triples)
     if not torch.isfinite(torch.tensor(loss)):
         raise NonFiniteError(_why_not_finite(model), step=0)
     return moments, loss
@@ -213,12 +220,12 @@ def _relative_change(
 
 
 def _loss_of_step(
-    model: StableDiffusion, lora: LoRA, update: LoRA, triples: Triples, batch_size: int
+    model: StableDiffusion, lora: LoRA, update: LoRA, triples: Triples, batch_size: int, group: Group
 ) -> Callable[[float], float]:
     def loss(step: float) -> float:
         trial = concatenate(lora, {name: factors.scaled(step) for name, factors in update.items()})
         with attached(model.unet, trial):
-            return mean_loss(model, triples, batch_size)
+            return mean_loss(model, triples, batch_size, group)
 
     return loss
 

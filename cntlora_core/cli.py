@@ -1,4 +1,4 @@
-"""The command line: `python -m cntlora_core demo|train|calibrate|sample|inspect|info`."""
+"""The command line: `python -m cntlora_core demo|train|calibrate|check|sample|inspect|info`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .config import INITS, RANK_RULES, CalibrationConfig, TrainConfig
-from .console import Console, EventFile, both
-from .errors import CNTLoRAError, NonFiniteError, SettingError
-from .events import Done, Observer
+from .console import Console
+from .errors import CNTLoRAError, Interrupted, SettingError
+from .train_command import add_arguments, run_train
 
 if TYPE_CHECKING:
+    import torch
+
     from .checkpoint import StableDiffusion
 
 log = logging.getLogger("cntlora")
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(message)s")
     try:
         args.command(args)
+    except Interrupted as error:
+        return _fail(str(error), args.debug, error.status)
     except CNTLoRAError as error:
         return _fail(str(error), args.debug)
     except KeyboardInterrupt:
@@ -68,8 +70,18 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--output", default="demo-output", metavar="DIR", help="folder for the results (default: %(default)s)"
     )
-    _run_arguments(command("train", _train, "pictures in, a calibrated and trained LoRA out"), steps=True)
-    _run_arguments(command("calibrate", _train, "the LoRA at step 0 alone: calibrated, not trained"), steps=False)
+    for name, what in (
+        ("train", "pictures in, a calibrated and trained LoRA out"),
+        ("calibrate", "the LoRA at step 0 alone: calibrated, not trained"),
+    ):
+        run = command(name, _train, what)
+        _model_arguments(run)
+        add_arguments(run, training=name == "train")
+    check = command("check", _check, "look at the pictures before training: sizes, captions, near-duplicates")
+    check.add_argument("--images", required=True, metavar="DIR")
+    check.add_argument("--resolution", type=int, default=512, metavar="PX", help="planned (default: %(default)s)")
+    check.add_argument("--sheet", metavar="FILE.png", help="draw a contact sheet")
+    check.add_argument("--overwrite", action="store_true")
     _sample_arguments(command("sample", _sample, "draw pictures with a checkpoint, with or without a LoRA"))
     inspect = command("inspect", _inspect, "ranks, sizes and metadata of a LoRA file")
     inspect.add_argument("file")
@@ -98,52 +110,11 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a single-file checkpoint, where its weights do not tell",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--resolution", type=int, metavar="PX", help="side of the square pictures (default: the model's)"
-    )
-
-
-def _run_arguments(parser: argparse.ArgumentParser, *, steps: bool) -> None:
-    _model_arguments(parser)
-    parser.add_argument("--images", required=True, metavar="DIR", help="3-20 pictures of the subject")
-    parser.add_argument(
-        "--prompt",
-        required=True,
-        help='what the pictures show, with a rare word for the subject: "a sks cat"',
-    )
-    parser.add_argument("--class-prompt", help='the class alone ("a cat"): what the model should keep knowing')
-    parser.add_argument("--init", choices=INITS, default=CalibrationConfig.init)
-    parser.add_argument("--rank", type=int, default=CalibrationConfig.rank, help="mean rank (default: %(default)s)")
-    parser.add_argument("--rank-rule", choices=RANK_RULES, default=CalibrationConfig.rank_rule)
-    parser.add_argument("--batch-size", type=int, default=TrainConfig.batch_size)
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="far less memory, a third slower")
-    parser.add_argument("--output", required=True, metavar="FILE.safetensors")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
-    parser.add_argument("--save-precision", default="fp32", choices=("fp32", "fp16", "bf16"))
-    parser.add_argument("--events", metavar="FILE.jsonl", help="write what happens, one JSON object a line")
-    parser.set_defaults(
-        steps=0,
-        continue_from=None,
-        lr=TrainConfig.lr,
-        validation_images=None,
-        validate_every=TrainConfig.validate_every,
-    )
-    if steps:
-        parser.add_argument("--steps", type=int, default=TrainConfig.steps)
-        parser.add_argument(
-            "--continue-from", metavar="FILE", help="train on from this LoRA, with its ranks; no calibration"
-        )
-        parser.add_argument(
-            "--lr", type=float, default=TrainConfig.lr, help="AdamW's learning rate (default: %(default)s)"
-        )
-    parser.add_argument("--validation-images", metavar="DIR", help="held-out pictures (default: the subject's own)")
-    parser.add_argument(
-        "--validate-every", type=int, default=TrainConfig.validate_every, metavar="STEPS", help="0: never"
-    )
 
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     _model_arguments(parser)
+    parser.add_argument("--resolution", type=int, metavar="PX", help="side of the pictures (default: the model's)")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--negative", default="", help="what the pictures should not show")
     parser.add_argument("--lora", metavar="FILE", help="a LoRA file made for this model")
@@ -157,13 +128,13 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true")
 
 
-def _load(args: argparse.Namespace) -> StableDiffusion:
+def _load(args: argparse.Namespace, device: torch.device | None = None) -> StableDiffusion:
     from .checkpoint import load_checkpoint
     from .devices import DTYPES, pick_device
 
     return load_checkpoint(
         args.checkpoint,
-        device=pick_device(args.device),
+        device=device or pick_device(args.device),
         dtype=DTYPES[args.precision],
         vae=args.vae,
         prediction_type=args.prediction_type,
@@ -171,71 +142,23 @@ def _load(args: argparse.Namespace) -> StableDiffusion:
 
 
 def _train(args: argparse.Namespace) -> None:
-    calibration = CalibrationConfig(
-        init=args.init,
-        rank=args.rank,
-        rank_rule=args.rank_rule,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        gradient_checkpointing=args.gradient_checkpointing,
-    )
-    training = TrainConfig(
-        steps=args.steps,
-        lr=args.lr,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        validate_every=args.validate_every,
-        gradient_checkpointing=args.gradient_checkpointing,
-    )
-    from .devices import DTYPES
-    from .lora_file import check_output, load_lora
-    from .projections import find_projections
-    from .runs import class_prior, personalise, read_subject, validation_loss, write
+    run_train(args, _load)
 
-    output = check_output(args.output, overwrite=args.overwrite)
-    with ExitStack() as stack:
-        observer: Observer = stack.enter_context(Console(args.steps))
-        if args.events:
-            events = check_output(args.events, overwrite=args.overwrite, suffix=".jsonl")
-            observer = both(observer, stack.enter_context(EventFile(events)))
-        model = _load(args)
-        lora = None
-        if args.continue_from:
-            lora, _ = load_lora(args.continue_from, find_projections(model.unet), model.family)
-        subject = read_subject(model, args.images, args.prompt, resolution=args.resolution, observer=observer)
-        held_out = subject
-        if args.validation_images:
-            held_out = read_subject(
-                model, args.validation_images, args.prompt, resolution=args.resolution, observer=observer
-            )
-        validate = validation_loss(model, held_out, args.batch_size) if args.validate_every else None
-        prior = None
-        if args.class_prompt and lora is None:  # only calibration reads it
-            prior = class_prior(model, args.class_prompt, subject.resolution, observer=observer)
-        run = personalise(
-            model, subject, calibration, training, prior=prior, lora=lora, validate=validate, observer=observer
-        )
-        write(
-            output,
-            run.lora,
-            model,
-            subject,
-            steps=run.steps,
-            calibration=calibration,
-            training=training if training.steps else None,
-            dtype=DTYPES[args.save_precision],
-            overwrite=args.overwrite,
-            observer=observer,
-        )
-        result = {
-            "lora": str(output),
-            "steps": run.steps,
-            "loss": run.validations[-1][1] if run.validations else None,
-        }
-        observer(Done(result))
-    if run.stopped:
-        raise NonFiniteError(f"{run.stopped} They are in '{output}'.", run.stopped.step)
-    sys.stdout.write(json.dumps(result) + "\n")
+
+def _check(args: argparse.Namespace) -> None:
+    from .pictures import check_pictures, find_pictures
+    from .report import contact_sheet
+
+    said: list[str] = []
+    pictures = find_pictures(args.images, lambda event: said.append(getattr(event, "text", "")))
+    said += check_pictures(pictures, args.resolution)
+    if args.sheet:
+        from .lora_file import check_output
+
+        sheet = check_output(args.sheet, overwrite=args.overwrite, suffix=".png")
+        contact_sheet([p.image for p in pictures], [p.name for p in pictures]).save(sheet)
+    found = [{"name": p.name, "size": list(p.image.size), "caption": p.caption, "repeats": p.repeats} for p in pictures]
+    sys.stdout.write(json.dumps({"pictures": found, "findings": said}, indent=2, ensure_ascii=False) + "\n")
 
 
 def _demo(args: argparse.Namespace) -> None:

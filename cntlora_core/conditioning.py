@@ -30,6 +30,19 @@ class Conditioning:
     def to(self, device: torch.device, dtype: torch.dtype) -> Conditioning:
         return self._each(lambda t: t.to(device, dtype))
 
+    def with_sizes(self, sizes: Sequence[tuple[int, ...]]) -> Conditioning:
+        """The same words with other `time_ids`, a row each; as it is for models that take none."""
+        if self.time_ids is None:
+            return self
+        return Conditioning(self.tokens, self.pooled, torch.tensor(sizes).to(self.time_ids))
+
+    def replaced(self, rows: Tensor, by: Conditioning) -> Conditioning:
+        """The same with the words of `by` (one row) where `rows` `[n]` is true; sizes stay."""
+        chosen = rows.to(self.tokens.device)
+        tokens = torch.where(chosen[:, None, None], by.tokens, self.tokens)
+        pooled = None if self.pooled is None else torch.where(chosen[:, None], by.pooled, self.pooled)  # type: ignore[arg-type]
+        return Conditioning(tokens, pooled, self.time_ids)
+
     def unet_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of diffusers' UNet."""
         kwargs: dict[str, Any] = {"encoder_hidden_states": self.tokens}

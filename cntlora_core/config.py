@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
@@ -12,7 +12,10 @@ from .errors import SettingError
 INITS = ("target", "domain", "gaussian", "default")
 RANK_RULES = ("data", "uniform")
 
-Config = TypeVar("Config", "CalibrationConfig", "TrainConfig")
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
+SCHEDULES = ("constant", "cosine")
+
+Config = TypeVar("Config", "DataConfig", "CalibrationConfig", "TrainConfig")
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
@@ -33,8 +36,29 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     return kind(**values)
 
 
-def to_dict(config: CalibrationConfig | TrainConfig) -> dict[str, Any]:
+def to_dict(config: DataConfig | CalibrationConfig | TrainConfig) -> dict[str, Any]:
     return asdict(config)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How pictures are shown to the model.
+
+    `resolution`: side in px of a square picture, the area of others; None is the model's own. `buckets`: keep the pictures'
+    shapes (else the centred square). `upscale`: enlarge small pictures to the resolution. `random_crop` and `flip` encode several
+    views of each. `masked`: only what the alpha channel shows counts in the loss (else it lies on white).
+    """
+
+    resolution: int | None = None
+    buckets: bool = True
+    upscale: bool = False
+    random_crop: bool = False
+    flip: bool = False
+    masked: bool = False
+
+    def __post_init__(self) -> None:
+        size = self.resolution
+        _require(size is None or (isinstance(size, int) and size >= 1), "resolution", size, "1 or more px, or None")
 
 
 @dataclass(frozen=True)
@@ -75,36 +99,63 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The DreamBooth loop. `lr` is AdamW's learning rate for both factors (unit response makes it carry over between layers)."""
+    """The DreamBooth loop. `lr` is the optimiser's learning rate for both factors (unit response makes it carry over between
+    layers); `warmup` steps lead up to it, then it stays or falls with a `cosine` to 0.
+
+    One step sees `batch_size * accumulation` pictures. `min_snr_gamma` (Hang et al. 2023; 0: off) weighs timesteps, `noise_offset`
+    (0: off) lets pictures become darker or brighter as a whole, `caption_dropout` is the share of pictures trained without
+    words, `prior_weight` is that of the prior loss, where there is a prior. With a validation, `keep_best` keeps the weights of its
+    lowest loss, and `patience` validations without a better one end the run (0: never).
+    """
 
     steps: int = 100
     lr: float = 3e-3
     batch_size: int = 4
+    accumulation: int = 1
+    optimizer: str = "adamw"
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
+    schedule: str = "constant"
+    warmup: int = 0
+    min_snr_gamma: float = 0.0
+    noise_offset: float = 0.0
+    caption_dropout: float = 0.0
+    prior_weight: float = 1.0
     validate_every: int = 10
+    keep_best: bool = True
+    patience: int = 0
     seed: int = 0
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        _require(
-            isinstance(self.steps, int) and 0 <= self.steps <= 1_000_000,
-            "steps",
-            self.steps,
-            "between 0 and 1000000",
-        )
-        _require(_finite(self.lr) and 0 < self.lr <= 10, "lr", self.lr, "a positive number up to 10")
-        _require(1 <= self.batch_size <= 1024, "batch_size", self.batch_size, "between 1 and 1024")
-        _require(
-            _finite(self.weight_decay) and self.weight_decay >= 0,
-            "weight_decay",
-            self.weight_decay,
-            "0 or more",
-        )
-        _require(
-            _finite(self.max_grad_norm) and self.max_grad_norm > 0,
-            "max_grad_norm",
-            self.max_grad_norm,
-            "positive",
-        )
-        _require(self.validate_every >= 0, "validate_every", self.validate_every, "0 (never) or more")
+        def whole(name: str, low: int, high: int) -> None:
+            value = getattr(self, name)
+            ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+            _require(ok, name, value, f"between {low} and {high}")
+
+        def number(name: str, ok: Callable[[float], bool], expected: str) -> None:
+            value = getattr(self, name)
+            _require(_finite(value) and ok(value), name, value, expected)
+
+        whole("steps", 0, 1_000_000)
+        whole("batch_size", 1, 1024)
+        whole("accumulation", 1, 1024)
+        whole("warmup", 0, 1_000_000)
+        whole("validate_every", 0, 1_000_000)
+        whole("patience", 0, 1_000_000)
+        number("lr", lambda v: 0 < v <= 10, "a positive number up to 10")
+        number("max_grad_norm", lambda v: v > 0, "positive")
+        for name in ("weight_decay", "min_snr_gamma", "noise_offset", "prior_weight"):
+            number(name, lambda v: v >= 0, "0 or more")
+        number("caption_dropout", lambda v: 0 <= v <= 1, "between 0 and 1")
+        _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
+        _require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of step 1, 2, ... `steps`."""
+        if step <= self.warmup:
+            return self.lr * step / (self.warmup + 1)
+        if self.schedule == "constant":
+            return self.lr
+        done = (step - self.warmup - 1) / max(1, self.steps - self.warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from .events import Base, Calibrated, Event, Notice, Observer, Progress, Saved, Status, Step, Validation
+from .events import Base, Calibrated, Event, Notice, Observer, Progress, Saved, Status, Step, Training, Validation
 
 
 class Console:
@@ -39,6 +39,9 @@ class Console:
         elif isinstance(event, Status):
             self._close()
             self._line(event.text)
+        elif isinstance(event, Training):
+            self._close()
+            self._line(f"Training {event.steps} steps" + (f", going on after {event.done}" if event.done else ""))
         elif isinstance(event, Notice):
             self._line(f"Note: {event.text}")
         elif isinstance(event, Base):

@@ -13,10 +13,10 @@ from .console import Console, EventFile, both
 from .errors import SettingError
 from .events import Done, Observer, Status
 from .lora import Factors, attached, parameter_count
+from .pictures import find_pictures
 from .report import loss_chart, rank_map, sample_sheet
 from .runs import personalise, read_subject, validation_loss, write
 from .sampling import sample
-from .subject import find_pictures
 
 PROMPT = "a sks cat face emoji"
 SEEDS = range(4)

@@ -21,6 +21,18 @@ class SettingError(CNTLoRAError):
     """A setting is out of range or does not fit the others."""
 
 
+class OutOfMemory(CNTLoRAError):
+    """A device's memory did not suffice; says what to try next."""
+
+
+class Interrupted(CNTLoRAError):
+    """A signal asked the run to end; its work was kept. `status` is the exit status for the shell."""
+
+    def __init__(self, message: str, status: int = 130) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class NonFiniteError(CNTLoRAError):
     """A loss or a weight became NaN or infinite. `step` is the step at which it was seen (0: before training)."""
 

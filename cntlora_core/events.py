@@ -73,6 +73,15 @@ class Calibrated(Event):
 
 
 @dataclass(frozen=True)
+class Training(Event):
+    """The adapters are attached and the first step, of `steps` in all, is next; `done` are made already (a resumed run)."""
+
+    type: ClassVar[str] = "training"
+    steps: int
+    done: int
+
+
+@dataclass(frozen=True)
 class Step(Event):
     """One optimiser step: `loss` is the mean over its batch."""
 

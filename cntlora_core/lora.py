@@ -83,10 +83,13 @@ class LoRALinear(nn.Module):
         super().__init__()
         device = base.weight.device
         self.base = base
+        self.bypassed = False
         self.up = nn.Parameter(factors.up.detach().clone().to(device, torch.float32), requires_grad=trainable)
         self.down = nn.Parameter(factors.down.detach().clone().to(device, torch.float32), requires_grad=trainable)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bypassed:
+            return self.base(x)
         update = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
         return self.base(x) + update
 
@@ -99,6 +102,24 @@ class Adapters:
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for layer in self.layers.values() for p in (layer.down, layer.up)]
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """The base model alone while the block runs."""
+        try:
+            for layer in self.layers.values():
+                layer.bypassed = True
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.bypassed = False
+
+    def load(self, lora: Mapping[str, Factors]) -> None:
+        """Take over the weights of a LoRA with the same names and ranks."""
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                layer.up.copy_(lora[name].up)
+                layer.down.copy_(lora[name].down)
 
     def factors(self) -> LoRA:
         """A copy of the current weights on the CPU."""

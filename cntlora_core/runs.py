@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,18 +13,23 @@ import torch
 
 from .calibration import Calibration, calibrate, continued
 from .conditioning import encode_prompts
-from .config import CalibrationConfig, TrainConfig
-from .errors import NonFiniteError
-from .events import Base, Observer, Saved, Status, ignore
-from .lora import LoRA, attached
+from .config import CalibrationConfig, DataConfig, TrainConfig
+from .distributed import ALONE, Group
+from .errors import NonFiniteError, OutOfMemory
+from .events import Base, Notice, Observer, Saved, Status, Training, ignore
+from .latent_cache import LatentCache
+from .lora import Adapters, LoRA, attached
 from .lora_file import save_lora
 from .memory import checkpointed
 from .metadata import describe
+from .pictures import check_pictures, fill_words, find_pictures, with_words
+from .prior_loss import PriorLoss
 from .sampling import sample_latents
-from .schedule import stratified_timesteps
-from .subject import Subject, check_resolution, encode_subject, find_pictures
+from .state_file import Checkpoints
+from .subject import Subject, check_resolution, encode_subject
 from .train import train
-from .triples import Triples, fixed_triples, mean_loss
+from .train_state import TrainState, start_state
+from .triples import Triples, draw_triples, fixed_triples, mean_loss
 
 if TYPE_CHECKING:
     from .checkpoint import StableDiffusion
@@ -37,65 +43,104 @@ def read_subject(
     model: StableDiffusion,
     folder: str | os.PathLike[str],
     prompt: str,
+    data: DataConfig | None = None,
     *,
-    resolution: int | None = None,
+    words: tuple[str, str] = ("", ""),
+    cache: LatentCache | None = None,
     observer: Observer = ignore,
 ) -> Subject:
-    """A folder of pictures as the trainer reads it."""
-    pictures = find_pictures(folder, observer)
-    return encode_subject(model, pictures, prompt, resolution=resolution, observer=observer)
+    """A folder of pictures as the trainer reads it. `words` fill `{trigger}` and `{class}` in the prompt and the captions."""
+    pictures = with_words(find_pictures(folder, observer), *words)
+    for finding in check_pictures(pictures, check_resolution(model, data.resolution if data else None)):
+        observer(Notice(finding))
+    return encode_subject(model, pictures, fill_words(prompt, *words), data, cache=cache, observer=observer)
 
 
-def validation_loss(model: StableDiffusion, subject: Subject, batch_size: int) -> Callable[[], float]:
+HOLD_OUT_FROM = 5  # pictures; with fewer each is needed for training
+
+
+def with_validation(subject: Subject) -> tuple[Subject, Subject]:
+    """What to train on and what to validate with, when nobody gave pictures for it: the last picture where there are 5 or
+    more, else the same pictures for both."""
+    return subject.hold_out() if subject.picture_count >= HOLD_OUT_FROM else (subject, subject)
+
+
+def validation_loss(
+    model: StableDiffusion, subject: Subject, batch_size: int, group: Group = ALONE
+) -> Callable[[], float]:
     """The loss on the subject's pictures at fixed timesteps and noise, of the model as it stands when called."""
     triples = fixed_triples(subject, len(model.schedule))
-    return lambda: mean_loss(model, triples, batch_size)
+    return lambda: mean_loss(model, triples, batch_size, group)
 
 
-def class_prior(
+def class_pictures(
     model: StableDiffusion,
     prompt: str,
     resolution: int | None = None,
     *,
     count: int = PRIOR_PICTURES,
+    steps: int = PRIOR_STEPS,
+    guidance: float = 1.0,
+    folder: Path | None = None,
     observer: Observer = ignore,
-) -> Triples:
-    """What the model already knows of the class: its own pictures for `prompt`, as latents, at stratified timesteps.
+) -> Subject:
+    """What the model itself draws for the class prompt, as a subject: for the prior loss and for C_p.
 
-    Their activations give the preservation constraint's C_p without any class pictures on disk.
+    With `folder` the latents are kept there, under a hash of the model and the request, and found again.
     """
-    observer(Status(f"Drawing {count} pictures of '{prompt}' to preserve"))
     side = check_resolution(model, resolution)
-    size = (side, side)
-    latents = sample_latents(
-        model,
-        [prompt] * count,
-        range(PRIOR_SEED, PRIOR_SEED + count),
-        steps=PRIOR_STEPS,
-        guidance=1.0,
-        size=size,
-        observer=observer,
-    )
-    generator = torch.Generator().manual_seed(PRIOR_SEED)
-    t = stratified_timesteps(count, len(model.schedule), generator).to(latents.device)
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    cache = LatentCache(folder, model.unet) if folder else None
+    keys = [("class", prompt, side, steps, guidance, PRIOR_SEED + n) for n in range(count)]
+    held = [found[0].to(model.device) for key in keys if cache and (found := cache.get(key))]
+    if len(held) < count:
+        observer(Status(f"Drawing {count} pictures of '{prompt}' to preserve"))
+        latents = sample_latents(
+            model,
+            [prompt] * count,
+            range(PRIOR_SEED, PRIOR_SEED + count),
+            steps=steps,
+            guidance=guidance,
+            size=(side, side),
+            observer=observer,
+        )
+        held = list(latents.float())
+        for key, latent in zip(keys, held, strict=True) if cache else ():
+            cache.put(key, latent, torch.zeros_like(latent))  # type: ignore[union-attr]
     rows = torch.zeros(count, dtype=torch.long)
-    return Triples(latents, t, noise, encode_prompts(model, [prompt], size=size)[rows])
+    return Subject(
+        names=tuple(f"drawn {n}" for n in range(count)),
+        pictures=tuple(range(count)),
+        mean=tuple(held),
+        std=tuple(torch.zeros_like(latent) for latent in held),
+        masks=None,
+        repeats=(1,) * count,
+        conditioning=encode_prompts(model, [prompt], size=(side, side))[rows],
+        wordless=encode_prompts(model, [""], size=(side, side)),
+        prompt=prompt,
+        resolution=side,
+        digest=hashlib.sha256(repr(keys).encode()).hexdigest(),
+    )
+
+
+def class_triples(model: StableDiffusion, pictures: Subject) -> Triples:
+    """Class pictures at stratified timesteps, each once: their activations give the preservation constraint's C_p."""
+    generator = torch.Generator().manual_seed(PRIOR_SEED)
+    return draw_triples(pictures, len(pictures), len(model.schedule), generator)
 
 
 @dataclass(frozen=True)
 class Personalised:
-    """A finished run: the LoRA as calibrated and as trained, and its losses.
+    """A run as far as it went: the LoRA as calibrated, and as trained (the best weights, or the last; of step `kept`).
 
-    `base_loss` is the untouched model's, None without a validation; `stopped` is the reason the training ended early with the last good weights, None when it ran to the end.
+    `base_loss` is the untouched model's, None without a validation; `steps` were made.
     """
 
     start: Calibration
     lora: LoRA
+    kept: int
     steps: int
     base_loss: float | None
     validations: list[tuple[int, float]]
-    stopped: NonFiniteError | None = None
 
 
 def personalise(
@@ -104,33 +149,88 @@ def personalise(
     calibration: CalibrationConfig,
     training: TrainConfig,
     *,
-    prior: Triples | None = None,
+    preserve: Triples | None = None,
+    prior: PriorLoss | None = None,
     lora: LoRA | None = None,
     validate: Callable[[], float] | None = None,
+    checkpoints: Checkpoints | None = None,
+    on_stop: Callable[[Personalised], None] | None = None,
     observer: Observer = ignore,
+    group: Group = ALONE,
 ) -> Personalised:
-    """Calibrate, then train; or train on from `lora`, with its own ranks. The base model is the same before and after."""
+    """Calibrate, then train; or train on from `lora`, with its own ranks. The base model is the same before and after.
+
+    `preserve` feeds the calibration's preservation, `prior` the training's second loss. When training ends early, by a host's Cancel
+    (an exception of `observer`), NaN or want of memory, nothing is lost: the checkpoint is written, `on_stop` gets the run as
+    far as it went, and the exception goes on. Raises OutOfMemory with what to try next.
+    """
     base_loss = validate() if validate else None
     if base_loss is not None:
         observer(Base(base_loss))
-    if lora is None:
-        observer(Status(f"Calibrating ({calibration.init}) on {len(subject)} pictures"))
-        start = calibrate(model, subject, calibration, prior=prior, observer=observer)
+    saved = checkpoints.read() if checkpoints else None
+    if saved or lora is not None:
+        start = continued(saved.lora if saved else lora)  # type: ignore[arg-type]
     else:
-        start = continued(lora)
+        observer(Status(f"Calibrating ({calibration.init}) on {len(subject)} pictures"))
+        start = calibrate(model, subject, calibration, prior=preserve, observer=observer, group=group)
     observer(start.report)
-    observer(Status(f"Training {training.steps} steps"))
-    steps, stopped = 0, None
-    validations: list[tuple[int, float]] = []
-    recompute = checkpointed(model.unet, training.gradient_checkpointing)
-    with attached(model.unet, start.lora, trainable=True) as adapters, recompute:
+    with (
+        attached(model.unet, start.lora, trainable=True) as adapters,
+        checkpointed(model.unet, training.gradient_checkpointing),
+    ):
+        state = start_state(model, adapters, training)
+        if saved:
+            saved.restore(state)
+        observer(Training(training.steps, state.step))
+
+        def save(state: TrainState) -> None:
+            if checkpoints and checkpoints.due(state.step) and group.rank == 0:
+                checkpoints.write(state)
+
+        def result(best: bool) -> Personalised:
+            weights, kept = state.weights(training) if best else (adapters.factors(), state.step)
+            return Personalised(start, weights, kept, state.step, base_loss, state.validations)
+
         try:
-            result = train(model, subject, adapters, training, validate=validate, observer=observer)
-            steps, validations = len(result.losses), result.validations
-        except NonFiniteError as error:
-            stopped, steps = error, max(0, error.step - 1)
-        trained = adapters.factors()
-    return Personalised(start, trained, steps, base_loss, validations, stopped)
+            train(
+                model, subject, state, training,
+                prior=prior, validate=validate, save=save, observer=observer, group=group,
+            )  # fmt: skip
+        except BaseException as error:
+            if checkpoints and group.rank == 0 and not isinstance(error, NonFiniteError) and not _out_of_memory(error):
+                checkpoints.write(state)
+            if on_stop:
+                on_stop(result(best=isinstance(error, NonFiniteError)))
+            if _out_of_memory(error):
+                raise _free(model, adapters, training, subject.resolution) from error
+            raise
+        return result(best=True)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # how the CPU's allocator says it
+    )
+
+
+def _free(model: StableDiffusion, adapters: Adapters, training: TrainConfig, resolution: int) -> OutOfMemory:
+    for parameter in adapters.parameters():
+        parameter.grad = None
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return OutOfMemory(
+        f"The memory of {model.device} did not suffice. Next to try: {_next_settings(training, resolution)}."
+    )
+
+
+def _next_settings(training: TrainConfig, resolution: int) -> str:
+    """The next three settings to try, in the order of what they cost."""
+    advice = [] if training.gradient_checkpointing else ["gradient checkpointing on"]
+    if training.batch_size > 1:
+        half = training.batch_size // 2
+        advice.append(f"batch size {half} with accumulation {-(-training.batch_size * training.accumulation // half)}")
+    advice += ["precision bf16", f"a lower resolution than {resolution} px", "a lower rank"]
+    return ", ".join(advice[:3])
 
 
 def write(
@@ -154,7 +254,7 @@ def write(
         model_name=model.name,
         trigger=subject.prompt,
         resolution=subject.resolution,
-        pictures=len(subject),
+        pictures=subject.picture_count,
         data_digest=subject.digest,
         steps=steps,
         calibration=calibration,

@@ -64,6 +64,12 @@ class NoiseSchedule:
         signal, sigma = self.coefficients(t, x0)
         return signal * noise - sigma * x0
 
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        """min(SNR_t, gamma) / SNR_t for epsilon, / (SNR_t + 1) for v, `[n]` (Hang et al. 2023, section 3.4)."""
+        abar = self.abar.to(t.device)[t]
+        snr = abar / (1 - abar)
+        return snr.clamp_max(gamma) / (snr + (self.prediction_type == "v_prediction"))
+
 
 def stratified_timesteps(count: int, steps: int, generator: torch.Generator) -> Tensor:
     """`count` timesteps, one uniform draw from each of `count` equal bins of [0, steps), in random order."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .distributed import Group
 from .projections import Projection
 
 
@@ -57,6 +58,18 @@ class Moments:
 
     def G(self, projection: Projection) -> Tensor:
         return self.cross[projection.name].get()
+
+    def combine(self, group: Group) -> None:
+        """The mean over the tokens of all processes."""
+        if group.size == 1:
+            return
+        means = [*self.inputs.values(), *self.grads.values(), *self.cross.values()]
+        counts = torch.tensor([mean.count for mean in means], dtype=torch.float64)
+        group.sum_([counts])
+        for mean, count in zip(means, counts.tolist(), strict=True):  # one at a time: no second copy of them all
+            value = mean.get() * (mean.count / count)
+            group.sum_([value])
+            mean.value, mean.count = value, int(count)
 
     def tokens(self, projection: Projection) -> int:
         return self.inputs[projection.input_key].count

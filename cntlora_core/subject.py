@@ -1,130 +1,103 @@
-"""A folder of pictures -> cached latents and text embeddings."""
+"""Pictures -> cached latents and text embeddings."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from .checkpoint import StableDiffusion, visiting
 from .conditioning import Conditioning, encode_prompts
-from .errors import ImageError, SettingError
+from .config import DataConfig
+from .errors import SettingError
 from .events import Notice, Observer, Progress, ignore
+from .latent_cache import LatentCache
+from .pictures import Picture
+from .views import View, views_of
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MIN_SIDE = 16  # px; below this there is nothing to learn from
-MAX_PIXELS = 100_000_000  # a decompression bomb, not a photograph
 ENCODE_BATCH = 4
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A readable picture of the subject: RGB, upright, transparent parts on white."""
-
-    name: str
-    image: Image.Image
-    digest: str  # SHA-256 of the file
+VIEW_SEED = 7  # of random crops: the same in every run, so that a cache can hold them
 
 
 @dataclass(frozen=True)
 class Subject:
-    """n pictures ready for the UNet: scaled latents' mean and standard deviation `[n, c, h, w]` fp32 (the VAE's posterior),
-    and n rows of conditioning."""
+    """n views of the pictures, ready for the UNet.
+
+    Of each, the scaled latent's mean and standard deviation `[c, h, w]` fp32 (the VAE's posterior; sizes may differ), what of it
+    counts (`masks`, `[1, h, w]` of 0 to 1, None: everything), its row of conditioning, and how often a pass shows it. `wordless` is one
+    row, the empty prompt. `pictures[i]` is the picture that view i shows.
+    """
 
     names: tuple[str, ...]
-    mean: Tensor
-    std: Tensor
+    pictures: tuple[int, ...]
+    mean: tuple[Tensor, ...]
+    std: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...] | None
+    repeats: tuple[int, ...]
     conditioning: Conditioning
+    wordless: Conditioning
     prompt: str
     resolution: int
     digest: str
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.mean)
+
+    @property
+    def picture_count(self) -> int:
+        return len(set(self.pictures))
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean[0].device
 
     def sample_latents(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Draws of the posterior for the pictures at `index`, `[len(index), c, h, w]`."""
-        noise = torch.randn(len(index), *self.mean.shape[1:], generator=generator)
-        index = index.to(self.mean.device)
-        return self.mean[index] + self.std[index] * noise.to(self.mean.device)
+        """Draws of the posterior for the views at `index`, which must be of one size: `[len(index), c, h, w]`."""
+        rows = index.tolist()
+        noise = torch.randn(len(rows), *self.mean[rows[0]].shape, generator=generator).to(self.device)
+        return torch.stack([self.mean[i] for i in rows]) + torch.stack([self.std[i] for i in rows]) * noise
 
-
-def find_pictures(folder: str | os.PathLike[str], observer: Observer = ignore) -> list[Picture]:
-    """All usable pictures of a folder, by name. Unusable ones are named in a Notice and left out.
-
-    Raises ImageError when the folder is missing or nothing usable is in it.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        raise ImageError(
-            f"The picture folder '{path}' does not exist. Give a folder with 3-20 pictures of the subject."
+    def only(self, views: Sequence[int]) -> Subject:
+        """The same with some of the views."""
+        rows = torch.tensor(list(views))
+        return Subject(
+            names=tuple(self.names[i] for i in views),
+            pictures=tuple(self.pictures[i] for i in views),
+            mean=tuple(self.mean[i] for i in views),
+            std=tuple(self.std[i] for i in views),
+            masks=None if self.masks is None else tuple(self.masks[i] for i in views),
+            repeats=tuple(self.repeats[i] for i in views),
+            conditioning=self.conditioning[rows],
+            wordless=self.wordless,
+            prompt=self.prompt,
+            resolution=self.resolution,
+            digest=self.digest,
         )
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-    pictures = []
-    for file in files:
-        try:
-            pictures.append(_open(file))
-        except ImageError as error:
-            observer(Notice(str(error)))
-    if not pictures:
-        seen = f"found 0 of {' '.join(SUFFIXES)}" if not files else f"none of {len(files)} could be used"
-        raise ImageError(f"No images in '{path}': {seen}. Put 3-20 pictures of the subject there.")
-    return pictures
 
-
-def _open(file: Path) -> Picture:
-    try:
-        with Image.open(file) as opened:
-            width, height = opened.size
-            if min(width, height) < MIN_SIDE:
-                raise ImageError(
-                    f"Skipped '{file.name}': {width}x{height} px is too small (at least {MIN_SIDE} px a side)."
-                )
-            if width * height > MAX_PIXELS:
-                raise ImageError(f"Skipped '{file.name}': {width}x{height} px is too large (at most 100 megapixels).")
-            image = _on_white(ImageOps.exif_transpose(opened))
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    except ImageError:
-        raise
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        reason = str(error).rstrip(".") or type(error).__name__
-        raise ImageError(f"Skipped '{file.name}': it cannot be read ({reason}).") from error
-    return Picture(file.name, image, digest)
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def crop_square(image: Image.Image, resolution: int) -> Image.Image:
-    """The centred square, resized to `resolution` px a side."""
-    return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1)
-    return pixels.permute(2, 0, 1)
+    def hold_out(self) -> tuple[Subject, Subject]:
+        """All pictures but the last to train on, and that one to validate with."""
+        chosen = max(self.pictures)
+        views = range(len(self))
+        held = [i for i in views if self.pictures[i] == chosen]
+        return self.only([i for i in views if self.pictures[i] != chosen]), self.only(held[:1])
 
 
 def check_resolution(model: StableDiffusion, resolution: int | None) -> int:
     """The training resolution in px: the model's own when None. Raises SettingError when the model cannot take it."""
-    size = resolution or model.resolution
-    # The UNet halves the latent at every level but the last: each side must divide.
-    multiple = model.vae_scale * 2 ** (len(model.unet.config.block_out_channels) - 1)
+    size, multiple = resolution or model.resolution, size_step(model)
     if size < multiple or size > 4096 or size % multiple:
         raise SettingError(f"resolution is {size} px: this model takes multiples of {multiple} px up to 4096.")
     return size
+
+
+def size_step(model: StableDiffusion) -> int:
+    """What every side must divide by, px: the UNet halves the latent at every level but the last."""
+    return int(model.vae_scale * 2 ** (len(model.unet.config.block_out_channels) - 1))
 
 
 @torch.no_grad()
@@ -132,37 +105,90 @@ def encode_subject(
     model: StableDiffusion,
     pictures: Sequence[Picture],
     prompt: str,
+    data: DataConfig | None = None,
     *,
-    resolution: int | None = None,
+    cache: LatentCache | None = None,
     observer: Observer = ignore,
 ) -> Subject:
-    """Run the VAE and the text encoders once; training reads only what comes out."""
-    size = check_resolution(model, resolution)
-    small = [p.name for p in pictures if min(p.image.size) < size]
-    if small:
-        observer(
-            Notice(
-                f"{len(small)} of {len(pictures)} pictures are smaller than {size} px and were enlarged: {', '.join(small[:3])}."
-            )
-        )
-    means, stds = [], []
-    with visiting(model.vae, model.device):
-        for start in range(0, len(pictures), ENCODE_BATCH):
-            part = pictures[start : start + ENCODE_BATCH]
-            batch = torch.stack([_to_tensor(crop_square(p.image, size)) for p in part])
-            posterior = model.vae.encode(batch.to(model.device, model.vae.dtype)).latent_dist
-            means.append(posterior.mean.float() * model.vae.config.scaling_factor)
-            stds.append(posterior.std.float() * model.vae.config.scaling_factor)
-            observer(Progress("encoding pictures", start + len(part), len(pictures)))
-    conditioning = encode_prompts(model, [prompt], size=(size, size))
-    rows = torch.zeros(len(pictures), dtype=torch.long)
-    digest = hashlib.sha256("".join(p.digest for p in pictures).encode()).hexdigest()
+    """Run the VAE and the text encoders once; training reads only what comes out. `prompt` serves pictures without a caption."""
+    data = data or DataConfig()
+    resolution = check_resolution(model, data.resolution)
+    generator = torch.Generator().manual_seed(VIEW_SEED)
+    step = size_step(model)
+    views = [(n, v) for n, p in enumerate(pictures) for v in views_of(p, resolution, step, data, generator)]
+    _tell_sizes([v for _, v in views], resolution, observer)
+    latents = _encode_all(model, [v for _, v in views], cache, observer)
+    prompts = [v.picture.caption or prompt for _, v in views]
+    masked = data.masked and any(p.mask is not None for p in pictures)
     return Subject(
-        names=tuple(p.name for p in pictures),
-        mean=torch.cat(means),
-        std=torch.cat(stds),
-        conditioning=conditioning[rows],
+        names=tuple(v.picture.name for _, v in views),
+        pictures=tuple(n for n, _ in views),
+        mean=tuple(mean for mean, _ in latents),
+        std=tuple(std for _, std in latents),
+        masks=tuple(_mask(v, mean) for (_, v), (mean, _) in zip(views, latents, strict=True)) if masked else None,
+        repeats=tuple(v.picture.repeats for _, v in views),
+        conditioning=_conditioning(model, prompts, [v for _, v in views]),
+        wordless=encode_prompts(model, [""], size=(resolution, resolution)),
         prompt=prompt,
-        resolution=size,
-        digest=digest,
+        resolution=resolution,
+        digest=hashlib.sha256("".join(p.digest for p in pictures).encode()).hexdigest(),
     )
+
+
+def _tell_sizes(views: Sequence[View], resolution: int, observer: Observer) -> None:
+    small = sorted({v.picture.name for v in views if min(v.picture.image.size) < min(v.size)})
+    if small:
+        observer(Notice(f"{len(small)} pictures are enlarged to fit the model: {', '.join(small[:3])}."))
+    under = sorted({v.picture.name for v in views if v.size[0] * v.size[1] < 0.5 * resolution**2})
+    if under:
+        observer(
+            Notice(f"{len(under)} pictures are small for {resolution} px and keep their size: {', '.join(under[:3])}.")
+        )
+
+
+def _encode_all(
+    model: StableDiffusion, views: Sequence[View], cache: LatentCache | None, observer: Observer
+) -> list[tuple[Tensor, Tensor]]:
+    found = {i: held for i, v in enumerate(views) if cache and (held := cache.get(v.key))}
+    done = len(found)
+    with visiting(model.vae, model.device):
+        for part in _same_size(views, [i for i in range(len(views)) if i not in found]):
+            batch = torch.stack([_to_tensor(views[i].image()) for i in part])
+            posterior = model.vae.encode(batch.to(model.device, model.vae.dtype)).latent_dist
+            scale = model.vae.config.scaling_factor
+            for i, mean, std in zip(part, posterior.mean.float() * scale, posterior.std.float() * scale, strict=True):
+                found[i] = (mean, std)
+                if cache:
+                    cache.put(views[i].key, mean, std)
+            done += len(part)
+            observer(Progress("encoding pictures", done, len(views)))
+    return [(mean.to(model.device), std.to(model.device)) for mean, std in (found[i] for i in range(len(views)))]
+
+
+def _same_size(views: Sequence[View], index: Sequence[int]) -> Iterator[list[int]]:
+    """`index` in batches of one size each, in order."""
+    for size in dict.fromkeys(views[i].size for i in index):
+        same = [i for i in index if views[i].size == size]
+        yield from (same[start : start + ENCODE_BATCH] for start in range(0, len(same), ENCODE_BATCH))
+
+
+def _conditioning(model: StableDiffusion, prompts: Sequence[str], views: Sequence[View]) -> Conditioning:
+    """A row a view; each distinct prompt is encoded once. SDXL is told each view's size and crop."""
+    distinct = list(dict.fromkeys(prompts))
+    rows = encode_prompts(model, distinct)[torch.tensor([distinct.index(p) for p in prompts])]
+    sizes = [(*v.picture.image.size[::-1], *v.corner[::-1], *v.size[::-1]) for v in views]  # height before width
+    return rows.with_sizes(sizes)
+
+
+def _mask(view: View, latent: Tensor) -> Tensor:
+    """The alpha channel at the latent's size; everything where there is none."""
+    shown = view.mask()
+    if shown is None:
+        return torch.ones_like(latent[:1])
+    small = shown.resize((latent.shape[2], latent.shape[1]), Image.Resampling.BOX)
+    return torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)[None].to(latent.device)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1)
+    return pixels.permute(2, 0, 1)

@@ -3,89 +3,116 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from .config import TrainConfig
-from .diffusion import denoising_loss
+from .distributed import ALONE, Group
 from .errors import NonFiniteError
-from .events import Observer, Step, Validation, ignore
-from .lora import Adapters
-from .schedule import stratified_timesteps
-from .triples import shuffled_cycle
+from .events import Notice, Observer, Step, Validation, ignore
+from .prior_loss import PriorLoss
+from .train_state import TrainState
+from .triples import Batch, batch_order, draw_batch
 
 if TYPE_CHECKING:
     from .checkpoint import StableDiffusion
     from .subject import Subject
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """Loss of every step, and of every validation as (step, loss)."""
-
-    losses: list[float]
-    validations: list[tuple[int, float]]
-
-
 def train(
     model: StableDiffusion,
     subject: Subject,
-    adapters: Adapters,
+    state: TrainState,
     config: TrainConfig,
     *,
+    prior: PriorLoss | None = None,
     validate: Callable[[], float] | None = None,
+    save: Callable[[TrainState], None] = lambda state: None,
     observer: Observer = ignore,
-) -> TrainResult:
-    """Train the attached `adapters` in place with AdamW; the base model is frozen.
+    group: Group = ALONE,
+) -> None:
+    """Train the attached adapters of `state` in place, from the step it is at; the base model is frozen.
 
-    An exception from `observer` (a host's Cancel) leaves at once with the adapters as trained so far. Raises
-    NonFiniteError when loss or gradient stop being numbers; the adapters then hold the last good weights.
+    After every step `save` sees the state, then `observer` the events; an exception of either (a host's Cancel) leaves at once, with the
+    state as it is after that step. The processes of `group` share each step's batch. Raises NonFiniteError when loss or
+    gradient stop being numbers; the adapters then hold the last good weights.
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    parameters = adapters.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, foreach=True)
-    # fp16 gradients underflow without a moving loss scale; in other precisions this does nothing.
-    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
-    order = shuffled_cycle(max(1, config.steps) * config.batch_size, len(subject), generator)
-    good = [p.detach().clone() for p in parameters]
-    result = TrainResult([], [])
+    size = config.batch_size * config.accumulation * group.size  # pictures a step
+    parameters = state.adapters.parameters()
+    start = torch.Generator().manual_seed(config.seed)  # the order is drawn before all else, also in a resumed run
+    order = batch_order(subject, size, config.steps, start)
+    if prior:
+        prior.prepare(size, config.steps, start)
+    if state.step == 0:
+        state.generator.set_state(start.get_state())
 
-    def check(step: int) -> None:
+    def check() -> None:
+        step = state.step
         if validate and config.validate_every and (step % config.validate_every == 0 or step == config.steps):
-            result.validations.append((step, validate()))
-            observer(Validation(*result.validations[-1]))
+            state.validated(validate())
+            observer(Validation(*state.validations[-1]))
 
-    def stop(step: int, what: str) -> NonFiniteError:
-        with torch.no_grad():
-            torch._foreach_copy_([p.detach() for p in parameters], good)
+    def stop(what: str) -> NonFiniteError:
+        state.back_to_good()
         return NonFiniteError(
-            f"The {what} became NaN or infinite at step {step}; the weights before it are kept. "
+            f"The {what} became NaN or infinite at step {state.step + 1}; the weights before it are kept. "
             f"Lower the learning rate (it was {config.lr:g}) or use precision bf16 or fp32.",
-            step,
+            state.step + 1,
         )
 
-    check(0)
-    for step in range(1, config.steps + 1):
-        index = order[(step - 1) * config.batch_size : step * config.batch_size]
-        latents = subject.sample_latents(index, generator)
-        t = stratified_timesteps(len(index), len(model.schedule), generator).to(latents.device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        loss = denoising_loss(model, latents, t, noise, subject.conditioning[index]).mean()
-        value = loss.item()
-        if not torch.isfinite(loss):
-            raise stop(step, "loss")
-        torch._foreach_copy_(good, [p.detach() for p in parameters])
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
+    if not state.validations:
+        check()
+        save(state)
+    while state.step < config.steps:
+        batch = _draw(subject, order[state.step], config, len(model.schedule), state.generator)
+        others = prior.draw(state.step + 1, batch, len(model.schedule), state.generator) if prior else None
+        lr = config.lr_at(state.step + 1)
+        for settings in state.optimizer.param_groups:
+            settings["lr"] = lr
+        value = torch.zeros(1, device=model.device)
+        for part in range(group.rank * config.batch_size, size, group.size * config.batch_size):
+            rows = slice(part, part + config.batch_size)
+            share = config.batch_size / size
+            losses = batch[rows].loss(model)
+            if config.min_snr_gamma:
+                losses = losses * model.schedule.min_snr_weight(batch[rows].timesteps, config.min_snr_gamma)
+            loss = losses.mean() * share
+            state.scaler.scale(loss).backward()
+            value += loss.detach()
+            if prior and others and config.prior_weight:
+                kept = prior.loss(model, state.adapters, others[rows]).mean() * share * config.prior_weight
+                state.scaler.scale(kept).backward()
+        group.sum_([value, *(p.grad for p in parameters if p.grad is not None)])
+        if not torch.isfinite(value):
+            raise stop("loss")
+        state.keep_good()
+        state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        if not (torch.isfinite(norm) or scaler.is_enabled()):  # the scaler skips such a step and lowers its scale
-            raise stop(step, "gradient")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        result.losses.append(value)
-        observer(Step(step, value, config.lr))
-        check(step)
-    return result
+        if not (torch.isfinite(norm) or state.scaler.is_enabled()):  # the scaler skips such a step and lowers its scale
+            raise stop("gradient")
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.losses.append(value.item())
+        check()
+        save(state)
+        observer(Step(state.step, state.losses[-1], lr))
+        if config.patience and state.since_best() >= config.patience:
+            observer(Notice(f"Stopped at step {state.step}: {config.patience} validations without a better one."))
+            break
+
+
+def _draw(
+    subject: Subject, index: torch.Tensor, config: TrainConfig, timesteps: int, generator: torch.Generator
+) -> Batch:
+    """The step's batch, with the draws that some settings add."""
+    batch = draw_batch(subject, index, timesteps, generator)
+    noise, words = batch.noise, batch.conditioning
+    if config.noise_offset:
+        shift = torch.randn(*noise.shape[:2], 1, 1, generator=generator).to(noise.device)
+        noise = noise + config.noise_offset * shift
+    if config.caption_dropout:
+        words = words.replaced(torch.rand(len(index), generator=generator) < config.caption_dropout, subject.wordless)
+    return Batch(batch.latents, batch.timesteps, noise, words, batch.mask)

@@ -1,8 +1,8 @@
-"""(picture, timestep, noise) triples: drawn for a calibration, fixed for a validation."""
+"""(picture, timestep, noise) triples: drawn for a calibration or a training step, fixed for a validation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .diffusion import denoising_loss
+from .distributed import ALONE, Group
 from .schedule import bin_centres, stratified_timesteps
 
 if TYPE_CHECKING:
@@ -22,25 +23,48 @@ VALIDATION_SEED = 20250709  # one noise for every run of everybody, whatever its
 
 
 @dataclass(frozen=True)
-class Triples:
-    """n triples: `latents` and `noise` `[n, c, h, w]`, `timesteps` `[n]`, `conditioning` of n rows."""
+class Batch:
+    """n triples of one size: `latents` and `noise` `[n, c, h, w]`, `timesteps` `[n]`, `conditioning` of n rows, and what counts of
+    each picture, `mask` `[n, 1, h, w]` (None: everything)."""
 
     latents: Tensor
     timesteps: Tensor
     noise: Tensor
     conditioning: Conditioning
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def batches(self, size: int) -> Iterator[Triples]:
+    def __getitem__(self, part: slice) -> Batch:
+        mask = None if self.mask is None else self.mask[part]
+        return Batch(self.latents[part], self.timesteps[part], self.noise[part], self.conditioning[part], mask)
+
+    def split(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            yield Triples(self.latents[part], self.timesteps[part], self.noise[part], self.conditioning[part])
+            yield self[start : start + size]
 
     def loss(self, model: StableDiffusion) -> Tensor:
         """The denoising loss of each triple `[n]`, in one pass."""
-        return denoising_loss(model, self.latents, self.timesteps, self.noise, self.conditioning)
+        return denoising_loss(model, self.latents, self.timesteps, self.noise, self.conditioning, mask=self.mask)
+
+
+@dataclass(frozen=True)
+class Triples:
+    """Triples of any sizes: one `Batch` for each size."""
+
+    sizes: tuple[Batch, ...]
+
+    def __len__(self) -> int:
+        return sum(len(batch) for batch in self.sizes)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        for batch in self.sizes:
+            yield from batch.split(size)
+
+    def share(self, group: Group) -> Triples:
+        """What this process works on: every `group.size`-th."""
+        return Triples(tuple(batch[group.rank :: group.size] for batch in self.sizes))
 
 
 def shuffled_cycle(count: int, of: int, generator: torch.Generator) -> Tensor:
@@ -49,32 +73,72 @@ def shuffled_cycle(count: int, of: int, generator: torch.Generator) -> Tensor:
     return torch.cat([torch.randperm(of, generator=generator) for _ in range(passes)])[:count]
 
 
+def batch_order(subject: Subject, size: int, count: int, generator: torch.Generator) -> list[Tensor]:
+    """`count` batches of `size` views, each of one picture size. Shuffled passes one after another; a view waits until its size has a
+    full batch, so that each appears equally often, times its repeats."""
+    views = [i for i, times in enumerate(subject.repeats) for _ in range(times)]
+    waiting: dict[torch.Size, list[int]] = {}
+    order: list[Tensor] = []
+    while len(order) < count:
+        for n in torch.randperm(len(views), generator=generator).tolist():
+            same = waiting.setdefault(subject.mean[views[n]].shape, [])
+            same.append(views[n])
+            if len(same) == size:
+                order.append(torch.tensor(same))
+                same.clear()
+    return order[:count]
+
+
+def draw_batch(subject: Subject, index: Tensor, timesteps: int, generator: torch.Generator) -> Batch:
+    """The views at `index` (of one size) at stratified timesteps with fresh noise."""
+    latents = subject.sample_latents(index, generator)
+    t = stratified_timesteps(len(index), timesteps, generator)
+    return _batch(subject, index, latents, t, generator)
+
+
 def draw_triples(subject: Subject, count: int, timesteps: int, generator: torch.Generator) -> Triples:
-    """`count` triples: pictures equally often, timesteps stratified over the whole schedule, fresh noise."""
+    """`count` triples: views equally often, timesteps stratified over the whole schedule, fresh noise."""
     index = shuffled_cycle(count, len(subject), generator)
     t = stratified_timesteps(count, timesteps, generator)
-    return _gather(subject, index, t, generator, posterior_noise=True)
+    sizes = []
+    for rows in _by_size(subject, index):
+        latents = subject.sample_latents(index[rows], generator)
+        sizes.append(_batch(subject, index[rows], latents, t[rows], generator))
+    return Triples(tuple(sizes))
 
 
 def fixed_triples(subject: Subject, timesteps: int) -> Triples:
-    """Every picture at the centres of 8 equal timestep bins, with a noise that is the same in every run."""
+    """Every view at the centres of 8 equal timestep bins, with a noise that is the same in every run."""
     centres = bin_centres(VALIDATION_TIMESTEPS, timesteps)
     index = torch.arange(len(subject)).repeat_interleave(len(centres))
+    t = centres.repeat(len(subject))
     generator = torch.Generator().manual_seed(VALIDATION_SEED)
-    return _gather(subject, index, centres.repeat(len(subject)), generator, posterior_noise=False)
+    sizes = []
+    for rows in _by_size(subject, index):
+        latents = torch.stack([subject.mean[i] for i in index[rows].tolist()])
+        sizes.append(_batch(subject, index[rows], latents, t[rows], generator))
+    return Triples(tuple(sizes))
 
 
-def _gather(
-    subject: Subject, index: Tensor, t: Tensor, generator: torch.Generator, *, posterior_noise: bool
-) -> Triples:
-    latents = subject.sample_latents(index, generator) if posterior_noise else subject.mean[index]
-    noise = torch.randn(latents.shape, generator=generator)
-    device = subject.mean.device
-    return Triples(latents, t.to(device), noise.to(device), subject.conditioning[index])
+def _by_size(subject: Subject, index: Tensor) -> Sequence[Tensor]:
+    """Positions in `index`, grouped by the size of the view there."""
+    groups: dict[torch.Size, list[int]] = {}
+    for position, view in enumerate(index.tolist()):
+        groups.setdefault(subject.mean[view].shape, []).append(position)
+    return [torch.tensor(rows) for rows in groups.values()]
+
+
+def _batch(subject: Subject, index: Tensor, latents: Tensor, t: Tensor, generator: torch.Generator) -> Batch:
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    mask = None if subject.masks is None else torch.stack([subject.masks[i] for i in index.tolist()])
+    return Batch(latents, t.to(latents.device), noise, subject.conditioning[index], mask)
 
 
 @torch.no_grad()
-def mean_loss(model: StableDiffusion, triples: Triples, batch_size: int) -> float:
-    """Mean denoising loss over all triples, forward passes only."""
-    losses = [batch.loss(model) for batch in triples.batches(batch_size)]
-    return float(torch.cat(losses).double().mean())
+def mean_loss(model: StableDiffusion, triples: Triples, batch_size: int, group: Group = ALONE) -> float:
+    """Mean denoising loss over all triples, forward passes only; the processes of `group` share the work."""
+    total = torch.zeros(1, dtype=torch.float64)
+    for batch in triples.share(group).batches(batch_size):
+        total += batch.loss(model).double().sum().cpu()
+    group.sum_([total])
+    return float(total) / len(triples)

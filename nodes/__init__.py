@@ -8,6 +8,7 @@ from .prior import PriorImages
 from .save import SaveLoRA
 from .subject import SubjectImages
 from .train import TrainLoRA
+from .training_settings import TrainingSettings
 
 NODES: list[type[io.ComfyNode]] = [
     LoadCheckpoint,
@@ -15,6 +16,7 @@ NODES: list[type[io.ComfyNode]] = [
     PriorImages,
     CalibrateLoRA,
     TrainLoRA,
+    TrainingSettings,
     SaveLoRA,
     PreviewLoRA,
 ]

@@ -7,7 +7,8 @@ from ..cntlora_core.checkpoint import StableDiffusion
 from ..cntlora_core.config import INITS, RANK_RULES, CalibrationConfig
 from ..cntlora_core.lora import parameter_count
 from ..cntlora_core.report import rank_map
-from ..cntlora_core.triples import Triples
+from ..cntlora_core.runs import class_triples
+from ..cntlora_core.subject import Subject
 from . import host
 from .host import io
 from .reporter import Reporter
@@ -105,7 +106,7 @@ class CalibrateLoRA(io.ComfyNode):
         batch_size: int,
         preservation: float,
         gradient_checkpointing: bool,
-        prior: Triples | None = None,
+        prior: Subject | None = None,
     ) -> io.NodeOutput:
         config = CalibrationConfig(
             init=mode,
@@ -119,7 +120,8 @@ class CalibrateLoRA(io.ComfyNode):
         )
         with Reporter(host.identity(cls), "CNTLoRACalibrate", "Calibrate LoRA") as report, host.working(sd_model):
             encoded = subject.encode(sd_model, report)
-            start = calibrate(sd_model, encoded, config, prior=prior, observer=report)
+            kept = class_triples(sd_model, prior) if prior else None
+            start = calibrate(sd_model, encoded, config, prior=kept, observer=report)
             report(start.report)
             picture = rank_map(
                 start.report.ranks,

@@ -47,7 +47,7 @@ def schema(**values: Any) -> Any:
 
 def seed(tooltip: str) -> Any:
     """A seed that stays as it is: one that changes by itself after a run, as the page does it by default, trains all again."""
-    return io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False, tooltip=tooltip)
+    return advanced(io.Int)("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False, tooltip=tooltip)
 
 
 # --- folders -----------------------------------------------------------------------------------------------------------

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from ..cntlora_core.checkpoint import StableDiffusion
-from ..cntlora_core.runs import PRIOR_PICTURES, class_prior
+from ..cntlora_core.config import DataConfig
+from ..cntlora_core.runs import PRIOR_PICTURES, class_pictures
 from ..cntlora_core.sampling import decode
+from ..cntlora_core.subject import encode_subject
 from . import host
 from .host import io
 from .reporter import Reporter
-from .types import Prior, SDModel, to_image
+from .types import Prior, SDModel, from_batch, to_image
 
 
 class PriorImages(io.ComfyNode):
@@ -22,6 +27,11 @@ class PriorImages(io.ComfyNode):
             description="Lets the model draw its own idea of the class, so that calibration disturbs it as little as it can.",
             inputs=[
                 SDModel.Input("sd_model", tooltip="The model that will be calibrated."),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="Pictures of the class, of other subjects than yours. Without them the model draws its own.",
+                ),
                 io.String.Input(
                     "class_prompt",
                     default="a cat face emoji",
@@ -44,8 +54,14 @@ class PriorImages(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Prior.Output(display_name="prior", tooltip="For Calibrate LoRA."),
-                io.Image.Output(display_name="pictures", tooltip="What the model drew, quickly: rough, but its own."),
+                Prior.Output(
+                    display_name="prior",
+                    tooltip="For Calibrate LoRA (nothing else changes) and Train LoRA (prior loss).",
+                ),
+                io.Image.Output(
+                    display_name="pictures",
+                    tooltip="What is preserved: your pictures, or what the model drew, quickly: rough, but its own.",
+                ),
             ],
             hidden=host.IDENTITY,
         )
@@ -57,8 +73,19 @@ class PriorImages(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, sd_model: StableDiffusion, class_prompt: str, count: int, resolution: int) -> io.NodeOutput:
+    def execute(
+        cls,
+        sd_model: StableDiffusion,
+        class_prompt: str,
+        count: int,
+        resolution: int,
+        images: Tensor | None = None,
+    ) -> io.NodeOutput:
         with Reporter(host.identity(cls), "CNTLoRAPriorImages", "Prior Images") as report, host.working(sd_model):
-            prior = class_prior(sd_model, class_prompt, resolution or None, count=count, observer=report)
-            pictures = decode(sd_model, prior.latents)
+            if images is None:
+                prior = class_pictures(sd_model, class_prompt, resolution or None, count=count, observer=report)
+            else:
+                data = DataConfig(resolution=resolution or None)
+                prior = encode_subject(sd_model, from_batch(images), class_prompt, data, observer=report)
+            pictures = decode(sd_model, torch.stack(prior.mean))
         return io.NodeOutput(prior, to_image(pictures))

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 from torch import Tensor
 
 from ..cntlora_core.checkpoint import MINI_SD_FOLDER
+from ..cntlora_core.config import DataConfig
 from ..cntlora_core.errors import CNTLoRAError, ImageError, SettingError
+from ..cntlora_core.pictures import (
+    PictureFile,
+    check_pictures,
+    fill_words,
+    open_pictures,
+    picture_files,
+    with_words,
+)
 from ..cntlora_core.report import contact_sheet
-from ..cntlora_core.subject import SUFFIXES, Picture, find_pictures
 from . import host
 from .host import io, ui
 from .paths import inside
-from .types import Pictures, SubjectPictures, from_image, to_image
+from .types import Pictures, SubjectPictures, from_batch, to_image
 
 EXAMPLES = {
     "example: cat faces (embedded)": MINI_SD_FOLDER / "subject",
@@ -22,36 +29,26 @@ EXAMPLES = {
 }
 
 
-def picture_folder(name: str) -> Path:
-    """The folder of a name in the list. Raises SettingError or ImageError; reads nothing outside ComfyUI's input folder."""
+def files_of(name: str) -> list[PictureFile]:
+    """The pictures of a name in the list. Raises SettingError or ImageError; reads nothing outside ComfyUI's input folder."""
     if name in EXAMPLES:
-        return EXAMPLES[name]
+        return picture_files(EXAMPLES[name])
     root = host.input_folder()
     folder = inside(root, name)
     if not folder.is_dir():
         raise ImageError(
             f"The folder 'input/{name}' does not exist. Put 3-20 pictures of the subject there and refresh."
         )
-    files = _files(folder)
-    for file in files:
-        if file.is_symlink() and not file.resolve().is_relative_to(root.resolve()):
+    try:
+        files = picture_files(folder)
+    except ImageError as error:
+        raise ImageError(str(error).replace(str(folder), f"input/{name}")) from error
+    for path in (p for file in files for p in (file.path, file.caption)):
+        if not path.resolve().is_relative_to(root.resolve()):
             raise SettingError(
-                f"'{file.name}' is a link to a place outside ComfyUI's input folder: copy the picture instead."
+                f"'{path.name}' is a link to a place outside ComfyUI's input folder: copy the file there instead."
             )
-    if not files:
-        raise ImageError(
-            f"No images in 'input/{name}': found 0 of {' '.join(SUFFIXES)}. Put 3-20 pictures of the subject there."
-        )
-    return folder
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
-
-
-def fill_prompt(template: str, trigger: str, class_name: str) -> str:
-    """`{trigger}` and `{class}` filled in, spaces tidied."""
-    return " ".join(template.replace("{trigger}", trigger).replace("{class}", class_name).split())
+    return files
 
 
 class SubjectImages(io.ComfyNode):
@@ -102,6 +99,24 @@ class SubjectImages(io.ComfyNode):
                     optional=True,
                     tooltip="Pictures from the graph, used instead of the folder when connected.",
                 ),
+                host.advanced(io.Boolean)(
+                    "keep_shape",
+                    default=True,
+                    tooltip="Train pictures in their own shape, at the resolution's area. Off: cut out the centred square.",
+                ),
+                host.advanced(io.Boolean)(
+                    "flip",
+                    default=False,
+                    tooltip="Mirrored pictures too. Not for faces, writing or anything with a left and right.",
+                ),
+                host.advanced(io.Boolean)(
+                    "random_crop", default=False, tooltip="Several crops of each picture instead of the centre."
+                ),
+                host.advanced(io.Boolean)(
+                    "masked",
+                    default=False,
+                    tooltip="Learn only what a picture's transparency shows. Off: transparent parts are white and are learnt.",
+                ),
             ],
             outputs=[
                 SubjectPictures.Output(display_name="subject", tooltip="For Calibrate LoRA and Train LoRA."),
@@ -112,7 +127,7 @@ class SubjectImages(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, folder: str) -> bool | str:  # only what it judges: the host repeats it for every argument
         try:
-            picture_folder(folder)
+            files_of(folder)
         except CNTLoRAError as error:
             return str(error)
         return True
@@ -120,9 +135,8 @@ class SubjectImages(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder: str, **others: object) -> str:
         try:
-            seen: list[object] = [
-                (p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _files(picture_folder(folder))
-            ]
+            paths = [p for file in files_of(folder) for p in (file.path, file.caption) if p.is_file()]
+            seen: list[object] = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
         except CNTLoRAError as error:
             seen = [str(error)]
         return hashlib.sha256(repr((folder, seen, sorted((k, str(v)) for k, v in others.items()))).encode()).hexdigest()
@@ -135,21 +149,27 @@ class SubjectImages(io.ComfyNode):
         class_name: str,
         resolution: int,
         caption: str = "a {trigger} {class}",
+        keep_shape: bool = True,
+        flip: bool = False,
+        random_crop: bool = False,
+        masked: bool = False,
         images: Tensor | None = None,
     ) -> io.NodeOutput:
-        notices: list[str] = []
-        if images is None:
-            pictures = find_pictures(picture_folder(folder), lambda event: notices.append(getattr(event, "text", "")))
-        else:
-            pictures = [
-                Picture(f"image {n}", image, hashlib.sha256(image.tobytes()).hexdigest())
-                for n, image in enumerate(from_image(images), 1)
-            ]
         if not f"{trigger}{class_name}".strip():
             raise SettingError("trigger and class_name are empty: say what the pictures show, e.g. 'sks' and 'dog'.")
-        prompt = fill_prompt(caption, trigger, class_name)
+        notices: list[str] = []
+        if images is None:
+            pictures = open_pictures(files_of(folder), lambda event: notices.append(getattr(event, "text", "")))
+        else:
+            pictures = from_batch(images)
+        pictures = with_words(pictures, trigger, class_name)
+        notices += check_pictures(pictures, resolution)
+        prompt = fill_words(caption, trigger, class_name)
+        data = DataConfig(
+            resolution=resolution or None, buckets=keep_shape, random_crop=random_crop, flip=flip, masked=masked
+        )
         sizes = sorted(min(p.image.size) for p in pictures)
         text = f"{len(pictures)} pictures, shorter sides {sizes[0]}-{sizes[-1]} px. Prompt: '{prompt}'."
         sheet = to_image([contact_sheet([p.image for p in pictures], [p.name for p in pictures])])
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (" ".join([text, *notices]),)}
-        return io.NodeOutput(Pictures(tuple(pictures), prompt, resolution or None), sheet, ui=shown)
+        return io.NodeOutput(Pictures(tuple(pictures), prompt, data), sheet, ui=shown)

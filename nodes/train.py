@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import time
 
-import torch
 from PIL import Image
 
-from ..cntlora_core.calibration import calibrate
 from ..cntlora_core.checkpoint import StableDiffusion
 from ..cntlora_core.config import CalibrationConfig, TrainConfig
 from ..cntlora_core.errors import CNTLoRAError
-from ..cntlora_core.events import Base, Event, Notice, Saved, Status, Step
-from ..cntlora_core.lora import LoRA, attached
-from ..cntlora_core.memory import checkpointed
-from ..cntlora_core.runs import validation_loss
+from ..cntlora_core.events import Event, Notice, Saved, Step, Training
+from ..cntlora_core.lora import attached
+from ..cntlora_core.prior_loss import BasePrediction, ClassImages, PriorLoss
+from ..cntlora_core.runs import Personalised, personalise, validation_loss, with_validation
 from ..cntlora_core.sampling import sample
-from ..cntlora_core.train import train
+from ..cntlora_core.subject import Subject
 from . import host
 from .host import io, ui
 from .paths import free_name
 from .reporter import Reporter
-from .types import LoRAInit, LoRAModel, Pictures, SDModel, Start, SubjectPictures, lora_model, to_image
+from .types import (
+    Extras,
+    LoRAInit,
+    LoRAModel,
+    Pictures,
+    Prior,
+    SDModel,
+    Settings,
+    Start,
+    SubjectPictures,
+    lora_model,
+    to_image,
+)
 
 SAMPLES = 4
 SAMPLE_SEED = 0
@@ -50,8 +60,14 @@ class TrainLoRA(io.ComfyNode):
                     "validation",
                     optional=True,
                     tooltip="Other pictures of the same subject, never trained on: their loss shows when training overfits. "
-                    "Without it the training pictures are used.",
+                    "Without it the last of 5 or more pictures is left out of training for it.",
                 ),
+                Prior.Input(
+                    "prior",
+                    optional=True,
+                    tooltip="From Prior Images: trains a second loss that keeps the class as it is. Twice the time a step.",
+                ),
+                Settings.Input("settings", optional=True, tooltip="From Training Settings; its defaults without it."),
                 io.Int.Input(
                     "steps",
                     default=default.steps,
@@ -71,7 +87,7 @@ class TrainLoRA(io.ComfyNode):
                     "Too high: loss jumps, pictures burn. Too low: nothing happens.",
                 ),
                 host.seed("Order of pictures, timesteps and noise."),
-                io.Int.Input(
+                host.advanced(io.Int)(
                     "sample_every",
                     default=50,
                     min=0,
@@ -136,6 +152,8 @@ class TrainLoRA(io.ComfyNode):
         sample_prompt: str,
         lora_init: Start | None = None,
         validation: Pictures | None = None,
+        prior: Subject | None = None,
+        settings: Extras | None = None,
     ) -> io.NodeOutput:
         config = TrainConfig(
             steps=steps,
@@ -145,57 +163,61 @@ class TrainLoRA(io.ComfyNode):
             validate_every=validate_every,
             seed=seed,
             gradient_checkpointing=gradient_checkpointing,
+            **(settings.fields if settings else {}),
         )
+        start = lora_init.config if lora_init else ORDINARY
         with Reporter(host.identity(cls), "CNTLoRATrain", "Train LoRA", steps) as report, host.working(sd_model):
             encoded = subject.encode(sd_model, report)
-            held_out = validation.encode(sd_model, report) if validation else encoded
-            validate = validation_loss(sd_model, held_out, batch_size) if validate_every else None
-            if validate:
-                report(Base(validate()))
-            start = lora_init or Start(calibrate(sd_model, encoded, ORDINARY), ORDINARY)
+            if validation:
+                held_out = validation.encode(sd_model, report)
+            else:
+                encoded, held_out = with_validation(encoded) if validate_every else (encoded, encoded)
             sampler = Sampler(sd_model, sample_prompt or encoded.prompt, sample_every, report)
-            report(Status(f"Training {steps} steps"))
+            kept: list[str] = []
 
-            def finished(factors: LoRA, done: int) -> LoRAModel:
-                return lora_model(factors, sd_model, encoded, start.config, config, done)
+            def finished(run: Personalised) -> LoRAModel:
+                return lora_model(run.lora, sd_model, encoded, start, config, run.kept)
 
-            with (
-                attached(sd_model.unet, start.calibration.lora, trainable=True) as adapters,
-                checkpointed(sd_model.unet, gradient_checkpointing),
-            ):
-                sampler.draw(0)
-                try:
-                    result = train(sd_model, encoded, adapters, config, validate=validate, observer=sampler)
-                except BaseException as error:
-                    kept = _keep(finished(adapters.factors(), sampler.step), sampler.step, report)
-                    raise _explained(error, kept) from error
-                lora = finished(adapters.factors(), steps)
+            try:
+                run = personalise(
+                    sd_model,
+                    encoded,
+                    start,
+                    config,
+                    prior=_prior_loss(prior, settings),
+                    lora=lora_init.calibration.lora if lora_init else None,
+                    validate=validation_loss(sd_model, held_out, batch_size) if validate_every else None,
+                    on_stop=lambda run: kept.extend(_keep(finished(run), run.kept, report)),
+                    observer=sampler,
+                )
+            except CNTLoRAError as error:
+                raise CNTLoRAError(
+                    " ".join([str(error), *(f"What was trained is in loras/{k}." for k in kept)])
+                ) from error
+            if run.kept != run.steps:  # the weights given out are not those of the last samples
+                with attached(sd_model.unet, run.lora):
+                    sampler.draw(run.kept)
         images = to_image(sampler.pictures)
-        losses = {"loss": result.losses or [loss for _, loss in result.validations]}
-        return io.NodeOutput(lora, losses, images, ui=ui.PreviewImage(images, cls=cls))
+        losses = {"loss": sampler.losses or [loss for _, loss in run.validations]}
+        return io.NodeOutput(finished(run), losses, images, ui=ui.PreviewImage(images, cls=cls))
 
 
-def _keep(lora: LoRAModel, step: int, report: Reporter) -> str | None:
-    """Save what an interrupted run has learnt. Its name, None when no step was finished."""
-    if step == 0:
+def _prior_loss(prior: Subject | None, settings: Extras | None) -> PriorLoss | None:
+    if prior is None:
         return None
+    if settings and settings.prior_loss == "base prediction":
+        return BasePrediction(prior.conditioning[:1])
+    return ClassImages(prior)
+
+
+def _keep(lora: LoRAModel, step: int, report: Reporter) -> list[str]:
+    """Save what an interrupted run has learnt. Its name; none when no step was finished."""
+    if step == 0:
+        return []
     path = free_name(host.lora_path(f"cntlora-interrupted/{time.strftime('%Y-%m-%d_%H%M%S')}_step{step}"))
     name = host.lora_name(lora.write(path))
     report.note(Saved(name))
-    return name
-
-
-def _explained(error: BaseException, kept: str | None) -> BaseException:
-    """The same error for a Cancel; for what the user can mend, a sentence with the remedy and where the work is."""
-    where = f" What was trained is in loras/{kept}." if kept else ""
-    if isinstance(error, torch.OutOfMemoryError):
-        return CNTLoRAError(
-            "The GPU ran out of memory. Next to try: gradient_checkpointing on, batch_size 1, a lower resolution."
-            + where
-        )
-    if isinstance(error, CNTLoRAError):
-        return CNTLoRAError(f"{error}{where}")
-    return error
+    return [name]
 
 
 class Sampler:
@@ -204,12 +226,14 @@ class Sampler:
     def __init__(self, model: StableDiffusion, prompt: str, every: int, report: Reporter) -> None:
         self.model, self.prompt, self.every, self.report = model, prompt, every, report
         self.pictures = [Image.new("RGB", (model.resolution, model.resolution), "white")]
-        self.step = 0
+        self.losses: list[float] = []
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Step):
-            self.step = event.step
+            self.losses.append(event.loss)
         self.report(event)
+        if isinstance(event, Training):
+            self.draw(event.done)
         if isinstance(event, Step) and self.every and (event.step % self.every == 0 or event.step == self.report.steps):
             self.draw(event.step)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,18 +15,20 @@ from torch import Tensor
 
 from ..cntlora_core.calibration import Calibration
 from ..cntlora_core.checkpoint import StableDiffusion
-from ..cntlora_core.config import CalibrationConfig, TrainConfig
+from ..cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
 from ..cntlora_core.events import Observer
 from ..cntlora_core.lora import LoRA
 from ..cntlora_core.lora_file import to_state_dict
+from ..cntlora_core.pictures import Picture
 from ..cntlora_core.runs import write
-from ..cntlora_core.subject import Picture, Subject, encode_subject
+from ..cntlora_core.subject import Subject, encode_subject
 from .host import io
 
 SDModel = io.Custom("CNTLORA_SD_MODEL")
 SubjectPictures = io.Custom("CNTLORA_SUBJECT")
 Prior = io.Custom("CNTLORA_PRIOR")
 LoRAInit = io.Custom("CNTLORA_INIT")
+Settings = io.Custom("CNTLORA_SETTINGS")
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,18 @@ class Pictures:
 
     pictures: tuple[Picture, ...]
     prompt: str
-    resolution: int | None
+    data: DataConfig
 
     def encode(self, model: StableDiffusion, observer: Observer) -> Subject:
-        return encode_subject(model, self.pictures, self.prompt, resolution=self.resolution, observer=observer)
+        return encode_subject(model, self.pictures, self.prompt, self.data, observer=observer)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Settings of a training beside those on the Train node: TrainConfig's fields, and the kind of prior loss."""
+
+    fields: dict[str, Any]
+    prior_loss: str
 
 
 @dataclass(frozen=True)
@@ -80,3 +92,11 @@ def from_image(batch: Tensor) -> list[Image.Image]:
     """The other way, alpha dropped."""
     array = (batch[..., :3].detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy()
     return [Image.fromarray(np.ascontiguousarray(a)) for a in array]
+
+
+def from_batch(batch: Tensor) -> list[Picture]:
+    """ComfyUI's IMAGE as pictures, named by their number."""
+    return [
+        Picture(f"image {n}", image, hashlib.sha256(image.tobytes()).hexdigest())
+        for n, image in enumerate(from_image(batch), 1)
+    ]

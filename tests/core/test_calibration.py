@@ -9,7 +9,7 @@ from cntlora_core.errors import NonFiniteError
 from cntlora_core.lora import attached, parameter_count
 from cntlora_core.projections import find_projections
 from cntlora_core.ranks import budget_of
-from cntlora_core.runs import class_prior
+from cntlora_core.runs import class_pictures, class_triples
 from cntlora_core.statistics import record
 from cntlora_core.triples import draw_triples, mean_loss
 
@@ -56,7 +56,7 @@ def test_unit_response_on_the_subject(mini_sd, subject, init):
     triples = draw_triples(subject, 4, 1000, torch.Generator().manual_seed(config.seed))
     projections = find_projections(mini_sd.unet)
     with record(mini_sd.unet, projections, backward=False) as moments, torch.no_grad():
-        triples.loss(mini_sd)
+        triples.sizes[0].loss(mini_sd)
     for p in projections:
         down = start.lora[p.name].down
         assert len(down) == 4
@@ -84,13 +84,13 @@ def test_same_seed_same_lora_and_an_untouched_model(mini_sd, subject, target):
 
 def test_a_prior_takes_the_update_off_the_class(mini_sd, subject):
     """More weight on preservation: less change of the outputs on the prior's activations, relative to the subject's."""
-    prior = class_prior(mini_sd, "a cat face emoji", subject.resolution)
+    prior = class_triples(mini_sd, class_pictures(mini_sd, "a cat face emoji", subject.resolution))
     projections = find_projections(mini_sd.unet)
     with record(mini_sd.unet, projections, backward=False) as kept, torch.no_grad():
-        prior.loss(mini_sd)
+        prior.sizes[0].loss(mini_sd)
     triples = draw_triples(subject, 12, 1000, torch.Generator().manual_seed(1))
     with record(mini_sd.unet, projections, backward=False) as subjects, torch.no_grad():
-        triples.loss(mini_sd)
+        triples.sizes[0].loss(mini_sd)
 
     def leak(weight):
         config = dataclasses.replace(QUICK, preservation=weight, rank_rule="uniform")

@@ -160,13 +160,13 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
 
 def test_nan_keeps_the_last_good_weights(tmp_path, capsys, monkeypatch):
     """The loss turns NaN at step 3: exit 1, the step is named, and the file holds finite weights of 2 steps."""
-    from cntlora_core import train as recipe
+    from cntlora_core import triples as recipe
 
     real, calls = recipe.denoising_loss, []
 
-    def poisoned(*args):
+    def poisoned(*args, **more):
         calls.append(1)
-        loss = real(*args)
+        loss = real(*args, **more)
         return loss * float("nan") if len(calls) == 3 else loss
 
     monkeypatch.setattr(recipe, "denoising_loss", poisoned)

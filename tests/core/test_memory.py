@@ -44,9 +44,9 @@ def test_the_estimate_is_what_autograd_keeps(mini_sd, subject):
     with attached(mini_sd.unet, lora, trainable=True) as adapters:
         own |= {p.untyped_storage().data_ptr() for p in adapters.parameters()}
         with _Kept(mini_sd.unet) as kept, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = mini_sd.unet(subject.mean[:2], torch.tensor([1, 2]), return_dict=False, **kwargs)
+            out = mini_sd.unet(torch.stack(subject.mean[:2]), torch.tensor([1, 2]), return_dict=False, **kwargs)
         with _Kept(mini_sd.unet) as kept:
-            again = mini_sd.unet(subject.mean[:2], torch.tensor([1, 2]), return_dict=False, **kwargs)
+            again = mini_sd.unet(torch.stack(subject.mean[:2]), torch.tensor([1, 2]), return_dict=False, **kwargs)
     real = sum(size for place, size in storages.items() if place not in own)
     assert kept.total == pytest.approx(real, rel=0.1)
     assert torch.equal(out[0], again[0])

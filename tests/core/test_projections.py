@@ -27,7 +27,7 @@ def test_shared_keys_mean_shared_tensors(mini_sd, subject):
 
         with torch.no_grad():
             kwargs = subject.conditioning[:1].unet_kwargs()
-            mini_sd.unet(subject.mean[:1], torch.tensor([400]), return_dict=False, **kwargs)
+            mini_sd.unet(torch.stack(subject.mean[:1]), torch.tensor([400]), return_dict=False, **kwargs)
         assert all(torch.equal(x, xs[0]) for xs in seen.values() for x in xs)
         assert len(seen["text"]) == 14
     finally:

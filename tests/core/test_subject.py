@@ -5,9 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cntlora_core.config import DataConfig
 from cntlora_core.errors import ImageError, SettingError
 from cntlora_core.events import Notice
-from cntlora_core.subject import crop_square, encode_subject, find_pictures
+from cntlora_core.pictures import Picture, find_pictures
+from cntlora_core.subject import encode_subject
+from cntlora_core.views import views_of
 
 
 def save(path, size=(64, 48), color="red", mode="RGB", **options):
@@ -77,19 +80,20 @@ def test_transparent_is_white_and_exif_is_obeyed(tmp_path):
     assert turned.image.size == (20, 40)
 
 
-def test_the_crop_is_centred():
+def test_the_crop_is_centred(tmp_path):
     image = Image.new("RGB", (300, 100), "red")
     image.paste("blue", (100, 0, 200, 100))
-    square = crop_square(image, 64)
+    (view,) = views_of(Picture("a", image, "x"), 64, 16, DataConfig(buckets=False), torch.Generator())
+    square = view.image()
     assert square.size == (64, 64)
     assert np.asarray(square)[:, 4:-4].reshape(-1, 3).max(0).tolist() == [0, 0, 255]
 
 
 def test_latents_and_conditioning(mini_sd, subject):
-    assert subject.mean.shape == (6, 4, 16, 16)
-    assert (subject.std > 0).all()
+    assert torch.stack(subject.mean).shape == (6, 4, 16, 16)
+    assert (torch.stack(subject.std) > 0).all()
     assert subject.conditioning.tokens.shape == (6, 32, 128)
-    assert 0.5 < float(subject.mean.std()) < 2  # the VAE's scaling factor was not forgotten
+    assert 0.5 < float(torch.stack(subject.mean).std()) < 2  # the VAE's scaling factor was not forgotten
     draws = subject.sample_latents(torch.tensor([0, 0]), torch.Generator().manual_seed(0))
     assert not torch.equal(draws[0], draws[1])
 
@@ -99,7 +103,9 @@ def test_resolutions_the_model_cannot_take(mini_sd, tmp_path):
     pictures = find_pictures(tmp_path)
     for size in (50, 8, 8192):
         with pytest.raises(SettingError, match="multiples of 16"):
-            encode_subject(mini_sd, pictures, "x", resolution=size)
+            encode_subject(mini_sd, pictures, "x", DataConfig(resolution=size))
     said = []
-    assert encode_subject(mini_sd, pictures, "x", resolution=96, observer=said.append).mean.shape[-1] == 24
+    big = DataConfig(resolution=96, upscale=True)
+    assert encode_subject(mini_sd, pictures, "x", big, observer=said.append).mean[0].shape == (4, 20, 28)
     assert any("enlarged" in getattr(e, "text", "") for e in said)
+    assert encode_subject(mini_sd, pictures, "x", DataConfig(resolution=96)).mean[0].shape == (4, 12, 16)

@@ -8,6 +8,7 @@ from cntlora_core.events import Step, Validation
 from cntlora_core.lora import attached
 from cntlora_core.runs import personalise, validation_loss
 from cntlora_core.train import train
+from cntlora_core.train_state import start_state
 
 PLAIN = CalibrationConfig(init="gaussian", rank=4, rank_rule="uniform")
 
@@ -50,8 +51,9 @@ def test_an_observer_that_raises_leaves_at_once_with_the_work(mini_sd, subject):
 
     start = calibrate(mini_sd, subject, PLAIN)
     with attached(mini_sd.unet, start.lora, trainable=True) as adapters:
+        config = TrainConfig(steps=50, validate_every=0)
         with pytest.raises(Cancelled):
-            train(mini_sd, subject, adapters, TrainConfig(steps=50, validate_every=0), observer=cancel)
+            train(mini_sd, subject, start_state(mini_sd, adapters, config), config, observer=cancel)
         kept = adapters.factors()
     assert any(f.up.any() for f in kept.values())
 
@@ -67,8 +69,9 @@ def test_nan_stops_at_its_step_with_the_last_good_weights(mini_sd, subject):
                 if event.step == 3:
                     adapters.parameters()[1].data[0, 0] = float("nan")
 
+        config = TrainConfig(steps=9, validate_every=0)
         with pytest.raises(NonFiniteError, match="step 4") as caught:
-            train(mini_sd, subject, adapters, TrainConfig(steps=9, validate_every=0), observer=poison)
+            train(mini_sd, subject, start_state(mini_sd, adapters, config), config, observer=poison)
         kept = adapters.factors()
     assert caught.value.step == 4
     assert all(torch.isfinite(f.up).all() and torch.isfinite(f.down).all() for f in kept.values())

@@ -122,12 +122,15 @@ def test_cancel_leaves_within_one_step_and_keeps_the_work(pack, model, pictures,
 
 
 def test_running_out_of_memory_says_what_to_try_and_where_the_work_is(pack, model, pictures, monkeypatch):
-    def fail(*args, observer, **options):
+    from cntlora_pack.cntlora_core import runs
+
+    def fail(model, subject, state, *args, observer, **options):
+        state.step = 1
         observer(pack.train.Step(1, 0.1, 1e-3))
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(pack.train, "train", fail)
-    with pytest.raises(ValueError, match=r"gradient_checkpointing on, batch_size 1.*What was trained is in loras/"):
+    monkeypatch.setattr(runs, "train", fail)
+    with pytest.raises(ValueError, match=r"gradient checkpointing on, batch size.*What was trained is in loras/"):
         run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=5, sample_every=0, **TRAIN)
 
 

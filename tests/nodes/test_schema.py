@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-IDS = ["LoadCheckpoint", "SubjectImages", "PriorImages", "Calibrate", "Train", "SaveLoRA", "PreviewLoRA"]
+IDS = [
+    "LoadCheckpoint",
+    "SubjectImages",
+    "PriorImages",
+    "Calibrate",
+    "Train",
+    "TrainingSettings",
+    "SaveLoRA",
+    "PreviewLoRA",
+]
 UPDATE = bool(os.environ.get("UPDATE_NODE_TEXTS"))  # `make node-texts`: write the texts below instead of checking them
 
 

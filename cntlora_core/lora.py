@@ -84,14 +84,19 @@ class LoRALinear(nn.Module):
         device = base.weight.device
         self.base = base
         self.bypassed = False
-        self.up = nn.Parameter(factors.up.detach().clone().to(device, torch.float32), requires_grad=trainable)
-        self.down = nn.Parameter(factors.down.detach().clone().to(device, torch.float32), requires_grad=trainable)
+        self.up = nn.Parameter(_own(factors.up, device), requires_grad=trainable)
+        self.down = nn.Parameter(_own(factors.down, device), requires_grad=trainable)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bypassed:
             return self.base(x)
         update = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
         return self.base(x) + update
+
+
+def _own(factor: Tensor, device: torch.device) -> Tensor:
+    """A copy in fp32 and rows: the layout decides how sums are rounded, and a resumed run must round alike."""
+    return factor.detach().to(device, torch.float32).clone(memory_format=torch.contiguous_format)
 
 
 class Adapters:

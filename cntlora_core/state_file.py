@@ -64,7 +64,8 @@ class Checkpoints:
         try:
             with safe_open(self.path, framework="pt") as file:
                 story = json.loads((file.metadata() or {})["cntlora.state"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                # Copies: in the file's buffer they are not aligned, and vectorised arithmetic then rounds otherwise.
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             if story["version"] != VERSION:
                 raise SettingError(f"'{self.path}' was written by another version of CNTLoRA: start without --resume.")
             saved = Saved(tensors, story)
@@ -125,7 +126,9 @@ class Saved:
             state.scaler.load_state_dict(story["scaler"])
 
     def _factors(self, part: str) -> LoRA:
-        names = [key.removeprefix(f"{part}.up.") for key in self.tensors if key.startswith(f"{part}.up.")]
+        names = self.story[
+            "names"
+        ]  # in the adapters' order, which the optimiser's numbers follow; the file sorts its keys
         return {n: Factors(self.tensors[f"{part}.up.{n}"], self.tensors[f"{part}.down.{n}"]) for n in names}
 
 
@@ -145,6 +148,7 @@ def _pack(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 plain.setdefault(str(n), {})[name] = value
     story = {
         "version": VERSION,
+        "names": list(state.adapters.layers),
         "step": state.step,
         "validations": state.validations,
         "best": [state.best.step, state.best.loss] if state.best else None,

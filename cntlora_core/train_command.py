@@ -138,8 +138,11 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
     from .lora_file import check_output, load_lora
     from .projections import find_projections
     from .runs import personalise, read_subject, validation_loss, with_validation, write
+    from .state_file import state_path
 
-    output = check_output(args.output, overwrite=args.overwrite)
+    going_on = args.resume and state_path(Path(args.output)).is_file()
+    overwrite = args.overwrite or going_on  # the interrupted run wrote it
+    output = check_output(args.output, overwrite=overwrite)
     device = local_device(pick_device(args.device))
     with ExitStack() as stack:
         observer: Observer = stack.enter_context(Interrupts())
@@ -147,7 +150,7 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
         if group.rank == 0:
             observer = both(stack.enter_context(Console(args.steps)), observer)
         if args.events and group.rank == 0:
-            events = check_output(args.events, overwrite=args.overwrite, suffix=".jsonl")
+            events = check_output(args.events, overwrite=overwrite, suffix=".jsonl")
             observer = both(stack.enter_context(EventFile(events)), observer)
         model = load(args, device)
         cache = _cache(args, model)
@@ -171,7 +174,7 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
                 write(
                     output, run.lora, model, subject,
                     steps=run.kept, calibration=calibration, training=training if training.steps else None,
-                    dtype=DTYPES[args.save_precision], overwrite=args.overwrite, observer=_tell_only(observer, run, training),
+                    dtype=DTYPES[args.save_precision], overwrite=overwrite, observer=_tell_only(observer, run, training),
                 )  # fmt: skip
 
         try:
@@ -270,7 +273,8 @@ def _checkpoints(
         "prompt": subject.prompt,
         **{f"data {name}": value for name, value in asdict(data).items()},
         **{f"calibration {name}": value for name, value in to_dict(calibration).items()},
-        **{name: value for name, value in to_dict(training).items()},
+        # More steps may be asked for, unless the learning rate depends on their number.
+        **{k: v for k, v in to_dict(training).items() if k != "steps" or training.schedule != "constant"},
     }
     return Checkpoints(state_path(output), identity, args.save_every, args.resume)
 

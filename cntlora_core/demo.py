@@ -50,7 +50,7 @@ def _run(folder: Path, observer: Observer) -> dict[str, Any]:
     run = personalise(model, subject, CALIBRATION, TRAINING, validate=validate, observer=observer)
     lora = write(
         folder / "lora.safetensors", run.lora, model, subject,
-        steps=run.steps, calibration=CALIBRATION, training=TRAINING, overwrite=True, observer=observer,
+        steps=run.kept, calibration=CALIBRATION, training=TRAINING, overwrite=True, observer=observer,
     )  # fmt: skip
     observer(Status("The same steps from an ordinary start (gaussian), to compare"))
     gaussian = personalise(
@@ -69,7 +69,7 @@ def _run(folder: Path, observer: Observer) -> dict[str, Any]:
     rows = [
         ("base", draw({})),
         ("step 0, calibrated", draw(run.start.lora)),
-        (f"step {run.steps}, trained", draw(run.lora)),
+        (f"step {run.kept}, trained", draw(run.lora)),
     ]
     pictures = [p.image for p in find_pictures(MINI_SD_FOLDER / "subject")]
     sample_sheet(rows, subject=pictures, title=f"{PROMPT} - same seeds in every row").save(folder / "samples.png")
@@ -86,6 +86,6 @@ def _run(folder: Path, observer: Observer) -> dict[str, Any]:
         "lora": str(lora),
         "base_loss": run.base_loss,
         "step0_loss": run.validations[0][1],
-        "final_loss": run.validations[-1][1],
-        "gaussian_final_loss": gaussian.validations[-1][1],
+        "final_loss": dict(run.validations)[run.kept],
+        "gaussian_final_loss": dict(gaussian.validations)[gaussian.kept],
     }

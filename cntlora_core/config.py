@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from .errors import SettingError
 
-INITS = ("target", "domain", "gaussian", "default")
+CALIBRATED = ("target", "domain")
+INITS = (*CALIBRATED, "gaussian", "default")
 RANK_RULES = ("data", "uniform")
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,6 @@ DATA_HELP = {
     "masked": "learn only what the alpha channel shows",
 }
 TRAIN_HELP = {
-    "steps": "optimiser steps",
-    "lr": "learning rate",
     "accumulation": "batches a step, for a larger batch in the same memory",
     "optimizer": "adamw, or where installed adamw8bit, prodigy (with --lr 1)",
     "weight_decay": "pull towards zero",
@@ -77,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, training: bool) -> None:
     prior.add_argument("--class-prompt", help='the class alone ("a cat"): calibration disturbs it as little as it can')
     prior.add_argument("--class-images", metavar="DIR", help="pictures of the class (default: the model draws them)")
     prior.add_argument("--class-count", type=int, default=CLASS_COUNT, help="pictures to draw (default: %(default)s)")
-    parser.set_defaults(prior="none", steps=0, continue_from=None, save_every=0, resume=False)
+    parser.set_defaults(
+        prior="none", steps=None if training else 0, lr=None, continue_from=None, save_every=0, resume=False
+    )
     both_kinds = parser.add_argument_group("run")
     both_kinds.add_argument("--batch-size", type=int, default=TrainConfig.batch_size, help="of each process")
     both_kinds.add_argument("--gradient-checkpointing", action="store_true", help="far less memory, a third slower")
@@ -89,7 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser, *, training: bool) -> None:
             help="prior loss while training: on class images, or towards the base model's prediction (no images)",
         )
         start.add_argument("--continue-from", metavar="FILE", help="train on from this LoRA, with its ranks")
-        _settings(parser.add_argument_group("training"), TrainConfig, TRAIN_HELP)
+        loop = parser.add_argument_group("training")
+        loop.add_argument("--steps", type=int, help="optimiser steps (default: by model and pictures)")
+        loop.add_argument("--lr", type=float, help="learning rate (default: by model and start)")
+        _settings(loop, TrainConfig, TRAIN_HELP)
         both_kinds.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="write a checkpoint")
         both_kinds.add_argument("--resume", action="store_true", help="go on from the checkpoint, where there is one")
     both_kinds.add_argument("--validation-images", metavar="DIR", help="held-out pictures of the subject")
@@ -131,8 +134,10 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
     """Everything `train` does. `load(args, device)` gives the model."""
     data = _config(DataConfig, args)
     calibration = _config(CalibrationConfig, args)
-    training = _config(TrainConfig, args)
+    given = {name: value for name in ("steps", "lr") if (value := getattr(args, name)) is not None}
+    training = _config(TrainConfig, args, **({"steps": TrainConfig.steps, "lr": TrainConfig.lr} | given))
     _check(args)
+    from .defaults import default_lr, default_steps
     from .devices import DTYPES, pick_device
     from .distributed import local_device, process_group
     from .lora_file import check_output, load_lora
@@ -148,7 +153,8 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
         observer: Observer = stack.enter_context(Interrupts())
         group = stack.enter_context(process_group(device))
         if group.rank == 0:
-            observer = both(stack.enter_context(Console(args.steps)), observer)
+            console = stack.enter_context(Console())
+            observer = both(console, observer)
         if args.events and group.rank == 0:
             events = check_output(args.events, overwrite=overwrite, suffix=".jsonl")
             observer = both(stack.enter_context(EventFile(events)), observer)
@@ -163,6 +169,13 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
             )
         elif args.validate_every and not args.train_on_all:
             subject, held_out = with_validation(subject)
+        training = replace(
+            training,
+            steps=given.get("steps", default_steps(model.name, args.init, subject.picture_count)),
+            lr=given.get("lr", default_lr(model.name, args.init)),
+        )
+        if group.rank == 0:
+            console.total_steps = training.steps
         preserve, prior = _priors(args, model, subject, data, observer)
         checkpoints = _checkpoints(args, output, subject, calibration, training, data, model)
 

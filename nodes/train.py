@@ -8,6 +8,7 @@ from PIL import Image
 
 from ..cntlora_core.checkpoint import StableDiffusion
 from ..cntlora_core.config import CalibrationConfig, TrainConfig
+from ..cntlora_core.defaults import default_lr
 from ..cntlora_core.errors import CNTLoRAError
 from ..cntlora_core.events import Event, Notice, Saved, Step, Training
 from ..cntlora_core.lora import attached
@@ -78,13 +79,13 @@ class TrainLoRA(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "learning_rate",
-                    default=default.lr,
-                    min=1e-7,
+                    default=0.0,
+                    min=0.0,
                     max=1.0,
                     step=1e-5,
                     round=False,
-                    tooltip="AdamW's step. 0.003 was best after a calibration, 0.01 for an ordinary start, on the small model. "
-                    "Too high: loss jumps, pictures burn. Too low: nothing happens.",
+                    tooltip="AdamW's step; 0: by model and start (0.0005 after a calibration, 0.0001 for an ordinary start; 0.003 "
+                    "and 0.01 on the miniature). Too high: loss jumps, pictures burn. Too low: nothing happens.",
                 ),
                 host.seed("Order of pictures, timesteps and noise."),
                 host.advanced(io.Int)(
@@ -155,9 +156,10 @@ class TrainLoRA(io.ComfyNode):
         prior: Subject | None = None,
         settings: Extras | None = None,
     ) -> io.NodeOutput:
+        start = lora_init.config if lora_init else ORDINARY
         config = TrainConfig(
             steps=steps,
-            lr=learning_rate,
+            lr=learning_rate or default_lr(sd_model.name, start.init),
             batch_size=batch_size,
             weight_decay=weight_decay,
             validate_every=validate_every,
@@ -165,7 +167,6 @@ class TrainLoRA(io.ComfyNode):
             gradient_checkpointing=gradient_checkpointing,
             **(settings.fields if settings else {}),
         )
-        start = lora_init.config if lora_init else ORDINARY
         with Reporter(host.identity(cls), "CNTLoRATrain", "Train LoRA", steps) as report, host.working(sd_model):
             encoded = subject.encode(sd_model, report)
             if validation:

@@ -54,3 +54,13 @@ def test_no_float_slips_through(lr, decay):
 def test_configs_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().lr = 1
+
+
+def test_real_models_learn_more_slowly_and_calibrated_starts_faster_than_ordinary_ones():
+    from cntlora_core.defaults import default_lr, default_steps
+
+    assert default_lr("mini-sd", "target") == TrainConfig.lr
+    assert default_lr("sd15.safetensors", "gaussian") == 1e-4 < default_lr("sd15.safetensors", "target") < 3e-3
+    assert default_steps("sd15.safetensors", "gaussian", 5) == 500
+    assert default_steps("sd15.safetensors", "target", 5) == 250
+    assert default_steps("sd15.safetensors", "target", 30) == 600

@@ -50,6 +50,11 @@ class StableDiffusion:
         """The side in px of the pictures the model was trained on."""
         return int(self.unet.config.sample_size) * self.vae_scale
 
+    def drop_encoders(self) -> None:
+        """Give the VAE's and text encoders' memory back, once all is encoded. The model can still be trained, but not draw."""
+        for module in (self.vae, *self.text_encoders):
+            nn.Module.to(module, "meta")
+
 
 def load_checkpoint(
     path: str | os.PathLike[str],

@@ -177,6 +177,7 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
         if group.rank == 0:
             console.total_steps = training.steps
         preserve, prior = _priors(args, model, subject, data, observer)
+        model.drop_encoders()
         checkpoints = _checkpoints(args, output, subject, calibration, training, data, model)
 
         kept: list[Path] = []

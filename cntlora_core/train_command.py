@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .config import INITS, OPTIMIZERS, RANK_RULES, SCHEDULES, CalibrationConfig, DataConfig, TrainConfig, to_dict
 from .console import Console, EventFile, both
 from .errors import CNTLoRAError, Interrupted, SettingError
-from .events import Done, Observer
+from .events import Done, Observer, ignore
 from .interrupts import Interrupts
 
 if TYPE_CHECKING:
@@ -182,13 +182,13 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
 
         kept: list[Path] = []
 
-        def save(run: Personalised) -> None:
+        def save(run: Personalised, tell: Observer) -> None:
             if group.rank == 0 and (run.steps or not training.steps):
                 kept.append(output)
                 write(
                     output, run.lora, model, subject,
                     steps=run.kept, calibration=calibration, training=training if training.steps else None,
-                    dtype=DTYPES[args.save_precision], overwrite=overwrite, observer=_tell_only(observer, run, training),
+                    dtype=DTYPES[args.save_precision], overwrite=overwrite, observer=tell,
                 )  # fmt: skip
 
         try:
@@ -199,12 +199,12 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
                 model, subject, calibration, training,
                 preserve=preserve, prior=prior, lora=lora,
                 validate=validation_loss(model, held_out, args.batch_size, group) if args.validate_every else None,
-                checkpoints=checkpoints, on_stop=save, observer=observer, group=group,
+                checkpoints=checkpoints, on_stop=lambda run: save(run, ignore), observer=observer, group=group,
             )  # fmt: skip
         except CNTLoRAError as error:
             error.args = (_told(error, kept, checkpoints),)
             raise
-        save(run)
+        save(run, observer)
         if group.rank:
             return
         if checkpoints:
@@ -291,13 +291,6 @@ def _checkpoints(
         **{k: v for k, v in to_dict(training).items() if k != "steps" or training.schedule != "constant"},
     }
     return Checkpoints(state_path(output), identity, args.save_every, args.resume)
-
-
-def _tell_only(observer: Observer, run: Personalised, training: TrainConfig) -> Observer:
-    """While an interrupted run is saved, its observer would only raise again."""
-    from .events import ignore
-
-    return observer if run.steps >= training.steps else ignore
 
 
 def _told(error: CNTLoRAError, kept: list[Path], checkpoints: Checkpoints | None) -> str:

@@ -102,19 +102,25 @@ class SubjectImages(io.ComfyNode):
                 host.advanced(io.Boolean)(
                     "keep_shape",
                     default=True,
+                    optional=True,
                     tooltip="Train pictures in their own shape, at the resolution's area. Off: cut out the centred square.",
                 ),
                 host.advanced(io.Boolean)(
                     "flip",
                     default=False,
+                    optional=True,
                     tooltip="Mirrored pictures too. Not for faces, writing or anything with a left and right.",
                 ),
                 host.advanced(io.Boolean)(
-                    "random_crop", default=False, tooltip="Several crops of each picture instead of the centre."
+                    "random_crop",
+                    default=False,
+                    optional=True,
+                    tooltip="Several crops of each picture instead of the centre.",
                 ),
                 host.advanced(io.Boolean)(
                     "masked",
                     default=False,
+                    optional=True,
                     tooltip="Learn only what a picture's transparency shows. Off: transparent parts are white and are learnt.",
                 ),
             ],

@@ -108,7 +108,8 @@ def test_the_panel_lives_and_survives_a_reload(page):
     assert "/400" in text(page, "numbers")
     shot(page, "reloaded")
     wait_for(page, "headline", "^Done$", 180)
-    assert page.locator(".cntlora-sample").count() == 6  # the rank map, and steps 0 to 400
+    # The rank map, steps 0 to 400, and once more with the best weights when those are not the last.
+    assert page.locator(".cntlora-sample").count() in (6, 7)
     page.wait_for_timeout(500)
     shot(page, "after")
     page.locator(".cntlora-map .cntlora-sample").first.evaluate("(button) => button.click()")

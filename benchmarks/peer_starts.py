@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from peft import CordaConfig, EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
-from peft.tuners.lora import LoraGAConfig
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.loraga import preprocess_loraga
@@ -54,7 +54,8 @@ def peer_start(
         config.eva_config = EvaConfig(rho=1.0)  # rho = 1: uniform ranks, so that parameters are equal
     if method == "corda":
         config.corda_config = CordaConfig(corda_method="ipm")
-        preprocess_corda(other.unet, config, run_model=lambda: _run(other, triples, batch_size, backward=False))
+        # One picture at a time: PEFT's hook takes the first dimension for the batch and drops it.
+        preprocess_corda(other.unet, config, run_model=lambda: _run(other, triples, 1, backward=False))
     if method == "lora_ga":
         config.lora_ga_config = LoraGAConfig()
         for p in projections:
@@ -67,7 +68,7 @@ def peer_start(
             list(triples.batches(batch_size)),
             forward_fn=lambda unet, batch: batch.loss(replace(other, unet=unet)),
             prepare_model_inputs_fn=None,
-            prepare_layer_inputs_fn=lambda x, *_: x.reshape(-1, x.shape[-1]),
+            prepare_layer_inputs_fn=lambda x, *_: x[0].reshape(-1, x[0].shape[-1]),
             show_progress_bar=False,
         )
     lora, residuals = {}, {}

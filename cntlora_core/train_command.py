@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PRIORS = ("none", "images", "base")
 CLASS_COUNT = 32
+CLASS_STEPS = 25  # these are trained on, so they are drawn with more care than those that are only measured
 
 # What can be set of the data and the training, in the configs' own names.
 DATA_HELP = {
@@ -241,7 +242,7 @@ def _priors(
         return None, None
     from .conditioning import encode_prompts
     from .prior_loss import BasePrediction, ClassImages
-    from .runs import PRIOR_PICTURES, class_pictures, class_triples, read_subject
+    from .runs import PRIOR_PICTURES, PRIOR_STEPS, class_pictures, class_triples, read_subject
 
     if args.class_images:
         drawn = read_subject(model, args.class_images, args.class_prompt, data, observer=observer)
@@ -252,7 +253,7 @@ def _priors(
             args.class_prompt,
             subject.resolution,
             count=args.class_count if many else PRIOR_PICTURES,
-            steps=25 if many else 12,
+            steps=CLASS_STEPS if many else PRIOR_STEPS,
             folder=Path(args.cache) if args.cache else None,
             observer=observer,
         )

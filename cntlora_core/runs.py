@@ -14,6 +14,7 @@ import torch
 from .calibration import Calibration, calibrate, continued
 from .conditioning import encode_prompts
 from .config import CalibrationConfig, DataConfig, TrainConfig
+from .convolutions import as_products
 from .distributed import ALONE, Group
 from .errors import NonFiniteError, OutOfMemory
 from .events import Base, Notice, Observer, Saved, Status, Training, ignore
@@ -164,47 +165,49 @@ def personalise(
     (an exception of `observer`), NaN or want of memory, nothing is lost: the checkpoint is written, `on_stop` gets the run as
     far as it went, and the exception goes on. Raises OutOfMemory with what to try next.
     """
-    base_loss = validate() if validate else None
-    if base_loss is not None:
-        observer(Base(base_loss))
-    saved = checkpoints.read() if checkpoints else None
-    if saved or lora is not None:
-        start = continued(saved.lora if saved else lora)  # type: ignore[arg-type]
-    else:
-        observer(Status(f"Calibrating ({calibration.init}) on {len(subject)} pictures"))
-        start = calibrate(model, subject, calibration, prior=preserve, observer=observer, group=group)
-    observer(start.report)
-    with (
-        attached(model.unet, start.lora, trainable=True) as adapters,
-        checkpointed(model.unet, training.gradient_checkpointing),
-    ):
-        state = start_state(model, adapters, training)
-        if saved:
-            saved.restore(state)
-        observer(Training(training.steps, state.step))
+    with as_products(model.unet):
+        base_loss = validate() if validate else None
+        if base_loss is not None:
+            observer(Base(base_loss))
+        saved = checkpoints.read() if checkpoints else None
+        if saved or lora is not None:
+            start = continued(saved.lora if saved else lora)  # type: ignore[arg-type]
+        else:
+            observer(Status(f"Calibrating ({calibration.init}) on {len(subject)} pictures"))
+            start = calibrate(model, subject, calibration, prior=preserve, observer=observer, group=group)
+        observer(start.report)
+        with (
+            attached(model.unet, start.lora, trainable=True) as adapters,
+            checkpointed(model.unet, training.gradient_checkpointing),
+        ):
+            state = start_state(model, adapters, training)
+            if saved:
+                saved.restore(state)
+            observer(Training(training.steps, state.step))
 
-        def save(state: TrainState) -> None:
-            if checkpoints and checkpoints.due(state.step) and group.rank == 0:
-                checkpoints.write(state)
+            def save(state: TrainState) -> None:
+                if checkpoints and checkpoints.due(state.step) and group.rank == 0:
+                    checkpoints.write(state)
 
-        def result(best: bool) -> Personalised:
-            weights, kept = state.weights(training) if best else (adapters.factors(), state.step)
-            return Personalised(start, weights, kept, state.step, base_loss, state.validations)
+            def result(best: bool) -> Personalised:
+                weights, kept = state.weights(training) if best else (adapters.factors(), state.step)
+                return Personalised(start, weights, kept, state.step, base_loss, state.validations)
 
-        try:
-            train(
-                model, subject, state, training,
-                prior=prior, validate=validate, save=save, observer=observer, group=group,
-            )  # fmt: skip
-        except BaseException as error:
-            if checkpoints and group.rank == 0 and not isinstance(error, NonFiniteError) and not _out_of_memory(error):
-                checkpoints.write(state)
-            if on_stop:
-                on_stop(result(best=isinstance(error, NonFiniteError)))
-            if _out_of_memory(error):
-                raise _free(model, adapters, training, subject.resolution) from error
-            raise
-        return result(best=True)
+            try:
+                train(
+                    model, subject, state, training,
+                    prior=prior, validate=validate, save=save, observer=observer, group=group,
+                )  # fmt: skip
+            except BaseException as error:
+                worthless = isinstance(error, NonFiniteError) or _out_of_memory(error)
+                if checkpoints and group.rank == 0 and not worthless:
+                    checkpoints.write(state)
+                if on_stop:
+                    on_stop(result(best=isinstance(error, NonFiniteError)))
+                if _out_of_memory(error):
+                    raise _free(model, adapters, training, subject.resolution) from error
+                raise
+            return result(best=True)
 
 
 def _out_of_memory(error: BaseException) -> bool:

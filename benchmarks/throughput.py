@@ -1,13 +1,17 @@
 """Steps a second and peak memory beside diffusers' DreamBooth LoRA script and ComfyUI's Train LoRA node.
 
-    python benchmarks/throughput.py --script train_dreambooth_lora.py --comfyui PATH --repeats 5
+    python benchmarks/throughput.py --script train_dreambooth_lora.py --comfyui PATH
+    python benchmarks/throughput.py --script train_dreambooth_lora.py --comfyui PATH \\
+        --family sd1 --model sd1.safetensors --resolution 128 --batch-size 1 --steps 20
 
 `--script` is diffusers' examples/dreambooth/train_dreambooth_lora.py, run as its users run it; `--comfyui` a checkout of ComfyUI. Either
 may be left out. Every measurement is two whole processes that differ in their number of steps, so that loading cancels out;
 contestants take turns, so that a busy machine hurts all alike. Same model, pictures, shapes, batch, rank and fp32 for all.
 What differs by design: ComfyUI's node trains every layer with a weight, the others the attention projections.
 
-With `--family sd1` the model has Stable Diffusion 1.5's shapes and random weights (`make_checkpoint.py` makes the file).
+With `--family sd1` the model has Stable Diffusion 1.5's shapes and random weights (`make_checkpoint.py` makes the file); COMFYUI_PATH must
+name a ComfyUI then, for its tokenizer. `--threads` sets how many threads each contestant has. `steps` between the short and the long process should take longer than loading does, or its
+changing time drowns them. Processor time a step is reported too: with one thread it is what a busy machine disturbs least.
 """
 
 from __future__ import annotations
@@ -15,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,6 +34,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 SUBJECT = ROOT / "cntlora_core/mini_sd/subject"
 MINI = ROOT / "cntlora_core/mini_sd/model"
+WORKER = Path(__file__).with_name("comfyui_training.py")
+Command = Callable[[argparse.Namespace, int, Path], list[str]]
 
 
 def ours(args: argparse.Namespace, steps: int, work: Path) -> list[str]:
@@ -55,14 +61,24 @@ def diffusers(args: argparse.Namespace, steps: int, work: Path) -> list[str]:
 
 
 def comfyui(args: argparse.Namespace, steps: int, work: Path) -> list[str]:
-    command = [sys.executable, __file__, "--worker", "--comfyui", str(args.comfyui), "--model", str(args.model)]
-    command += ["--family", args.family, "--resolution", str(args.resolution), "--batch-size", str(args.batch_size)]
+    command = [sys.executable, str(WORKER), "--comfyui", str(args.comfyui), "--model", str(args.model)]
+    command += ["--resolution", str(args.resolution), "--batch-size", str(args.batch_size), "--images", str(SUBJECT)]
     return [*command, "--steps", str(steps)]
 
 
-def measure(command: list[str], cwd: Path) -> tuple[float, float]:
-    """Seconds and peak resident memory (MiB) of a process."""
+@dataclass(frozen=True)
+class Measured:
+    """A whole process: its seconds, those of the processor (all threads), and its peak resident memory."""
+
+    seconds: float
+    processor_seconds: float
+    peak_mib: float
+
+
+def measure(command: list[str], cwd: Path, threads: int | None = None) -> Measured:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if threads:
+        environment |= {"OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile() as log:
         started = time.perf_counter()
         process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log)
@@ -72,7 +88,7 @@ def measure(command: list[str], cwd: Path) -> tuple[float, float]:
         if process.returncode:
             log.seek(0)
             raise SystemExit(f"{' '.join(command)}\n{log.read().decode(errors='replace')[-3000:]}")
-    return seconds, usage.ru_maxrss / 1024
+    return Measured(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def main() -> None:
@@ -85,54 +101,87 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=150, help="between the short and the long process")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, help="of each contestant (default: what torch takes)")
+    parser.add_argument("--write-folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        return _comfyui_worker(args)
+    if args.write_folder:
+        return _write_folder(args.model, args.write_folder)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        (work / "pictures").mkdir()  # the script opens every file of the folder as a picture
-        for picture in SUBJECT.glob("*.png"):
-            shutil.copy(picture, work / "pictures")
-        args.folder = MINI if args.family == "mini" else _as_folder(args.model, work / "model")
-        args.model = "mini-sd" if args.family == "mini" else args.model.resolve()
-        contestants: dict[str, Callable[[argparse.Namespace, int, Path], list[str]]] = {"ours": ours}
+        _copy_pictures(work / "pictures", args.batch_size)
+        if args.family == "mini":
+            args.folder, args.model = MINI, "mini-sd"
+        else:
+            args.folder, args.model = work / "model", args.model.resolve()
+            # In a process of its own: the system counts a parent's memory at the start of a child as the child's peak.
+            make = [sys.executable, __file__, "--model", str(args.model), "--write-folder", str(args.folder)]
+            measure(make, ROOT)
+        contestants: dict[str, Command] = {"ours": ours}
         if args.script:
             args.script = args.script.resolve()
             contestants["diffusers"] = diffusers
         if args.comfyui:
             args.comfyui = args.comfyui.resolve()
             contestants["comfyui"] = comfyui
-        short = 2
-        rates: dict[str, list[float]] = {name: [] for name in contestants}
-        peaks: dict[str, list[float]] = {name: [] for name in contestants}
+        results: dict[str, list[Result]] = {name: [] for name in contestants}
         for _ in tqdm(range(args.repeats)):
             for name, command in contestants.items():
-                few, _ = measure(command(args, short, work), ROOT)
-                many, peak = measure(command(args, short + args.steps, work), ROOT)
-                rates[name].append(args.steps / (many - few))
-                peaks[name].append(peak)
+                results[name].append(_measure_steps(command, args, work))
     report = {
         "family": args.family, "resolution": args.resolution, "batch_size": args.batch_size, "repeats": args.repeats,
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-    } | {
-        name: {
-            "steps_per_second": round(statistics.median(rates[name]), 3),
-            "spread": [round(min(rates[name]), 3), round(max(rates[name]), 3)],
-            "peak_mib": round(statistics.median(peaks[name])),
-            "ours_is_faster": round(statistics.median(a / b for a, b in zip(rates["ours"], rates[name], strict=True)), 2),
-            "ours_takes_memory": round(statistics.median(peaks["ours"]) / statistics.median(peaks[name]), 2),
-        }
-        for name in contestants
-    }  # fmt: skip
+        "steps": args.steps, "threads": args.threads or os.environ.get("OMP_NUM_THREADS", "all"),
+    } | {name: _summary(results["ours"], results[name]) for name in contestants}  # fmt: skip
     print(json.dumps(report, indent=2))
 
 
-def _as_folder(checkpoint: Path, folder: Path) -> Path:
+def _copy_pictures(folder: Path, batch_size: int) -> None:
+    """The pictures alone, since the script opens every file of the folder as one, and each `batch_size` times, since it ends every
+    pass with what is left of a batch: smaller steps than the others'."""
+    folder.mkdir()
+    for picture in SUBJECT.glob("*.png"):
+        for copy in range(batch_size):
+            shutil.copy(picture, folder / f"{picture.stem}-{copy}.png")
+
+
+SHORT = 2  # steps of the short process
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of a step: seconds and processor seconds; of the long process: peak memory."""
+
+    seconds: float
+    processor_seconds: float
+    peak_mib: float
+
+
+def _measure_steps(command: Command, args: argparse.Namespace, work: Path) -> Result:
+    few = measure(command(args, SHORT, work), ROOT, args.threads)
+    many = measure(command(args, SHORT + args.steps, work), ROOT, args.threads)
+    seconds, busy = many.seconds - few.seconds, many.processor_seconds - few.processor_seconds
+    return Result(seconds / args.steps, busy / args.steps, many.peak_mib)
+
+
+def _summary(ours: list[Result], theirs: list[Result]) -> dict[str, object]:
+    rates = [1 / result.seconds for result in theirs]
+    pairs = list(zip(ours, theirs, strict=True))
+    return {
+        "steps_per_second": round(statistics.median(rates), 3),
+        "each": [round(rate, 3) for rate in rates],
+        "processor_seconds_a_step": round(statistics.median(r.processor_seconds for r in theirs), 3),
+        "peak_mib": round(statistics.median(r.peak_mib for r in theirs)),
+        "ours_is_faster": round(statistics.median(b.seconds / a.seconds for a, b in pairs), 2),
+        "ours_takes_processor_time": round(
+            statistics.median(a.processor_seconds / b.processor_seconds for a, b in pairs), 2
+        ),
+        "ours_takes_memory": round(statistics.median(a.peak_mib / b.peak_mib for a, b in pairs), 2),
+    }
+
+
+def _write_folder(checkpoint: Path, folder: Path) -> None:
     """The same weights in diffusers' layout, for the script."""
     sys.path.insert(0, str(ROOT))
     from diffusers import DDPMScheduler
-    from transformers import CLIPTokenizer
 
     from cntlora_core.checkpoint import load_checkpoint
 
@@ -143,8 +192,7 @@ def _as_folder(checkpoint: Path, folder: Path) -> Path:
     DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False).save_pretrained(
         folder / "scheduler"
     )
-    tokenizer = CLIPTokenizer.from_pretrained(MINI / "tokenizer")
-    tokenizer.save_pretrained(folder / "tokenizer")
+    model.tokenizers[0].save_pretrained(folder / "tokenizer")
     index = {
         "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
@@ -152,84 +200,6 @@ def _as_folder(checkpoint: Path, folder: Path) -> Path:
         "safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False,
     }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
-def _renumbered(name: str, per_level: int) -> str:
-    """The original layout counts three blocks a level; the mini SD has two."""
-    match = re.fullmatch(r"(input|output)_blocks\.(\d+)(\..*)", name)
-    if match is None or (match[2] == "0" and match[1] == "input"):
-        return name
-    first = 1 if match[1] == "input" else 0
-    level, block = divmod(int(match[2]) - first, 3)
-    return f"{match[1]}_blocks.{first + per_level * level + min(block, per_level - 1)}{match[3]}"
-
-
-class Multiple(float):
-    """The mini SD widens by 1.5; ComfyUI's UNet wants whole channels."""
-
-    def __mul__(self, channels: float) -> int:  # type: ignore[override]
-        return int(float(self) * channels)
-
-    __rmul__ = __mul__  # type: ignore[assignment]
-
-
-def _comfyui_worker(args: argparse.Namespace) -> None:
-    """ComfyUI's node on the same UNet, latents and prompt."""
-    sys.argv = [sys.argv[0], "--cpu"]
-    sys.path[:0] = [str(args.comfyui)]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    import torch
-    from comfy import model_management, model_patcher, supported_models
-    from comfy_extras.nodes_train import TrainLoraNode
-
-    sys.path.append(str(ROOT))
-    from cntlora_core.checkpoint import load_checkpoint
-    from cntlora_core.config import DataConfig
-    from cntlora_core.ldm_names import attention_up_blocks, unet_name
-    from cntlora_core.runs import read_subject
-
-    loaded = load_checkpoint("mini-sd" if args.family == "mini" else args.model)
-    data = DataConfig(resolution=args.resolution, upscale=True)
-    subject = read_subject(loaded, SUBJECT, "a sks cat face emoji", data)
-    shape = loaded.unet.config
-    config = {
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": shape.block_out_channels[0],
-        "num_res_blocks": [shape.layers_per_block] * len(shape.block_out_channels),
-        "channel_mult": [Multiple(c / shape.block_out_channels[0]) for c in shape.block_out_channels],
-        "transformer_depth": [], "transformer_depth_output": [], "transformer_depth_middle": 1,
-        "context_dim": shape.cross_attention_dim, "use_spatial_transformer": True, "use_linear_in_transformer": False,
-        "adm_in_channels": None, "use_temporal_attention": False, "legacy": False,
-        "num_heads": shape.attention_head_dim, "num_head_channels": -1, "dtype": torch.float32,
-    }  # fmt: skip
-    down = ["CrossAttn" in kind for kind in shape.down_block_types]
-    up = ["CrossAttn" in kind for kind in shape.up_block_types]
-    config["transformer_depth"] = [int(on) for on in down for _ in range(shape.layers_per_block)]
-    config["transformer_depth_output"] = [int(on) for on in reversed(up) for _ in range(shape.layers_per_block + 1)]
-    kind = supported_models.SD15(config)
-    attentive = attention_up_blocks(shape)
-    per_level = shape.layers_per_block + 1
-    state = {
-        "model.diffusion_model." + _renumbered(unet_name(k, attention_up_blocks=attentive), per_level): v
-        for k, v in loaded.unet.state_dict().items()
-    }
-    kind.set_inference_dtype(torch.float32, None)
-    model = kind.get_model(state, "model.diffusion_model.")
-    model.load_model_weights(state, "model.diffusion_model.")
-    patcher = model_patcher.ModelPatcher(model, model_management.get_torch_device(), torch.device("cpu"))
-    latents = {"samples": torch.stack(subject.mean) / loaded.vae.config.scaling_factor}
-    words = [[subject.conditioning.tokens[:1].clone(), {}]]
-    del loaded
-    arguments = {
-        "model": patcher, "latents": latents, "positive": words, "batch_size": args.batch_size, "steps": args.steps,
-        "grad_accumulation_steps": 1, "learning_rate": 1e-4, "rank": 4, "optimizer": "AdamW", "loss_function": "MSE",
-        "seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32", "algorithm": "LoRA", "gradient_checkpointing": False,
-        "existing_lora": "[None]",
-    }  # fmt: skip
-    with torch.inference_mode():
-        TrainLoraNode().train(**arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The comparison's own arithmetic; the measuring needs other people's programs."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 def script(name):
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -28,17 +29,36 @@ def script(name):
     ],
 )
 def test_two_blocks_a_level_are_renumbered(original, renumbered):
-    throughput = script("throughput")
-    assert throughput._renumbered(original, 2) == renumbered
-    assert throughput._renumbered(original, 3) == original
+    comfyui = script("comfyui_training")
+    assert comfyui._renumbered(original, 2) == renumbered
+    assert comfyui._renumbered(original, 3) == original
 
 
 def test_a_process_that_fails_says_so():
-    import sys
-
     throughput = script("throughput")
-    seconds, peak = throughput.measure([sys.executable, "-c", "x = bytearray(200_000_000)"], FOLDER)
-    assert seconds > 0
-    assert peak > 150
+    process = throughput.measure([sys.executable, "-c", "x = bytearray(200_000_000)"], FOLDER)
+    assert process.seconds > 0
+    assert process.peak_mib > 150
     with pytest.raises(SystemExit, match="ZeroDivisionError"):
         throughput.measure([sys.executable, "-c", "1 / 0"], FOLDER)
+
+
+def test_a_summary_compares_pair_by_pair():
+    throughput = script("throughput")
+    ours = [throughput.Result(1.0, 2.0, 100.0), throughput.Result(2.0, 2.0, 100.0), throughput.Result(4.0, 2.0, 100.0)]
+    theirs = [
+        throughput.Result(2.0, 4.0, 200.0),
+        throughput.Result(3.0, 4.0, 200.0),
+        throughput.Result(8.0, 4.0, 400.0),
+    ]
+    summary = throughput._summary(ours, theirs)
+    assert summary["ours_is_faster"] == 2.0
+    assert summary["ours_takes_processor_time"] == 0.5
+    assert summary["ours_takes_memory"] == 0.5
+    assert summary["steps_per_second"] == round(1 / 3, 3)
+
+
+def test_the_script_gets_whole_batches(tmp_path):
+    throughput = script("throughput")
+    throughput._copy_pictures(tmp_path / "pictures", 4)
+    assert len(list((tmp_path / "pictures").iterdir())) % 4 == 0

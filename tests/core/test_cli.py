@@ -194,6 +194,25 @@ def test_the_module_runs_from_the_root_and_when_installed(tmp_path):
         assert "demo" in done.stdout
 
 
+def test_the_process_ends_with_the_commands_words_and_status(tmp_path):
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "cntlora_core", *arguments],
+            cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True,
+        )  # fmt: skip
+
+    done = run("info")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)
+    failed = run("inspect", str(tmp_path / "none.safetensors"))
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("Error: ")
+
+
 def _installed(folder):
     import subprocess
     import sys

@@ -1,4 +1,4 @@
-"""The rank map: a picture of the UNet's attention projections, their ranks and their energies."""
+"""The rank map: a picture of the UNet's adapted layers, their ranks and their energies."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ ONE_PANEL = 24  # more rows than this are set side by side: down, mid, up
 NAMES = 96  # pixels left of a panel's cells, for the names of its rows
 LISTED = 530  # pixels a projection without a place takes: its whole name as a rule
 PROJECTION = re.compile(
-    r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.(attn[12])\.to_(q|k|v|out\.0)"
+    r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.attentions\.(\d+)\.transformer_blocks\.(\d+)\."
+    r"(attn[12]|ff)\.(?:to_(?=[qkvo])|net\.)(q|k|v|out\.0|0\.proj|2)"
 )
-COLUMNS = tuple((attention, kind) for attention in ("attn1", "attn2") for kind in ("q", "k", "v", "out"))
+GROUPS = {
+    "attn1": ("self-attention", ("q", "k", "v", "out")),
+    "attn2": ("cross-attention", ("q", "k", "v", "out")),
+    "ff": ("feed-forward", ("in", "out")),
+}
+KINDS = {"q": "q", "k": "k", "v": "v", "out.0": "out", "0.proj": "in", "2": "out"}
+GAP = 14  # between groups of columns
 SIDES = ("down", "mid", "up")
 Row = tuple[int, int, int, int]  # side, block, attention, transformer block: the order in which the signal meets them
 
@@ -25,7 +32,7 @@ Row = tuple[int, int, int, int]  # side, block, attention, transformer block: th
 def rank_map(
     ranks: Mapping[str, int], energy: Mapping[str, float], *, title: str, params: int | None = None
 ) -> Image.Image:
-    """A picture of the UNet: a row per transformer block from down to up, a cell per attention projection.
+    """A picture of the UNet: a row per transformer block from down to up, a cell per projection.
 
     The number is the projection's rank, the colour the energy its components hold: in proportion, or in decades when
     it spreads over more than a factor of 20 (what is 10^4 below the largest, or less, is palest). Grey is a projection
@@ -37,21 +44,22 @@ def rank_map(
     panels = [{k: v for k, v in rows.items() if k[0] == side} for side in range(3)] if side_by_side else [rows]
     panels = [panel for panel in panels if panel]
     cell = (44, 22) if side_by_side else (60, 28)
-    step = NAMES + 8 * cell[0] + 20
+    columns = _columns(rows.values())
+    step = NAMES + len(columns) * cell[0] + (20 if len(columns) == 8 else 20 + GAP)
     top = 88
     bottom = max((_lay_out(panel, cell[1], top + 42)[1] for panel in panels), default=top)
     list_top = bottom + (22 if rows else 0)
-    columns = min(4, math.ceil(len(others) / 40))
-    lines = math.ceil(len(others) / max(columns, 1))
+    lists = min(4, math.ceil(len(others) / 40))
+    lines = math.ceil(len(others) / max(lists, 1))
     bottom = list_top + lines * 22 if others else bottom
-    width = max(660, 2 * MARGIN + len(panels) * step, 2 * MARGIN + columns * LISTED)
+    width = max(660, 2 * MARGIN + len(panels) * step, 2 * MARGIN + lists * LISTED)
     page = Canvas(width, bottom + (72 if ranks else 20))
     page.text(MARGIN, 18, title, size=20, room=width - 2 * MARGIN)
     page.text(MARGIN, 50, _summary(ranks, params), fill=FAINT)
     scale = _energy_scale([energy[name] for name in ranks if name in energy])
     levels = {n: None if scale is None else _level(scale, energy.get(n)) for n in ranks}
     for i, panel in enumerate(panels):
-        _panel(page, MARGIN + i * step, top, cell, panel, ranks, levels)
+        _panel(page, MARGIN + i * step, top, cell, panel, columns, ranks, levels)
     for i, name in enumerate(others):
         x, y = MARGIN + i // lines * LISTED, list_top + i % lines * 22
         _cell(page, x, y, 44, 22, ranks[name], levels[name])
@@ -87,8 +95,14 @@ def _rows(names: Iterable[str]) -> tuple[dict[Row, dict[tuple[str, str], str]], 
             continue
         side, block, mid, attention, transformer, kind, projection = match.groups()
         row = (SIDES.index(side or mid), int(block or 0), int(attention), int(transformer))
-        rows.setdefault(row, {})[kind, projection.removesuffix(".0")] = name
+        rows.setdefault(row, {})[kind, KINDS[projection]] = name
     return dict(sorted(rows.items())), others
+
+
+def _columns(rows: Iterable[Mapping[tuple[str, str], str]]) -> list[tuple[str, str]]:
+    """Of both attentions always; of the feed-forward where a row has one."""
+    forward = any(kind == "ff" for row in rows for kind, _ in row)
+    return [(group, kind) for group, (_, kinds) in GROUPS.items() for kind in kinds if group != "ff" or forward]
 
 
 def _lay_out(rows: Iterable[Row], height: int, y: int) -> tuple[dict[Row, int], int]:
@@ -106,12 +120,17 @@ def _lay_out(rows: Iterable[Row], height: int, y: int) -> tuple[dict[Row, int], 
 
 def _panel(
     page: Canvas, left: int, top: int, cell: tuple[int, int], rows: Mapping[Row, Mapping[tuple[str, str], str]],
-    ranks: Mapping[str, int], levels: Mapping[str, float | None],
+    columns: list[tuple[str, str]], ranks: Mapping[str, int], levels: Mapping[str, float | None],
 ) -> None:  # fmt: skip
     left += NAMES
-    places = {column: left + i * cell[0] + (14 if i > 3 else 0) for i, column in enumerate(COLUMNS)}
-    page.text(left, top + 12, "self-attention", fill=FAINT, size=12, anchor="ls")
-    page.text(places["attn2", "q"], top + 12, "cross-attention", fill=FAINT, size=12, anchor="ls")
+    places: dict[tuple[str, str], int] = {}
+    x = left
+    for n, column in enumerate(columns):
+        if n == 0 or columns[n - 1][0] != column[0]:
+            x += GAP if n else 0
+            page.text(x, top + 12, GROUPS[column[0]][0], fill=FAINT, size=12, anchor="ls")
+        places[column] = x
+        x += cell[0]
     for (_, kind), x in places.items():
         page.text(x + cell[0] / 2 - 1, top + 34, kind, size=12, anchor="ms")
     tops, _ = _lay_out(rows, cell[1], top + 42)

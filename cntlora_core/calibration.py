@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from .config import CalibrationConfig
-from .constraints import Constraint, make_constraint, preservation_metric
+from .constraints import Constraint, Metric, make_constraint
+from .defaults import targets_for
 from .distributed import ALONE, Group
-from .errors import NonFiniteError
-from .events import Calibrated, Notice, Observer, Progress, ignore
-from .lora import Factors, LoRA, attached, concatenate, default_init, gaussian_init
-from .memory import checkpointed
+from .events import Calibrated, Notice, Observer, ignore
+from .lora import Factors, LoRA, attached, default_init, gaussian_init
 from .projections import Projection, find_projections
 from .ranks import MAX_RANK_FACTOR, budget_of, data_ranks, uniform_ranks
-from .solve import Components, line_search, unit_response
-from .statistics import Moments, record
-from .triples import Triples, draw_triples, mean_loss
+from .refine import refine
+from .solve import Components, factor, parabola_step, power, unit_response
+from .statistics import Moments
+from .sweep import measure
+from .triples import Batch, Triples, batch_order, draw_batch, draw_triples, mean_loss
 
 if TYPE_CHECKING:
     from .checkpoint import StableDiffusion
     from .subject import Subject
 
-# First step tried, as the mean relative change of the layers' outputs; the line search doubles or halves it.
-FIRST_CHANGE = 0.05
+# First step tried, as the mean relative change of the layers' outputs: near where the parabola's minimum was on every subject.
+FIRST_CHANGE = 0.17
 
 
 @dataclass(frozen=True)
@@ -50,70 +52,75 @@ def calibrate(
 ) -> Calibration:
     """Compute the LoRA's start. No weight of the model is trained or changed.
 
-    `projections`: which layers get an adapter; all attention projections when None.
+    `projections`: which layers get an adapter; those of `config.targets` when None.
     `prior`: triples of what the model should keep (class pictures under the class prompt); their activations give C_p.
     The processes of `group` share the pictures (`batch_size` is that of each) and add up what they measured.
     Raises NonFiniteError when the model's loss is not a number.
     """
     started = time.monotonic()
     generator = torch.Generator().manual_seed(config.seed)
-    projections = projections or find_projections(model.unet)
+    projections = projections or find_projections(model.unet, targets_for(model.family, config))
     _tell_clipped(projections, config.rank, observer)
     if config.init in ("gaussian", "default"):
         return _plain_start(projections, config, generator, started)
     constraint = make_constraint(config.init, config.rho)
-    kept = (
-        None
-        if prior is None
-        else _measure(model, projections, prior, config, False, observer, "measuring the prior", group)[0]
-    )
-    cost = _Cost(forward=0 if prior is None else len(prior))
-    lora: LoRA = {}
-    energy = {p.name: 0.0 for p in projections}
-    base_loss = loss = None
-    step_sizes = []
-    for sweep, share in enumerate(_shares(config.rank, config.sweeps)):
-        triples = draw_triples(subject, config.passes * config.batch_size * group.size, len(model.schedule), generator)
-        phase = f"calibrating {sweep + 1}/{config.sweeps}"
+    sweep = partial(
+        measure, model, projections, batch_size=config.batch_size,
+        gradient_checkpointing=config.gradient_checkpointing, observer=observer, group=group,
+    )  # fmt: skip
+    cost = _Cost()
+    kept = None
+    if prior is not None and config.preservation:
+        kept, _ = sweep(prior, backward=False, phase="measuring the prior")
+        cost.add(len(prior), 0)
+    metric = Metric(config.rho, kept, config.preservation)
+
+    triples = draw_triples(subject, config.passes * config.batch_size * group.size, len(model.schedule), generator)
+    moments, base = sweep(triples, backward=constraint.backward, phase="calibrating")
+    cost.add(len(triples), len(triples) if constraint.backward else 0)
+    solved = _solve(model, projections, constraint, moments, metric, config, generator)
+    ranks = _ranks(projections, solved, config)
+    projections = [p for p in projections if ranks[p.name]]
+    update = {p.name: _factors(p, solved[p.name].truncated(ranks[p.name]), moments) for p in projections}
+    slope = _slope(projections, update, moments, len(triples)) if constraint.backward else None
+    first = FIRST_CHANGE / max(_relative_change(model, projections, update, moments), 1e-12)
+
+    def loss_with(lora: LoRA) -> float:
+        cost.add(len(triples), 0)
         with attached(model.unet, lora):
-            moments, before = _measure(model, projections, triples, config, constraint.backward, observer, phase, group)
-        cost.sweep(len(triples), constraint.backward)
-        base_loss = before if base_loss is None else base_loss
-        solved = _solve(model, projections, constraint, moments, kept, config, share, generator)
-        ranks = _ranks(projections, solved, config, share)
-        update = {p.name: _factors(p, solved[p.name].truncated(ranks[p.name]), moments) for p in projections}
-        first = FIRST_CHANGE / max(_relative_change(model, projections, update, moments), 1e-12)
-        evaluate = cost.counted(len(triples), _loss_of_step(model, lora, update, triples, config.batch_size, group))
-        step, loss = line_search(evaluate, before, first, signed=constraint.signed)
-        step_sizes.append(step)
-        lora = concatenate(lora, {name: factors.scaled(step) for name, factors in update.items()})
-        for p in projections:
-            energy[p.name] += float(solved[p.name].score[: ranks[p.name]].sum())
-    return _finish(config, projections, lora, energy, base_loss, loss, step_sizes, cost, started)
+            return mean_loss(model, triples, config.batch_size, group)
+
+    step, loss = parabola_step(lambda step: loss_with(_scaled(update, step)), base, first, slope)
+    lora = _scaled(update, step)
+    if config.refinements and constraint.backward and step:
+        batches = _batches(subject, config, len(model.schedule), generator, group)
+        cost.add(*[config.refinements * config.batch_size * group.size] * 2)
+        refined = refine(
+            model, projections, lora, moments, metric, step, batches, config.refinements,
+            gradient_checkpointing=config.gradient_checkpointing, observer=observer, group=group,
+        )  # fmt: skip
+        # Against the base, not the start: the start was fitted to these very triples, so its loss on them flatters it.
+        if (after := loss_with(refined)) < base:
+            lora, loss = refined, after
+    energy = {p.name: float(solved[p.name].score[: ranks[p.name]].sum()) for p in projections}
+    return _finish(config, projections, lora, energy, base, loss, step, cost, started)
 
 
 def continued(lora: LoRA) -> Calibration:
     """A start that was trained before: its ranks are its own, nothing is measured."""
     ranks = {name: factors.rank for name, factors in lora.items()}
-    return Calibration(lora, Calibrated("continued", None, None, [], ranks, {}, 0, 0, 0.0))
+    return Calibration(lora, Calibrated("continued", None, None, None, ranks, {}, 0, 0, 0.0))
 
 
 class _Cost:
     """Passes made, in single pictures."""
 
-    def __init__(self, forward: int = 0) -> None:
-        self.forward, self.backward = forward, 0
+    def __init__(self) -> None:
+        self.forward = self.backward = 0
 
-    def sweep(self, pictures: int, backward: bool) -> None:
-        self.forward += pictures
-        self.backward += pictures if backward else 0
-
-    def counted(self, pictures: int, evaluate: Callable[[float], float]) -> Callable[[float], float]:
-        def counting(step: float) -> float:
-            self.forward += pictures
-            return evaluate(step)
-
-        return counting
+    def add(self, forward: int, backward: int) -> None:
+        self.forward += forward
+        self.backward += backward
 
 
 def _plain_start(
@@ -121,53 +128,7 @@ def _plain_start(
 ) -> Calibration:
     init = gaussian_init if config.init == "gaussian" else default_init
     lora = init(projections, uniform_ranks(projections, config.rank), generator)
-    return _finish(config, projections, lora, {}, None, None, [], _Cost(), started)
-
-
-def _measure(
-    model: StableDiffusion,
-    projections: Sequence[Projection],
-    triples: Triples,
-    config: CalibrationConfig,
-    backward: bool,
-    observer: Observer,
-    phase: str,
-    group: Group,
-) -> tuple[Moments, float]:
-    """One sweep: the moments, and the mean loss of the model as it stands."""
-    total, done = torch.zeros(1, dtype=torch.float64), 0
-    mine = triples.share(group)
-    recompute = checkpointed(model.unet, config.gradient_checkpointing and backward)
-    with record(model.unet, projections, backward=backward) as moments, recompute:
-        for batch in mine.batches(config.batch_size):
-            with torch.set_grad_enabled(backward):
-                losses = batch.loss(model)
-            if backward:
-                (losses.sum() * _gradient_scale(model.dtype)).backward()
-            total += losses.detach().double().sum().cpu()
-            done += len(batch)
-            observer(Progress(phase, done, len(mine)))
-    group.sum_([total])
-    moments.combine(group)
-    loss = float(total) / len(triples)
-    if not torch.isfinite(torch.tensor(loss)):
-        raise NonFiniteError(_why_not_finite(model), step=0)
-    return moments, loss
-
-
-def _gradient_scale(dtype: torch.dtype) -> float:
-    """fp16 gradients would underflow. The update does not depend on the scale: it cancels between G and S, and in the step size."""
-    return 1024.0 if dtype == torch.float16 else 1.0
-
-
-def _why_not_finite(model: StableDiffusion) -> str:
-    for name, parameter in model.unet.named_parameters():
-        if not torch.isfinite(parameter).all():
-            return (
-                f"The checkpoint '{model.name}' is damaged: the UNet's weight '{name}' holds NaN or infinite values. "
-                "Download it again or choose another."
-            )
-    return f"The loss of '{model.name}' is not finite before training. Try precision fp32 or bf16, or another VAE."
+    return _finish(config, projections, lora, {}, None, None, None, _Cost(), started)
 
 
 def _solve(
@@ -175,28 +136,30 @@ def _solve(
     projections: Sequence[Projection],
     constraint: Constraint,
     moments: Moments,
-    prior: Moments | None,
+    metric: Metric,
     config: CalibrationConfig,
-    rank: int,
     generator: torch.Generator,
 ) -> dict[str, Components]:
-    """The leading components of every projection's update; as many as its rank could become."""
-    most = rank * (MAX_RANK_FACTOR if config.rank_rule == "data" else 1)
-    solved = {}
+    """The leading components of every projection's update; as many as its rank could become. fp64, on the CPU."""
+    most = config.rank * (MAX_RANK_FACTOR if config.rank_rule == "data" else 1)
+    like = torch.zeros((), dtype=torch.float64)
+    solved, held = {}, ("", like)
     for p in projections:
+        if p.input_key != held[0]:  # neighbours read the same input, so one factor at a time is enough
+            held = p.input_key, factor(metric.K(p, moments, like))
         weight = model.unet.get_submodule(p.name).weight.detach().cpu()
-        K = preservation_metric(p, moments, prior, config.rho, config.preservation)
-        solved[p.name] = constraint.components(p, weight, moments, K, most, generator)
+        solved[p.name] = constraint.components(p, weight, moments, held[1], most, generator)
     return solved
 
 
 def _ranks(
-    projections: Sequence[Projection], solved: Mapping[str, Components], config: CalibrationConfig, share: int
+    projections: Sequence[Projection], solved: Mapping[str, Components], config: CalibrationConfig
 ) -> dict[str, int]:
     if config.rank_rule == "uniform":
-        return uniform_ranks(projections, share)
+        return uniform_ranks(projections, config.rank)
     scores = {name: components.score for name, components in solved.items()}
-    return data_ranks(projections, scores, budget_of(projections, share), max_rank=MAX_RANK_FACTOR * share)
+    budget = budget_of([p for p in projections if not p.feed_forward], config.rank)
+    return data_ranks(projections, scores, budget, max_rank=MAX_RANK_FACTOR * config.rank)
 
 
 def _factors(projection: Projection, components: Components, moments: Moments) -> Factors:
@@ -204,6 +167,16 @@ def _factors(projection: Projection, components: Components, moments: Moments) -
         components.up * components.sigma, components.down, moments.C(projection).to(components.down)
     )
     return Factors(up.float(), down.float())
+
+
+def _scaled(update: LoRA, step: float) -> LoRA:
+    return {name: factors.scaled(step) for name, factors in update.items()}
+
+
+def _slope(projections: Sequence[Projection], update: LoRA, moments: Moments, pictures: int) -> float:
+    """How the mean loss starts to change along the update: the sum over layers of <dL/dW, D>."""
+    falls = [float((moments.G(p) * update[p.name].delta()).sum()) * moments.tokens(p) for p in projections]
+    return sum(falls) / pictures
 
 
 def _relative_change(
@@ -214,25 +187,19 @@ def _relative_change(
     for p in projections:
         C = moments.C(p)
         weight = model.unet.get_submodule(p.name).weight.detach().cpu().float()
-        delta = update[p.name].delta()
-        squares.append(float(((delta @ C) * delta).sum() / ((weight @ C) * weight).sum().clamp_min(1e-30)))
+        squares.append(float(power(update[p.name].delta(), C).sum() / power(weight, C).sum().clamp_min(1e-30)))
     return (sum(squares) / len(squares)) ** 0.5
 
 
-def _loss_of_step(
-    model: StableDiffusion, lora: LoRA, update: LoRA, triples: Triples, batch_size: int, group: Group
-) -> Callable[[float], float]:
-    def loss(step: float) -> float:
-        trial = concatenate(lora, {name: factors.scaled(step) for name, factors in update.items()})
-        with attached(model.unet, trial):
-            return mean_loss(model, triples, batch_size, group)
-
-    return loss
-
-
-def _shares(rank: int, sweeps: int) -> list[int]:
-    """`rank` in `sweeps` near-equal parts, the larger first: each sweep's share of the mean rank."""
-    return [rank // sweeps + (1 if sweep < rank % sweeps else 0) for sweep in range(sweeps)]
+def _batches(
+    subject: Subject, config: CalibrationConfig, timesteps: int, generator: torch.Generator, group: Group
+) -> Iterator[Batch]:
+    """This process's part of fresh batches for the refinement, drawn as they are asked for: more of them leave the first as they are."""
+    order = batch_order(
+        subject, config.batch_size * group.size, config.refinements, torch.Generator().manual_seed(config.seed)
+    )
+    for index in order:
+        yield draw_batch(subject, index, timesteps, generator)[group.rank :: group.size]
 
 
 def _tell_clipped(projections: Sequence[Projection], rank: int, observer: Observer) -> None:
@@ -248,7 +215,7 @@ def _finish(
     energy: dict[str, float],
     base_loss: float | None,
     loss: float | None,
-    step_sizes: list[float],
+    step: float | None,
     cost: _Cost,
     started: float,
 ) -> Calibration:
@@ -256,7 +223,7 @@ def _finish(
         mode=config.init,
         base_loss=base_loss,
         loss=loss,
-        step_sizes=step_sizes,
+        step_size=step,
         ranks={p.name: lora[p.name].rank for p in projections},
         energy=energy,
         forward_passes=cost.forward,

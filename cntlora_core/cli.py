@@ -175,7 +175,7 @@ def _sample(args: argparse.Namespace) -> None:
         raise SettingError(f"steps is {args.steps}: it must be between 1 and 1000.")
     from .lora import attached
     from .lora_file import check_output, load_lora
-    from .projections import find_projections
+    from .projections import ALL, find_projections
     from .report import sample_sheet
     from .sampling import sample
     from .subject import check_resolution
@@ -185,7 +185,7 @@ def _sample(args: argparse.Namespace) -> None:
     side = check_resolution(model, args.resolution)
     lora = {}
     if args.lora:
-        factors, _ = load_lora(args.lora, find_projections(model.unet), model.family)
+        factors, _ = load_lora(args.lora, find_projections(model.unet, ALL), model.family)
         lora = {name: f.scaled(args.strength) for name, f in factors.items()}
     seeds = range(args.seed, args.seed + args.count)
     with Console() as observer, attached(model.unet, lora):

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from .errors import SettingError
+from .projections import TARGETS
 
 CALIBRATED = ("target", "domain")
 INITS = (*CALIBRATED, "gaussian", "default")
 RANK_RULES = ("data", "uniform")
+EFFORTS = {"quick": (8, 0), "balanced": (4, 16), "thorough": (4, 40)}  # batches of the sweep, batches that refine it
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
 SCHEDULES = ("constant", "cosine")
@@ -66,28 +68,40 @@ class DataConfig:
 class CalibrationConfig:
     """How the LoRA starts.
 
-    `passes` batches of `batch_size` pictures are measured in each of `sweeps` sweeps; every sweep solves for
-    its share of `rank` (the mean rank) with the earlier ones attached. `rho` damps the second moments: 0.1 was best or level
-    among 0.02 to 1 in the prototype. `preservation` is the weight lambda of the prior's second moment, when there is a prior.
+    `targets`: the attention projections, or those and the feed-forward layers (auto: by the model). `rank` sets the budget: the
+    parameters of a LoRA of that rank on the attention projections; `data` ranks spend them where they lower the loss most. `effort` says how long to measure: `quick` is one sweep, `balanced` and
+    `thorough` refine it a batch at a time. `rho` damps the second moments: 0.5 was best or level among 0.1 to 2.
+    `preservation` is the weight lambda of the prior's second moment, when there is a prior: 4
+    kept the subject's loss and most of the class (docs/method.md).
     """
 
     init: str = "target"
     rank: int = 4
     rank_rule: str = "data"
-    sweeps: int = 1
-    passes: int = 8
+    targets: str = "auto"
+    effort: str = "balanced"
     batch_size: int = 4
-    rho: float = 0.1
-    preservation: float = 1.0
+    rho: float = 0.5
+    preservation: float = 4.0
     seed: int = 0
     gradient_checkpointing: bool = False
+
+    @property
+    def passes(self) -> int:
+        """Batches of the sweep."""
+        return EFFORTS[self.effort][0]
+
+    @property
+    def refinements(self) -> int:
+        """Batches after the sweep, each a natural-gradient step."""
+        return EFFORTS[self.effort][1]
 
     def __post_init__(self) -> None:
         _require(self.init in INITS, "init", self.init, f"one of {', '.join(INITS)}")
         _require(self.rank_rule in RANK_RULES, "rank_rule", self.rank_rule, f"one of {', '.join(RANK_RULES)}")
         _require(isinstance(self.rank, int) and 1 <= self.rank <= 1024, "rank", self.rank, "between 1 and 1024")
-        _require(1 <= self.sweeps <= self.rank, "sweeps", self.sweeps, f"between 1 and the rank ({self.rank})")
-        _require(1 <= self.passes <= 4096, "passes", self.passes, "between 1 and 4096")
+        _require(self.targets in TARGETS, "targets", self.targets, f"one of {', '.join(TARGETS)}")
+        _require(self.effort in EFFORTS, "effort", self.effort, f"one of {', '.join(EFFORTS)}")
         _require(1 <= self.batch_size <= 1024, "batch_size", self.batch_size, "between 1 and 1024")
         _require(_finite(self.rho) and self.rho > 0, "rho", self.rho, "a positive number")
         _require(

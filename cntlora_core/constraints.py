@@ -9,28 +9,26 @@ import torch
 from torch import Tensor
 
 from .projections import Projection
-from .solve import Components, damped, domain_components, target_components
+from .solve import Components, damped, domain_components, factor, target_components
 from .statistics import Moments
 
 
 class Constraint(Protocol):
-    """What the subject asks of a layer. `backward`: it needs gradients; `signed`: its step may be negative."""
+    """What the subject asks of a layer. `backward`: it needs gradients."""
 
     @property
     def backward(self) -> bool: ...
-
-    @property
-    def signed(self) -> bool: ...
 
     def components(
         self,
         projection: Projection,
         weight: Tensor,
         moments: Moments,
-        K: Tensor,
+        L: Tensor,
         rank: int,
         generator: torch.Generator,
-    ) -> Components: ...
+    ) -> Components:
+        """The leading terms of the update; `L` `[d, d]` is the Cholesky factor of K."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +37,18 @@ class Target:
 
     rho: float
     backward: bool = True
-    signed: bool = False
 
     def components(
         self,
         projection: Projection,
         weight: Tensor,
         moments: Moments,
-        K: Tensor,
+        L: Tensor,
         rank: int,
         generator: torch.Generator,
     ) -> Components:
-        G = moments.G(projection).to(K)
-        S = moments.S(projection).to(K)
-        return target_components(G, S, K, rank, generator, rho=self.rho)
+        M = factor(damped(moments.S(projection).to(L), self.rho))
+        return target_components(moments.G(projection).to(L), M, L, rank, generator)
 
 
 @dataclass(frozen=True)
@@ -60,28 +56,36 @@ class Domain:
     """Amplify (or damp) what the frozen weight already says about the subject: R = W C (forward passes only)."""
 
     backward: bool = False
-    signed: bool = True
 
     def components(
         self,
         projection: Projection,
         weight: Tensor,
         moments: Moments,
-        K: Tensor,
+        L: Tensor,
         rank: int,
         generator: torch.Generator,
     ) -> Components:
-        return domain_components(weight.to(K), moments.C(projection).to(K), K, rank, generator)
+        return domain_components(weight.to(L), moments.C(projection).to(L), L, rank, generator)
 
 
 def make_constraint(init: str, rho: float) -> Constraint:
     return Target(rho) if init == "target" else Domain()
 
 
-def preservation_metric(
-    projection: Projection, moments: Moments, prior: Moments | None, rho: float, weight: float
-) -> Tensor:
-    """K = C + lambda C_p + rho tau I, fp64 `[d, d]`; without a prior the damping alone preserves, isotropically."""
-    C = moments.C(projection).double()
-    extra = None if prior is None or weight == 0 else weight * prior.C(projection).double()
-    return damped(C, rho, extra)
+@dataclass(frozen=True)
+class Metric:
+    """K = C + lambda C_p + rho tau I: how dear a change of the outputs is, on the subject and on what the model should keep.
+
+    `prior` holds C_p, `weight` is lambda; without a prior the damping alone preserves, isotropically.
+    """
+
+    rho: float
+    prior: Moments | None = None
+    weight: float = 0.0
+
+    def K(self, projection: Projection, moments: Moments, like: Tensor) -> Tensor:
+        """`[d, d]` (`[d]` where only the diagonal is kept), device and dtype of `like`."""
+        C = moments.C(projection).to(like)
+        extra = None if self.prior is None or not self.weight else self.weight * self.prior.C(projection).to(like)
+        return damped(C, self.rho, extra)

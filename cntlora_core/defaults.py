@@ -10,7 +10,7 @@ real checkpoints), and it starts nearer: half the steps.
 from __future__ import annotations
 
 from .checkpoint import MINI_SD
-from .config import CALIBRATED
+from .config import CALIBRATED, CalibrationConfig
 
 RESPONSE = 5.0
 ORDINARY_LR = 1e-4
@@ -30,3 +30,12 @@ def default_steps(model: str, init: str, pictures: int) -> int:
         return 100
     steps = min(max(100 * pictures, 400), 1200)
     return steps // 2 if init in CALIBRATED else steps
+
+
+def targets_for(family: str, config: CalibrationConfig) -> str:
+    """What `auto` means: feed-forward layers too where data ranks find them room in the same budget, so for `target`. SDXL's would
+    take 5 GB more of the host's memory while calibrating."""
+    if config.targets != "auto":
+        return config.targets
+    wide = config.init == "target" and config.rank_rule == "data" and family != "sdxl"
+    return "attention+ff" if wide else "attention"

@@ -64,7 +64,7 @@ class Calibrated(Event):
     mode: str
     base_loss: float | None  # None: nothing was measured (plain starts)
     loss: float | None
-    step_sizes: list[float]
+    step_size: float | None
     ranks: dict[str, int]
     energy: dict[str, float]
     forward_passes: int

@@ -81,7 +81,7 @@ def from_state_dict(state: Mapping[str, Tensor], projections: Sequence[Projectio
     foreign = sorted(set(state) - known)
     if foreign:
         raise LoRAFileError(
-            f"{len(foreign)} of {len(state)} tensors do not belong to this model's attention projections, "
+            f"{len(foreign)} of {len(state)} tensors do not belong to this model's attention and feed-forward layers, "
             f"e.g. '{foreign[0]}'. The LoRA was made for another model or by another trainer."
         )
     return lora
@@ -178,5 +178,5 @@ def load_lora(
     state, metadata = read_lora(path)
     lora = from_state_dict(state, projections, family)
     if not lora:
-        raise LoRAFileError(f"'{path}' holds no LoRA for the UNet's attention projections.")
+        raise LoRAFileError(f"'{path}' holds no LoRA for the UNet's attention or feed-forward layers.")
     return lora, metadata

@@ -7,7 +7,10 @@ from torch import nn
 
 from .errors import CheckpointError
 
+TARGETS = ("auto", "attention", "attention+ff")
+ALL = "attention+ff"  # whatever a LoRA file may hold
 ATTENTION = re.compile(r"\.transformer_blocks\.\d+\.(attn[12])\.(to_q|to_k|to_v|to_out\.0)$")
+FEED_FORWARD = re.compile(r"\.transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)$")
 
 
 @dataclass(frozen=True)
@@ -15,13 +18,20 @@ class Projection:
     """A frozen linear map y = W x of the UNet.
 
     `name` is its module path in diffusers' UNet; `input_key` names the activations it reads: projections with
-    the same key see the same tensor, so their second moment is measured once.
+    the same key see the same tensor, so their second moment is measured once. Of the feed-forward layers' wide hidden side, 4 to 8
+    times the block's width, only the diagonal of the second moment is kept: `diagonal_in`, `diagonal_out`.
     """
 
     name: str
     in_features: int
     out_features: int
     input_key: str
+    diagonal_in: bool = False
+    diagonal_out: bool = False
+
+    @property
+    def feed_forward(self) -> bool:
+        return self.diagonal_in or self.diagonal_out
 
     @property
     def parameters_per_rank(self) -> int:
@@ -38,17 +48,22 @@ def _input_key(name: str, attention: str, kind: str) -> str:
     return f"{block}.q" if kind == "to_q" else "text"
 
 
-def find_projections(unet: nn.Module) -> tuple[Projection, ...]:
-    """All attention projections (q, k, v, out of self- and cross-attention) in the UNet's own order.
+def find_projections(unet: nn.Module, targets: str = "attention") -> tuple[Projection, ...]:
+    """All attention projections (q, k, v, out of self- and cross-attention) in the UNet's own order, and with `attention+ff` the
+    two linear layers of each feed-forward too.
 
-    56 in the mini SD, 128 in SD 1.5 and 2.1, 560 in SDXL.
+    Attention: 56 in the mini SD, 128 in SD 1.5 and 2.1, 560 in SDXL; feed-forward: 14, 32 and 140 more.
     """
     found = []
     for name, module in unet.named_modules():
-        match = ATTENTION.search(name)
-        if match and isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear):
+            continue
+        if match := ATTENTION.search(name):
             key = _input_key(name, *match.groups())
             found.append(Projection(name, module.in_features, module.out_features, key))
+        elif targets == "attention+ff" and (match := FEED_FORWARD.search(name)):
+            hidden_in = match[1] == "2"
+            found.append(Projection(name, module.in_features, module.out_features, name, hidden_in, not hidden_in))
     if not found:
         raise CheckpointError("The UNet has no attention projections: this is not a Stable Diffusion UNet.")
     return tuple(found)

@@ -28,12 +28,15 @@ def data_ranks(
 ) -> dict[str, int]:
     """Ranks that maximise the sum of the kept scores under sum_l r_l (m_l + d_l) <= budget.
 
-    `scores[name]` `[k]` is non-increasing; every layer gets 1 <= r_l <= min(max_rank, k). Greedy on score per
+    `scores[name]` `[k]` is non-increasing; every layer gets 1 <= r_l <= min(max_rank, k), or where the budget is too small for that
+    0 <= r_l. Greedy on score per
     parameter, which is optimal up to the last item since scores never increase; layers that no longer fit are passed
     over, so no further component fits in what is left. Each rank costs m + d parameters (EVA counts ranks instead).
     """
-    ranks = {p.name: 1 for p in projections}
-    left = budget - sum(p.parameters_per_rank for p in projections)
+    one_each = sum(p.parameters_per_rank for p in projections)
+    least = 1 if one_each <= budget else 0
+    ranks = {p.name: least for p in projections}
+    left = budget - least * one_each
     heap: list[tuple[float, int]] = []
 
     def push(index: int) -> None:

@@ -31,6 +31,10 @@ class RunningMean:
         else:
             self.value += (total - self.value * count) / self.count
 
+    def merge(self, other: RunningMean) -> None:
+        """Add the tokens that another mean has seen."""
+        self.update(other.get() * other.count, other.count)
+
     def get(self) -> Tensor:
         """The mean so far. Raises RuntimeError when nothing was seen: a hook that never fired is a bug."""
         if self.value is None:
@@ -43,7 +47,8 @@ class Moments:
     """What a sweep measures. d = in, m = out features; expectations are over tokens.
 
     `inputs[key]`: C = E[x x^T] `[d, d]`, one per distinct input. `grads[name]`: S = E[delta delta^T] `[m, m]` and
-    `cross[name]`: G = E[delta x^T] `[m, d]` with delta = dLoss/dy, one per projection (backward sweeps only).
+    `cross[name]`: G = E[delta x^T] `[m, d]` with delta = dLoss/dy, one per projection (backward sweeps only). Where a projection asks
+    for the diagonal alone, C is `[d]` or S is `[m]`.
     """
 
     inputs: dict[str, RunningMean] = field(default_factory=dict)
@@ -59,6 +64,12 @@ class Moments:
     def G(self, projection: Projection) -> Tensor:
         return self.cross[projection.name].get()
 
+    def merge(self, other: Moments) -> None:
+        """Add the tokens of another sweep."""
+        for mine, theirs in ((self.inputs, other.inputs), (self.grads, other.grads), (self.cross, other.cross)):
+            for key, mean in theirs.items():
+                mine.setdefault(key, RunningMean()).merge(mean)
+
     def combine(self, group: Group) -> None:
         """The mean over the tokens of all processes."""
         if group.size == 1:
@@ -72,19 +83,33 @@ class Moments:
             mean.value, mean.count = value, int(count)
 
     def tokens(self, projection: Projection) -> int:
-        return self.inputs[projection.input_key].count
+        """Rows that came back through the projection."""
+        return self.grads[projection.name].count
+
+
+def moment_bytes(projections: Sequence[Projection]) -> int:
+    """Of C and S, fp32."""
+    sides = {p.input_key: p.in_features ** (1 if p.diagonal_in else 2) for p in projections}
+    return 4 * (sum(sides.values()) + sum(p.out_features ** (1 if p.diagonal_out else 2) for p in projections))
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1]).float()
 
 
+def _moment(rows: Tensor, diagonal: bool) -> Tensor:
+    return rows.square().sum(0) if diagonal else rows.T @ rows
+
+
 class _Recorder:
     """Forward hooks of one recording; knows which projection speaks for a shared input."""
 
-    def __init__(self, projections: Sequence[Projection], backward: bool, storage: torch.device) -> None:
+    def __init__(
+        self, projections: Sequence[Projection], backward: bool, cross: bool, storage: torch.device | str
+    ) -> None:
         self.moments = Moments()
         self.backward = backward
+        self.cross = cross
         self.storage = storage
         self.speakers = {p.input_key: p.name for p in reversed(projections)}  # the first to read each input
 
@@ -93,19 +118,21 @@ class _Recorder:
             x = args[0].detach()  # kept until the backward pass, so in its own dtype
             if self.speakers[projection.input_key] == projection.name:
                 rows = _rows(x)
-                self._add(self.moments.inputs, projection.input_key, rows.T @ rows, len(rows))
+                self._add(self.moments.inputs, projection.input_key, _moment(rows, projection.diagonal_in), len(rows))
             if self.backward and torch.is_grad_enabled():
                 if not output.requires_grad:
                     # Nothing before this layer needs a gradient: let the backward pass end here.
                     output.requires_grad_(True)
-                output.register_hook(lambda grad: self._gradient(projection, x, grad))
+                kept = x if self.cross else None
+                output.register_hook(lambda grad: self._gradient(projection, kept, grad))
 
         return forward
 
-    def _gradient(self, projection: Projection, x: Tensor, grad: Tensor) -> None:
+    def _gradient(self, projection: Projection, x: Tensor | None, grad: Tensor) -> None:
         delta = _rows(grad)
-        self._add(self.moments.grads, projection.name, delta.T @ delta, len(delta))
-        self._add(self.moments.cross, projection.name, delta.T @ _rows(x), len(delta))
+        self._add(self.moments.grads, projection.name, _moment(delta, projection.diagonal_out), len(delta))
+        if x is not None:
+            self._add(self.moments.cross, projection.name, delta.T @ _rows(x), len(delta))
 
     def _add(self, into: dict[str, RunningMean], key: str, total: Tensor, count: int) -> None:
         into.setdefault(key, RunningMean()).update(total.to(self.storage), count)
@@ -113,14 +140,19 @@ class _Recorder:
 
 @contextmanager
 def record(
-    unet: nn.Module, projections: Sequence[Projection], *, backward: bool, storage: str = "cpu"
+    unet: nn.Module,
+    projections: Sequence[Projection],
+    *,
+    backward: bool,
+    cross: bool = True,
+    storage: torch.device | str = "cpu",
 ) -> Iterator[Moments]:
     """Record moments of all forward (and backward) passes made inside the block.
 
     Products are fp32 on the model's device, accumulators live on `storage` (the host, so that a GPU needs no more
-    than one matrix at a time). The hooks are gone when the block ends, however it ends.
+    than one matrix at a time). `cross`: G too. The hooks are gone when the block ends, however it ends.
     """
-    recorder = _Recorder(projections, backward, torch.device(storage))
+    recorder = _Recorder(projections, backward, cross, storage)
     handles = []
     try:
         for projection in projections:

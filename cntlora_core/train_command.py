@@ -10,11 +10,22 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import INITS, OPTIMIZERS, RANK_RULES, SCHEDULES, CalibrationConfig, DataConfig, TrainConfig, to_dict
+from .config import (
+    EFFORTS,
+    INITS,
+    OPTIMIZERS,
+    RANK_RULES,
+    SCHEDULES,
+    CalibrationConfig,
+    DataConfig,
+    TrainConfig,
+    to_dict,
+)
 from .console import Console, EventFile, both
 from .errors import CNTLoRAError, Interrupted, SettingError
 from .events import Done, Observer, ignore
 from .interrupts import Interrupts
+from .projections import TARGETS
 
 if TYPE_CHECKING:
     from .checkpoint import StableDiffusion
@@ -72,6 +83,15 @@ def add_arguments(parser: argparse.ArgumentParser, *, training: bool) -> None:
     start.add_argument("--init", choices=INITS, default=CalibrationConfig.init)
     start.add_argument("--rank", type=int, default=CalibrationConfig.rank, help="mean rank (default: %(default)s)")
     start.add_argument("--rank-rule", choices=RANK_RULES, default=CalibrationConfig.rank_rule)
+    start.add_argument(
+        "--effort", choices=list(EFFORTS), default=CalibrationConfig.effort, help="how long target calibrates"
+    )
+    start.add_argument(
+        "--targets",
+        choices=TARGETS,
+        default=CalibrationConfig.targets,
+        help="layers that get an adapter; auto: with feed-forward for target and data ranks, but not in SDXL",
+    )
     prior = parser.add_argument_group("what the model should keep knowing")
     prior.add_argument("--class-prompt", help='the class alone ("a cat"): calibration disturbs it as little as it can')
     prior.add_argument("--class-images", metavar="DIR", help="pictures of the class (default: the model draws them)")
@@ -142,7 +162,7 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
     from .devices import DTYPES, pick_device
     from .distributed import local_device, process_group
     from .lora_file import check_output, load_lora
-    from .projections import find_projections
+    from .projections import ALL, find_projections
     from .runs import personalise, read_subject, validation_loss, with_validation, write
     from .state_file import state_path
 
@@ -195,7 +215,7 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
         try:
             lora = None
             if args.continue_from:
-                lora, _ = load_lora(args.continue_from, find_projections(model.unet), model.family)
+                lora, _ = load_lora(args.continue_from, find_projections(model.unet, ALL), model.family)
             run = personalise(
                 model, subject, calibration, training,
                 preserve=preserve, prior=prior, lora=lora,

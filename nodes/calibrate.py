@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ..cntlora_core.calibration import calibrate
 from ..cntlora_core.checkpoint import StableDiffusion
-from ..cntlora_core.config import INITS, RANK_RULES, CalibrationConfig
+from ..cntlora_core.config import EFFORTS, INITS, RANK_RULES, CalibrationConfig
 from ..cntlora_core.lora import parameter_count
+from ..cntlora_core.projections import TARGETS
 from ..cntlora_core.report import rank_map
 from ..cntlora_core.runs import class_triples
 from ..cntlora_core.subject import Subject
@@ -24,7 +25,7 @@ class CalibrateLoRA(io.ComfyNode):
             display_name="Calibrate LoRA (CNTLoRA)",
             category="training/CNTLoRA",
             search_aliases=["initialise lora", "init lora", "consnotrainlora", "lora rank"],
-            description="Runs the model over the pictures, reads the activations at the attention projections and computes a "
+            description="Runs the model over the pictures, reads the activations at the attention and feed-forward layers and computes a "
             "LoRA that already fits them, with a rank of its own for every layer. Nothing is trained.",
             inputs=[
                 SDModel.Input("sd_model", tooltip="From Load SD Checkpoint."),
@@ -55,12 +56,12 @@ class CalibrateLoRA(io.ComfyNode):
                     "uniform: the same rank everywhere.",
                 ),
                 host.seed("Same seed, same pictures: the same LoRA."),
-                host.advanced(io.Int)(
-                    "passes",
-                    default=default.passes,
-                    min=1,
-                    max=256,
-                    tooltip="Batches measured. 8 are nearly as good as 32; fewer are noisy.",
+                io.Combo.Input(
+                    "effort",
+                    options=list(EFFORTS),
+                    default=default.effort,
+                    tooltip="How long mode target calibrates. quick: one sweep. balanced: refined over 16 batches, the time of about "
+                    "25 training steps. thorough: over 40, about 50 training steps.",
                 ),
                 host.advanced(io.Int)(
                     "batch_size",
@@ -68,6 +69,13 @@ class CalibrateLoRA(io.ComfyNode):
                     min=1,
                     max=64,
                     tooltip="Pictures per batch. Lower it when memory runs out.",
+                ),
+                host.advanced(io.Combo)(
+                    "targets",
+                    options=list(TARGETS),
+                    default=default.targets,
+                    tooltip="Layers that get an adapter. auto: attention and feed-forward, in SDXL attention alone, which takes less "
+                    "memory. The file's size is the same.",
                 ),
                 host.advanced(io.Float)(
                     "preservation",
@@ -88,7 +96,7 @@ class CalibrateLoRA(io.ComfyNode):
                 io.LoraModel.Output(
                     display_name="lora", tooltip="The step-0 LoRA, for Save, Preview or Load LoRA Model."
                 ),
-                io.Image.Output(display_name="rank_map", tooltip="Rank and energy of every attention projection."),
+                io.Image.Output(display_name="rank_map", tooltip="Rank and energy of every layer with an adapter."),
             ],
             hidden=host.IDENTITY,
         )
@@ -102,8 +110,9 @@ class CalibrateLoRA(io.ComfyNode):
         rank: int,
         ranks: str,
         seed: int,
-        passes: int,
+        effort: str,
         batch_size: int,
+        targets: str,
         preservation: float,
         gradient_checkpointing: bool,
         prior: Subject | None = None,
@@ -113,8 +122,9 @@ class CalibrateLoRA(io.ComfyNode):
             rank=rank,
             rank_rule=ranks,
             seed=seed,
-            passes=passes,
+            effort=effort,
             batch_size=batch_size,
+            targets=targets,
             preservation=preservation,
             gradient_checkpointing=gradient_checkpointing,
         )

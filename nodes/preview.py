@@ -8,7 +8,7 @@ from ..cntlora_core.checkpoint import StableDiffusion
 from ..cntlora_core.events import Event, Progress
 from ..cntlora_core.lora import attached
 from ..cntlora_core.lora_file import from_state_dict
-from ..cntlora_core.projections import find_projections
+from ..cntlora_core.projections import ALL, find_projections
 from ..cntlora_core.sampling import sample
 from . import host
 from .host import io, ui
@@ -78,7 +78,7 @@ class PreviewLoRA(io.ComfyNode):
                 show(event.done, event.total, None)
             host.check_cancel()
 
-        factors = from_state_dict(lora, find_projections(sd_model.unet), sd_model.family)
+        factors = from_state_dict(lora, find_projections(sd_model.unet, ALL), sd_model.family)
         scaled = {name: f.scaled(strength) for name, f in factors.items()}
         with host.working(sd_model), attached(sd_model.unet, scaled):
             pictures = sample(

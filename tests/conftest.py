@@ -43,3 +43,12 @@ def subject(mini_sd):
     from cntlora_core.runs import read_subject
 
     return read_subject(mini_sd, MINI_SD_FOLDER / "subject", "a sks cat face emoji")
+
+
+@pytest.fixture(scope="session")
+def held_out(mini_sd):
+    """Pictures of the sample subject that nothing trains on."""
+    from cntlora_core.checkpoint import MINI_SD_FOLDER
+    from cntlora_core.runs import read_subject
+
+    return read_subject(mini_sd, MINI_SD_FOLDER / "heldout", "a sks cat face emoji")

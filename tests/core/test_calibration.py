@@ -3,6 +3,8 @@ import dataclasses
 import pytest
 import torch
 
+from cntlora_core import calibration as calibration_module
+from cntlora_core import config as config_module
 from cntlora_core.calibration import calibrate
 from cntlora_core.config import CalibrationConfig
 from cntlora_core.errors import NonFiniteError
@@ -11,9 +13,9 @@ from cntlora_core.projections import find_projections
 from cntlora_core.ranks import budget_of
 from cntlora_core.runs import class_pictures, class_triples
 from cntlora_core.statistics import record
-from cntlora_core.triples import draw_triples, mean_loss
+from cntlora_core.triples import draw_triples, fixed_triples, mean_loss
 
-QUICK = CalibrationConfig(passes=3, batch_size=4, seed=1)
+QUICK = CalibrationConfig(effort="quick", batch_size=2, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +25,47 @@ def target(mini_sd, subject):
 
 def test_target_lowers_the_loss_before_any_training(target):
     assert target.report.loss < 0.97 * target.report.base_loss
-    assert target.report.backward_passes == 12
-    assert target.report.forward_passes >= 24
+    assert target.report.backward_passes == 16
+    assert 32 <= target.report.forward_passes <= 48
+
+
+def test_refining_goes_on_where_the_sweep_ends(mini_sd, subject, held_out):
+    """Lower on pictures that calibration never saw, and the cost is told."""
+    losses = {}
+    validate = fixed_triples(held_out, 1000)
+    for effort in ("quick", "balanced", "thorough"):
+        start = calibrate(mini_sd, subject, dataclasses.replace(QUICK, effort=effort, batch_size=4))
+        with attached(mini_sd.unet, start.lora):
+            losses[effort] = mean_loss(mini_sd, validate, 8)
+    assert start.report.backward_passes == (4 + 40) * 4
+    base = mean_loss(mini_sd, validate, 8)
+    assert losses["thorough"] < losses["balanced"] < 0.9 * losses["quick"] < 0.9 * base
+    assert losses["thorough"] < 0.8 * base
+
+
+def test_more_refinement_begins_like_less(mini_sd, subject, monkeypatch):
+    """The batches are drawn as they are asked for, so `thorough` passes through what `balanced` gives."""
+    batches = {}
+    for count in (2, 3):
+        monkeypatch.setitem(config_module.EFFORTS, "quick", (2, count))
+        seen = batches.setdefault(count, [])
+
+        def keep(*args, into=seen, **more):
+            into.extend(batch.noise for batch in args[6])
+            return args[2]
+
+        monkeypatch.setattr(calibration_module, "refine", keep)
+        calibrate(mini_sd, subject, QUICK)
+    assert len(batches[3]) == 3
+    assert all(torch.equal(a, b) for a, b in zip(batches[2], batches[3], strict=False))
 
 
 @pytest.mark.parametrize("init", ["target", "domain"])
 def test_never_worse_than_the_base_on_its_own_set(mini_sd, subject, init):
     for seed in range(2):
-        config = dataclasses.replace(QUICK, init=init, seed=seed, passes=2)
+        config = dataclasses.replace(QUICK, init=init, seed=seed)
         start = calibrate(mini_sd, subject, config)
-        triples = draw_triples(subject, 8, 1000, torch.Generator().manual_seed(seed))
+        triples = draw_triples(subject, 16, 1000, torch.Generator().manual_seed(seed))
         with attached(mini_sd.unet, start.lora):
             after = mean_loss(mini_sd, triples, 4)
         assert after == pytest.approx(start.report.loss, rel=1e-4)
@@ -51,9 +84,9 @@ def test_data_ranks_use_the_budget_and_differ(mini_sd, target):
 @pytest.mark.parametrize("init", ["target", "domain"])
 def test_unit_response_on_the_subject(mini_sd, subject, init):
     """a_k^T C a_k = 1 for every row of A, with C measured here by other means."""
-    config = dataclasses.replace(QUICK, init=init, rank_rule="uniform", passes=1)
+    config = dataclasses.replace(QUICK, init=init, rank_rule="uniform", targets="attention")
     start = calibrate(mini_sd, subject, config)
-    triples = draw_triples(subject, 4, 1000, torch.Generator().manual_seed(config.seed))
+    triples = draw_triples(subject, 16, 1000, torch.Generator().manual_seed(config.seed))
     projections = find_projections(mini_sd.unet)
     with record(mini_sd.unet, projections, backward=False) as moments, torch.no_grad():
         triples.sizes[0].loss(mini_sd)
@@ -61,13 +94,6 @@ def test_unit_response_on_the_subject(mini_sd, subject, init):
         down = start.lora[p.name].down
         assert len(down) == 4
         torch.testing.assert_close(((down @ moments.C(p)) * down).sum(1), torch.ones(4), rtol=2e-2, atol=2e-2)
-
-
-def test_sweeps_share_the_rank(mini_sd, subject):
-    config = dataclasses.replace(QUICK, sweeps=2, rank=3, passes=2, rank_rule="uniform")
-    start = calibrate(mini_sd, subject, config)
-    assert set(start.report.ranks.values()) == {3}
-    assert len(start.report.step_sizes) == 2
 
 
 def test_same_seed_same_lora_and_an_untouched_model(mini_sd, subject, target):
@@ -88,7 +114,7 @@ def test_a_prior_takes_the_update_off_the_class(mini_sd, subject):
     projections = find_projections(mini_sd.unet)
     with record(mini_sd.unet, projections, backward=False) as kept, torch.no_grad():
         prior.sizes[0].loss(mini_sd)
-    triples = draw_triples(subject, 12, 1000, torch.Generator().manual_seed(1))
+    triples = draw_triples(subject, 16, 1000, torch.Generator().manual_seed(1))
     with record(mini_sd.unet, projections, backward=False) as subjects, torch.no_grad():
         triples.sizes[0].loss(mini_sd)
 

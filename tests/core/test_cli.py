@@ -64,7 +64,7 @@ def test_calibrate_sample_inspect(tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(out)]) == 0
     about = json.loads(capsys.readouterr().out)
-    assert about["modules"] == 56
+    assert about["modules"] == 56 + 14
     assert about["rank"]["min"] >= 1
     assert about["metadata"]["ss_steps"] == "0"
     assert sum(m["norm"] for m in about["ranks"].values()) > 0

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -57,11 +59,20 @@ def test_checkpointing_changes_memory_and_nothing_else(mini_sd, subject):
         assert mini_sd.unet.training
     assert not mini_sd.unet.training
     assert not mini_sd.unet.is_gradient_checkpointing
-    starts = [
-        calibrate(mini_sd, subject, CalibrationConfig(passes=2, gradient_checkpointing=on)).lora for on in (False, True)
-    ]
-    for name, factors in starts[0].items():
-        torch.testing.assert_close(factors.delta(), starts[1][name].delta(), rtol=1e-2, atol=1e-4)
+
+    def starts(effort):
+        config = CalibrationConfig(effort=effort, batch_size=2)
+        return [
+            calibrate(mini_sd, subject, dataclasses.replace(config, gradient_checkpointing=on)).lora
+            for on in (False, True)
+        ]
+
+    plain, recomputed = starts("quick")
+    for name, factors in plain.items():
+        torch.testing.assert_close(factors.delta(), recomputed[name].delta(), rtol=1e-2, atol=1e-4)
+    plain, recomputed = starts("balanced")  # 16 steps on, rounding has grown in a few entries
+    for name, factors in plain.items():
+        assert (factors.delta() - recomputed[name].delta()).norm() <= 1e-2 * factors.delta().norm(), name
     plain = CalibrationConfig(init="gaussian")
     loras = [
         personalise(mini_sd, subject, plain, TrainConfig(steps=2, validate_every=0, gradient_checkpointing=on)).lora

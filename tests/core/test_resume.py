@@ -125,9 +125,10 @@ def test_a_signal_ends_within_a_step_and_resume_goes_on(tmp_path, number, status
             assert (first.get_tensor(key) - second.get_tensor(key)).abs().max() <= tolerance, key
 
 
-def test_two_processes_at_half_the_batch_are_one_process(tmp_path):
+@pytest.mark.parametrize(("effort", "steps"), [("quick", "4"), ("balanced", "0")])
+def test_two_processes_at_half_the_batch_are_one_process(tmp_path, effort, steps):
     alone, together = tmp_path / "alone.safetensors", tmp_path / "together.safetensors"
-    settings = ["--steps", "4", "--init", "target", "--validate-every", "2", "--train-on-all"]
+    settings = ["--steps", steps, "--init", "target", "--effort", effort, "--validate-every", "2", "--train-on-all"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for launch, out, batch in (
         ([sys.executable, "-m"], alone, "4"),

@@ -10,9 +10,13 @@ from cntlora_core.solve import (
     closed_form,
     damped,
     domain_components,
-    line_search,
+    factor,
+    natural_step,
+    parabola_step,
+    solve,
     svd,
     target_components,
+    times,
     unit_response,
 )
 
@@ -36,6 +40,10 @@ def problem(m, d, n, seed):
 def spd(size, seed):
     root = torch.randn(size, size, dtype=torch.float64, generator=generator(seed))
     return root @ root.T / size + 0.1 * torch.eye(size, dtype=torch.float64)
+
+
+def svd_of(matrix, rank, seed=0):
+    return svd(lambda X: matrix @ X, lambda Y: matrix.T @ Y, tuple(matrix.shape), rank, generator(seed), matrix)
 
 
 @settings(deadline=None)
@@ -62,7 +70,7 @@ def test_closed_form_is_the_least_squares_solution(size, seed, rho):
 def test_target_at_full_rank_is_the_natural_gradient(m, d, seed):
     G = torch.randn(m, d, dtype=torch.float64, generator=generator(seed))
     S, K = spd(m, seed + 1), spd(d, seed + 2)
-    parts = target_components(G, S, K, min(m, d), generator(), rho=0.1)
+    parts = target_components(G, factor(damped(S, 0.1)), factor(K), min(m, d), generator())
     expected = -torch.linalg.solve(damped(S, 0.1), G) @ torch.linalg.inv(K)
     torch.testing.assert_close(parts.matrix(), expected, rtol=1e-7, atol=1e-9)
 
@@ -78,7 +86,7 @@ def test_target_truncation_keeps_the_largest_predicted_fall(m, d, rank, seed):
     def fall(D):
         return -(G * D).sum() - 0.5 * ((metric @ D @ K) * D).sum()
 
-    parts = target_components(G, S, K, min(m, d), generator(), rho=0.1)
+    parts = target_components(G, factor(damped(S, 0.1)), factor(K), min(m, d), generator())
     best = fall(parts.truncated(rank).matrix())
     assert best == pytest.approx(float(0.5 * parts.score[:rank].sum()), rel=1e-8)
     up = torch.randn(m, rank, dtype=torch.float64, generator=generator(seed + 3), requires_grad=True)
@@ -102,7 +110,7 @@ def test_domain_truncation_is_optimal_in_the_output(m, d, rank, seed):
     W = torch.randn(m, d, dtype=torch.float64, generator=generator(seed))
     C = spd(d, seed + 1)
     K = damped(C, 0.1)
-    parts = domain_components(W, C, K, min(m, d), generator())
+    parts = domain_components(W, C, factor(K), min(m, d), generator())
     D = closed_form(W @ C, K)
     torch.testing.assert_close(parts.matrix(), D, rtol=1e-7, atol=1e-9)
     root = torch.linalg.cholesky(C)
@@ -132,7 +140,11 @@ def test_unit_response_survives_a_direction_without_energy():
 def test_singular_moments_are_damped_not_divided():
     x = torch.ones(6, 1, dtype=torch.float64)
     parts = target_components(
-        torch.ones(4, 6).double(), torch.zeros(4, 4).double(), damped(x @ x.T, 0.1), 2, generator(), rho=0.1
+        torch.ones(4, 6).double(),
+        factor(damped(torch.zeros(4, 4).double(), 0.1)),
+        factor(damped(x @ x.T, 0.1)),
+        2,
+        generator(),
     )
     assert torch.isfinite(parts.matrix()).all()
 
@@ -144,7 +156,7 @@ def test_randomised_svd_agrees_with_the_exact_one(m, d):
     left = torch.linalg.qr(torch.randn(m, 600, dtype=torch.float64, generator=g)).Q
     right = torch.linalg.qr(torch.randn(d, 600, dtype=torch.float64, generator=g)).Q
     matrix = (left * spectrum) @ right.T
-    U, sigma, Vh = svd(matrix, 8, generator(2))
+    U, sigma, Vh = svd_of(matrix, 8, 2)
     torch.testing.assert_close(sigma, spectrum[:8], rtol=1e-2, atol=0)
     error = torch.linalg.matrix_norm(matrix - (U * sigma) @ Vh)
     assert float(error) <= 1.01 * float(spectrum[8:].square().sum().sqrt())
@@ -152,28 +164,75 @@ def test_randomised_svd_agrees_with_the_exact_one(m, d):
 
 def test_svd_signs_are_fixed():
     matrix = torch.randn(5, 4, generator=generator(3))
-    U, _, _ = svd(matrix, 4, generator())
+    U, _, _ = svd_of(matrix, 4)
     assert (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
-    flipped, _, _ = svd(-matrix, 4, generator())
+    flipped, _, _ = svd_of(-matrix, 4)
     torch.testing.assert_close(U, flipped)
 
 
 @settings(deadline=None)
-@given(st.floats(-3, 3).filter(lambda x: abs(x) > 1e-3), st.floats(0.01, 3), st.floats(1e-3, 10), st.booleans())
-def test_line_search_is_never_worse_than_standing_still(optimum, curvature, first, signed):
-    def loss(step):
-        return curvature * (step - optimum) ** 2
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(1, 4), st.booleans(), st.booleans(), seeds)
+def test_a_natural_step_lands_at_the_models_minimum(m, d, r, thin_in, thin_out, seed):
+    """<G, D> + 1/2 tr(P D K D^T), in the other factor's span: a whole step in B from B = 0 leaves no gradient for B."""
+    g = generator(seed)
+    G = torch.randn(m, d, dtype=torch.float64, generator=g)
+    A = torch.randn(r, d, dtype=torch.float64, generator=g)
+    P, K = spd(m, seed + 1), spd(d, seed + 2)
+    P, K = P.diagonal().clone() if thin_out else P, K.diagonal().clone() if thin_in else K
+    zero = torch.zeros(m, r, dtype=torch.float64)
+    step_up, step_down = natural_step(zero, A, G @ A.T, torch.zeros(r, d, dtype=torch.float64), P, K)
+    assert not step_down.any()
+    left = times(P, -step_up @ times(K, A.T).T) @ A.T + G @ A.T  # the model's gradient after it
+    bound = 0.01 * float((G @ A.T).norm()) if d > r + 2 else float((G @ A.T).norm())
+    assert (
+        float(left.norm()) <= bound
+    )  # the rows' own damping leaves a little, much only where they are nearly dependent
 
-    step, value = line_search(loss, loss(0.0), first, signed=signed)
+
+@settings(deadline=None)
+@given(st.integers(1, 9), st.integers(1, 5), seeds)
+def test_a_diagonal_stands_for_its_matrix(d, k, seed):
+    diagonal = torch.rand(d, dtype=torch.float64, generator=generator(seed)) + 0.1
+    X = torch.randn(d, k, dtype=torch.float64, generator=generator(seed + 1))
+    thin, full = damped(diagonal, 0.3), damped(torch.diag(diagonal), 0.3)
+    torch.testing.assert_close(torch.diag(thin), full)
+    torch.testing.assert_close(times(thin, X), times(full, X))
+    torch.testing.assert_close(solve(factor(thin), X), solve(factor(full), X))
+
+
+def parabola(optimum, curvature):
+    return lambda step: curvature * (step - optimum) ** 2
+
+
+@settings(deadline=None)
+@given(st.floats(-3, 3).filter(lambda x: abs(x) > 1e-3), st.floats(0.01, 3), st.floats(1e-3, 10), st.booleans())
+def test_parabola_step_is_never_worse_than_standing_still(optimum, curvature, first, known):
+    loss = parabola(optimum, curvature)
+    slope = -2 * curvature * optimum if known else None
+    step, value = parabola_step(loss, loss(0.0), first, slope)
     assert value <= loss(0.0)
     assert value == loss(step)
-    if signed and 0.5 <= abs(optimum) / first <= 2:
-        assert value < 0.5 * loss(0.0)
+    if abs(optimum) <= 4 * first:
+        assert value <= 0.1 * loss(0.0) + 1e-12
 
 
-def test_line_search_stays_at_zero_when_nothing_helps():
-    assert line_search(lambda step: 1 + abs(step), 1.0, 0.1, signed=True) == (0.0, 1.0)
-    assert line_search(lambda step: float("nan"), 1.0, 0.1) == (0.0, 1.0)
+def test_parabola_step_asks_little():
+    asked = []
+
+    def loss(step):
+        asked.append(step)
+        return (step - 1.1) ** 2
+
+    assert parabola_step(loss, 1.21, 1.0, -2.2)[0] == 1.0
+    assert asked == [1.0]  # near enough
+    assert parabola_step(loss, 1.21, 0.5, -2.2)[0] == pytest.approx(1.1)
+    assert len(asked) == 3
+
+
+def test_parabola_step_stays_at_zero_when_nothing_helps():
+    assert parabola_step(lambda step: 1 + abs(step), 1.0, 0.1) == (0.0, 1.0)
+    assert parabola_step(lambda step: float("nan"), 1.0, 0.1, -1.0) == (0.0, 1.0)
+    assert parabola_step(lambda step: float("nan"), 1.0, 0.1) == (0.0, 1.0)
 
 
 def test_truncation_keeps_the_first_components():

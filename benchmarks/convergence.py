@@ -1,11 +1,14 @@
 """Which start reaches the best loss at what cost: CNTLoRA's beside PEFT's, each at its best learning rate.
 
-    python benchmarks/convergence.py --output results.jsonl                     # quick: the embedded subject, 2 seeds
-    python benchmarks/convergence.py --subjects DIR --output results.jsonl --seeds 0 1 2 --methods all
+    python benchmarks/convergence.py --output results.jsonl                             # quick: the embedded subject
+    python benchmarks/convergence.py --output results.jsonl --methods all --seeds 0 1 2 \\
+        --tune subjects/cat_faces subjects/hearts subjects/animal_faces --test subjects/clocks subjects/birds
 
-`--subjects` holds a folder for each subject with `train/` and `heldout/` (benchmarks/mini_sd/subjects.py makes them). Every run is a
-line of the results file; runs that are there are not made again. Cost is in training steps: a forward pass counts 1/3,
-a backward pass 2/3, calibration included. The baseline is the better of PEFT's default and gaussian within the steps given.
+A subject is a folder with `train/` and `heldout/` (benchmarks/mini_sd/subjects.py makes them). Every method's learning rate is chosen on the
+`--tune` subjects with the first seed, from a grid of factors of 2 that grows until the best is inside it, and then
+kept: for their other seeds and for the `--test` subjects. Every run is a line of the results file, and no run is made twice; several processes
+with different `--methods` may share the file. Every run has `--cost` training steps to spend, calibration included: a
+forward and a backward pass of a batch are a step, and a forward pass alone is half of one.
 """
 
 from __future__ import annotations
@@ -13,165 +16,138 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
-from peer_starts import METHODS, PeerStart, peer_start, without
+from convergence_report import report
+from peer_starts import METHODS, without
+from starts import ALL, BATCH, OURS, Stopwatch, make_start, steps_worth
 from tqdm import tqdm
 
-from cntlora_core.calibration import calibrate
 from cntlora_core.checkpoint import MINI_SD, MINI_SD_FOLDER, StableDiffusion, load_checkpoint
-from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.config import TrainConfig
+from cntlora_core.events import Event, Validation
 from cntlora_core.lora import attached, parameter_count
-from cntlora_core.report import loss_chart
 from cntlora_core.runs import read_subject, validation_loss
 from cntlora_core.subject import Subject
 from cntlora_core.train import train
 from cntlora_core.train_state import start_state
 
-OURS = {
-    f"{init} {rule}": CalibrationConfig(init=init, rank_rule=rule)
-    for init in ("target", "domain")
-    for rule in ("data", "uniform")
-}
-QUICK = ["target data", "default", "gaussian"]
-RATES = {"target": (1.5e-3, 3e-3, 6e-3), "peft": (3e-3, 6e-3, 1e-2)}
-BATCH = 4
-
-
-def start(model: StableDiffusion, subject: Subject, method: str, rank: int, seed: int) -> PeerStart:
-    if method in METHODS:
-        return peer_start(model, subject, method, rank, seed)
-    config = OURS[method]
-    made = calibrate(model, subject, CalibrationConfig(config.init, rank, config.rank_rule, seed=seed))
-    return PeerStart(made.lora, {}, made.report.forward_passes, made.report.backward_passes)
+QUICK = ["target balanced", "default", "gaussian"]
+FIRST_RATES = {"ours": (1.5e-3, 3e-3, 6e-3), "peft": (3e-3, 6e-3, 1.2e-2)}
+Row = dict[str, Any]
 
 
 def run(
     model: StableDiffusion, subject: Subject, held_out: Subject, method: str, lr: float, seed: int, args: Any
-) -> dict[str, Any]:
-    began = time.perf_counter()
-    begin = start(model, subject, method, args.rank, seed)
-    validate = validation_loss(model, held_out, 8)
-    config = TrainConfig(steps=args.steps, lr=lr, seed=seed, validate_every=args.every, keep_best=False)
+) -> Row:
+    watch = Stopwatch(validation_loss(model, held_out, 16))
+    base = watch.validate()
+    begin, curve = make_start(model, subject, method, args.rank, seed, watch)
+    cost = steps_worth(begin.forward, begin.backward)
+    config = TrainConfig(
+        steps=max(0, round(args.cost - cost)), lr=lr, batch_size=BATCH, seed=seed, validate_every=args.every, keep_best=False
+    )  # fmt: skip
+
+    def note(event: Event) -> None:
+        if isinstance(event, Validation):
+            curve.append((cost + event.step, event.loss, watch.seconds()))
+
     with without(model, begin.residuals), attached(model.unet, begin.lora, trainable=True) as adapters:
-        state = start_state(model, adapters, config)
-        train(model, subject, state, config, validate=validate)
+        train(model, subject, start_state(model, adapters, config), config, validate=watch.validate, observer=note)
     return {
-        "cost": (begin.forward + 2 * begin.backward) / 3 / BATCH,
+        "start": cost,
+        "step0": next(loss for c, loss, _ in curve if c >= cost) / base,
         "parameters": parameter_count(begin.lora),
-        "curve": state.validations,
-        "seconds": round(time.perf_counter() - began, 2),
+        "curve": [(c, loss / base, round(seconds, 2)) for c, loss, seconds in curve],
     }
+
+
+class Results:
+    """The results file: runs that are there are not made again."""
+
+    def __init__(self, args: Any) -> None:
+        self.args, self.model = args, load_checkpoint(MINI_SD)
+        self.rows: dict[str, Row] = {}
+        self.read()
+
+    def read(self) -> None:
+        if self.args.output.is_file():
+            for line in self.args.output.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                self.rows[json.dumps(row["key"])] = row
+
+    def get(self, folder: Path, method: str, lr: float, seed: int) -> Row:
+        key = [folder.name, method, lr, seed, self.args.cost, self.args.rank]
+        if (done := self.rows.get(json.dumps(key))) is not None:
+            return done
+        train_folder, held_folder, prompt = _subject(folder)
+        subject, held_out = (read_subject(self.model, part, prompt) for part in (train_folder, held_folder))
+        row = {"key": key, **run(self.model, subject, held_out, method, lr, seed, self.args)}
+        self.rows[json.dumps(key)] = row
+        with self.args.output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+    def best_rate(self, method: str) -> float:
+        """The rate with the lowest mean of the tuning subjects' best losses; the grid grows until it is inside."""
+        rates = list(FIRST_RATES["ours" if method in OURS else "peft"])
+
+        def best_loss(lr: float) -> float:
+            rows = [self.get(folder, method, lr, self.args.seeds[0]) for folder in self.args.tune]
+            return statistics.mean(min(loss for _, loss, _ in row["curve"]) for row in rows)
+
+        while True:
+            best = min(rates, key=best_loss)
+            if best == min(rates) and len(rates) < 7:
+                rates.append(best / 2)
+            elif best == max(rates) and len(rates) < 7:
+                rates.append(best * 2)
+            else:
+                return best
+
+
+def _subject(folder: Path) -> tuple[Path, Path, str]:
+    if not (folder / "train").is_dir():
+        return folder, folder.parent / "heldout", "a sks cat face emoji"  # the embedded one
+    facts = (folder / "train" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    return folder / "train", folder / "heldout", json.loads(facts)["prompt"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", type=Path)
-    parser.add_argument("--only", nargs="+", help="names under --subjects")
-    parser.add_argument("--methods", nargs="+", default=QUICK, help=f"{', '.join([*OURS, *METHODS])}, or all")
-    parser.add_argument("--rates", nargs="+", type=float, help="instead of the methods' own")
+    parser.add_argument("--tune", nargs="+", type=Path, default=[MINI_SD_FOLDER / "subject"], metavar="DIR")
+    parser.add_argument("--test", nargs="+", type=Path, default=[], metavar="DIR")
+    parser.add_argument("--methods", nargs="+", default=QUICK, help=f"{', '.join(ALL)}; or all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--cost", type=int, default=120, help="training steps to spend")
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--figure", type=Path, help="curves of the first subject, .png")
+    parser.add_argument("--figure", type=Path, help="curves of the first tuning subject, .png")
+    parser.add_argument("--report", action="store_true", help="only say what the file holds")
     args = parser.parse_args()
-    methods = [*OURS, *METHODS] if args.methods == ["all"] else args.methods
-    model = load_checkpoint(MINI_SD)
-    done = {json.dumps(row["key"]): row for row in _rows(args.output)}
-    jobs = [
-        (subject, method, lr, seed)
-        for subject in _subjects(args)
-        for seed in args.seeds
-        for method in methods
-        for lr in args.rates or RATES[method.split()[0] if method in OURS and "target" in method else "peft"]
-    ]
-    for (name, folder, prompt), method, lr, seed in tqdm(jobs):
-        key = [name, method, lr, seed, args.steps, args.rank]
-        if json.dumps(key) in done:
-            continue
-        subject = read_subject(model, folder[0], prompt)
-        held_out = read_subject(model, folder[1], prompt)
-        base = validation_loss(model, held_out, 8)()
-        row = {"key": key, "base": base, **run(model, subject, held_out, method, lr, seed, args)}
-        done[json.dumps(key)] = row
-        with args.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    report(list(done.values()), args.figure)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def _subjects(args: argparse.Namespace) -> list[tuple[str, tuple[Path, Path], str]]:
-    if args.subjects is None:
-        return [("cat_faces", (MINI_SD_FOLDER / "subject", MINI_SD_FOLDER / "heldout"), "a sks cat face emoji")]
-    names = args.only or sorted(p.name for p in args.subjects.iterdir() if (p / "train").is_dir())
-    folders = [(args.subjects / n / "train", args.subjects / n / "heldout") for n in names]
-    return [(n, f, f"a sks {n.replace('_', ' ').rstrip('s')} emoji") for n, f in zip(names, folders, strict=True)]
-
-
-def mean_curve(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """Mean over seeds of held-out loss, relative to the base model's."""
-    steps = [step for step, _ in rows[0]["curve"]]
-    return [(s, statistics.mean(r["curve"][i][1] / r["base"] for r in rows)) for i, s in enumerate(steps)]
-
-
-def cost_to(curve: list[tuple[int, float]], goal: float, extra: float) -> float:
-    """Steps, calibration included, at which the curve first reaches `goal`; infinite when it does not."""
-    before: tuple[int, float] | None = None
-    for step, loss in curve:
-        if loss <= goal:
-            if before is None:
-                return extra + step
-            share = (before[1] - goal) / (before[1] - loss)
-            return extra + before[0] + share * (step - before[0])
-        before = (step, loss)
-    return float("inf")
-
-
-def report(rows: list[dict[str, Any]], figure: Path | None) -> None:
-    """One table of all subjects, and a line of medians for each method."""
-    print("| subject | method | lr | interior | step 0 | best | at step | cost to the baseline's best |")
-    print("|---|---|---|---|---|---|---|---|")
-    shares: dict[str, list[float]] = {}
-    starts: dict[str, list[float]] = {}
-    for subject in dict.fromkeys(row["key"][0] for row in rows):
-        chosen = {m: _best_rate([r for r in rows if r["key"][:2] == [subject, m]]) for m in _methods(rows, subject)}
-        ordinary = [min(c[1], key=lambda p: p[1]) for m, c in chosen.items() if m in ("default", "gaussian")]
-        at, goal = min(ordinary, key=lambda p: p[1]) if ordinary else (0, 0.0)
-        for method, (lr, curve, extra, interior) in chosen.items():
-            step, best = min(curve, key=lambda p: p[1])
-            cost = cost_to(curve, goal, extra)
-            if at:
-                shares.setdefault(method, []).append(cost / at)
-            starts.setdefault(method, []).append(curve[0][1])
-            print(
-                f"| {subject} | {method} | {lr:g} | {'yes' if interior else 'no'} | {curve[0][1]:.3f} | {best:.3f} | {step} "
-                f"| {cost:.0f} of {at} ({cost / at if at else 0:.2f}) |"
-            )
-        if figure and subject == rows[0]["key"][0]:
-            loss_chart({m: c[1] for m, c in chosen.items()}, title=f"{subject}: held-out loss", base=1.0).save(figure)
-    print("\n| method | median share of the baseline's cost | median step 0 |\n|---|---|---|")
-    for method, values in sorted(shares.items(), key=lambda item: statistics.median(item[1])):
-        print(f"| {method} | {statistics.median(values):.2f} | {statistics.median(starts[method]):.3f} |")
-
-
-def _methods(rows: list[dict[str, Any]], subject: str) -> list[str]:
-    return list(dict.fromkeys(row["key"][1] for row in rows if row["key"][0] == subject))
-
-
-def _best_rate(rows: list[dict[str, Any]]) -> tuple[float, list[tuple[int, float]], float, bool]:
-    """The learning rate whose mean curve goes lowest, that curve, the start's cost, and whether rates on both sides were tried."""
-    rates = sorted({row["key"][2] for row in rows})
-    curves = {lr: mean_curve([r for r in rows if r["key"][2] == lr]) for lr in rates}
-    best = min(rates, key=lambda lr: min(loss for _, loss in curves[lr]))
-    extra = statistics.mean(r["cost"] for r in rows if r["key"][2] == best)
-    return best, curves[best], extra, best not in (rates[0], rates[-1])
+    methods = ALL if args.methods == ["all"] else args.methods
+    if unknown := set(methods) - set(ALL):
+        parser.error(f"unknown methods {', '.join(sorted(unknown))}: known are {', '.join(ALL)}")
+    results = Results(args)
+    if not args.report:
+        for method in tqdm(methods):
+            lr = results.best_rate(method)
+            for folder in [*args.tune, *args.test]:
+                for seed in args.seeds:
+                    results.get(folder, method, lr, seed)
+    results.read()
+    names = ([f.name for f in args.tune], [f.name for f in args.test])
+    print(
+        report(
+            list(results.rows.values()),
+            *names,
+            baselines=("default", "gaussian"),
+            peers=tuple(METHODS),
+            figure=args.figure,
+        )
+    )
 
 
 if __name__ == "__main__":

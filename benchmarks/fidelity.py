@@ -28,7 +28,7 @@ from cntlora_core.checkpoint import MINI_SD, MINI_SD_FOLDER, StableDiffusion, lo
 from cntlora_core.lora import attached
 from cntlora_core.lora_file import load_lora
 from cntlora_core.pictures import Picture, find_pictures
-from cntlora_core.projections import find_projections
+from cntlora_core.projections import ALL, find_projections
 from cntlora_core.runs import class_triples
 from cntlora_core.sampling import decode, sample_latents
 from cntlora_core.subject import encode_subject
@@ -230,7 +230,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # equal sums everywhere; two beside a busy process were far slower
     model = load_checkpoint(MINI_SD)
-    lora, _ = load_lora(args.lora, find_projections(model.unet), model.family)
+    lora, _ = load_lora(args.lora, find_projections(model.unet, ALL), model.family)
     folders, prompts = (MINI_SD_FOLDER / "subject", MINI_SD_FOLDER / "heldout"), EMBEDDED
     if args.subject:
         folders, prompts = (args.subject / "train", args.subject / "heldout"), prompts_of(args.subject)

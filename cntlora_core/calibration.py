@@ -47,12 +47,14 @@ def calibrate(
     *,
     prior: Triples | None = None,
     projections: Sequence[Projection] | None = None,
+    ranks: Mapping[str, int] | None = None,
     observer: Observer = ignore,
     group: Group = ALONE,
 ) -> Calibration:
     """Compute the LoRA's start. No weight of the model is trained or changed.
 
     `projections`: which layers get an adapter; those of `config.targets` when None.
+    `ranks`: of every projection, instead of the rule's.
     `prior`: triples of what the model should keep (class pictures under the class prompt); their activations give C_p.
     The processes of `group` share the pictures (`batch_size` is that of each) and add up what they measured.
     Raises NonFiniteError when the model's loss is not a number.
@@ -79,7 +81,7 @@ def calibrate(
     moments, base = sweep(triples, backward=constraint.backward, phase="calibrating")
     cost.add(len(triples), len(triples) if constraint.backward else 0)
     solved = _solve(model, projections, constraint, moments, metric, config, generator)
-    ranks = _ranks(projections, solved, config)
+    ranks = ranks or _ranks(projections, solved, config)
     projections = [p for p in projections if ranks[p.name]]
     update = {p.name: _factors(p, solved[p.name].truncated(ranks[p.name]), moments) for p in projections}
     slope = _slope(projections, update, moments, len(triples)) if constraint.backward else None
@@ -144,8 +146,10 @@ def _solve(
     most = config.rank * (MAX_RANK_FACTOR if config.rank_rule == "data" else 1)
     like = torch.zeros((), dtype=torch.float64)
     solved, held = {}, ("", like)
-    for p in projections:
-        if p.input_key != held[0]:  # neighbours read the same input, so one factor at a time is enough
+    for p in sorted(
+        projections, key=lambda p: p.input_key
+    ):  # those that read the same input together: one factor at a time
+        if p.input_key != held[0]:
             held = p.input_key, factor(metric.K(p, moments, like))
         weight = model.unet.get_submodule(p.name).weight.detach().cpu()
         solved[p.name] = constraint.components(p, weight, moments, held[1], most, generator)

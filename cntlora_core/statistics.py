@@ -33,7 +33,10 @@ class RunningMean:
 
     def merge(self, other: RunningMean) -> None:
         """Add the tokens that another mean has seen."""
-        self.update(other.get() * other.count, other.count)
+        self.count += other.count
+        self.value = (
+            other.get().clone() if self.value is None else self.value.lerp_(other.get(), other.count / self.count)
+        )
 
     def get(self) -> Tensor:
         """The mean so far. Raises RuntimeError when nothing was seen: a hook that never fired is a bug."""

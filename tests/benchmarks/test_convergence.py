@@ -1,7 +1,10 @@
 """The fair comparison: PEFT's starts change nothing before training, and the arithmetic of cost."""
 
+import importlib
+import itertools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,14 +14,14 @@ pytest.importorskip("attr")
 FOLDER = str(Path(__file__).resolve().parents[2] / "benchmarks")
 
 
+MODULES = ("convergence", "convergence_report", "peer_starts", "starts")
+
+
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
-    import convergence
-    import peer_starts
-
-    yield convergence, peer_starts
-    for name in ("convergence", "peer_starts"):
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    for name in MODULES:
         del sys.modules[name]
 
 
@@ -28,7 +31,7 @@ def test_a_peers_start_leaves_the_models_function_as_it_is(bench, mini_sd, subje
     from cntlora_core.lora import attached
     from cntlora_core.runs import validation_loss
 
-    _, peers = bench
+    peers = bench.peer_starts
     validate = validation_loss(mini_sd, subject.only([0]), 8)
     before, weights = validate(), {k: v.clone() for k, v in mini_sd.unet.state_dict().items()}
     start = peers.peer_start(mini_sd, subject, method, 2, 0, passes=1)
@@ -40,19 +43,93 @@ def test_a_peers_start_leaves_the_models_function_as_it_is(bench, mini_sd, subje
 
 
 def test_cost_to_a_goal(bench):
-    convergence, _ = bench
-    curve = [(0, 1.0), (10, 0.8), (20, 0.9), (30, 0.4)]
-    assert convergence.cost_to(curve, 0.9, 7) == pytest.approx(12)
-    assert convergence.cost_to(curve, 1.0, 7) == 7
-    assert convergence.cost_to(curve, 0.3, 7) == float("inf")
+    curve = [(7, 1.0, 0.0), (17, 0.8, 2.0), (27, 0.9, 4.0), (37, 0.4, 6.0)]
+    reached = bench.convergence_report.reached
+    assert reached(curve, 0.9) == pytest.approx(12)
+    assert reached(curve, 0.9, 2) == pytest.approx(1)
+    assert reached(curve, 1.0) == 7
+    assert reached(curve, 0.3) == float("inf")
+
+
+def row(subject, method, lr, seed, losses, start=0):
+    curve = [(start + 10 * i, loss, float(i)) for i, loss in enumerate(losses)]
+    return {"key": [subject, method, lr, seed, 20, 4], "start": start, "step0": losses[0], "curve": curve}
 
 
 def test_the_best_rate_is_interior_only_between_tried_ones(bench):
-    convergence, _ = bench
+    rows = [row("s", "m", lr, 0, [1.0, loss]) for lr, loss in ((0.1, 0.9), (0.2, 0.5), (0.3, 0.7))]
+    chosen = bench.convergence_report.chosen
+    assert chosen(rows, ["s"], "m") == (0.2, True)
+    assert chosen(rows[:2], ["s"], "m") == (0.2, False)
+    other = [row("t", "m", 0.1, 0, [1.0, 0.0]), row("s", "m", 0.1, 1, [1.0, 0.0])]  # another subject, another seed
+    assert chosen(rows + other, ["s"], "m") == (0.2, True)
+
+
+def test_the_table_counts_calibration_and_names_what_never_arrives(bench):
     rows = [
-        {"key": ["s", "m", lr, 0, 10, 4], "base": 1.0, "cost": 2.0, "curve": [(0, 1.0), (10, loss)]}
-        for lr, loss in ((0.1, 0.9), (0.2, 0.5), (0.3, 0.7))
+        row(subject, method, 0.1, seed, losses, start)
+        for subject in ("s", "t")
+        for seed in (0, 1)
+        for method, losses, start in (
+            ("gaussian", [1.0, 0.8, 0.6], 0),
+            ("target", [0.8, 0.6, 0.5], 5),
+            ("eva", [1.0, 0.9, 0.7], 4),
+        )
     ]
-    lr, curve, extra, interior = convergence._best_rate(rows)
-    assert (lr, curve[-1], extra, interior) == (0.2, (10, 0.5), 2.0, True)
-    assert not convergence._best_rate(rows[:2])[3]
+    text = bench.convergence_report.report(rows, ["s"], ["t"], baselines=["gaussian"], peers=["eva"])
+    assert text.count("0.800 / 0.500 / 15 | 0.75 (0.75-0.75)") == 2  # 15 steps of the baseline's 20
+    assert text.count("1.000 / 0.700 / never") == 2
+    assert "Not used for any choice" in text
+    assert "The best of eva on each subject: median share never." in text
+
+
+def test_permuted_ranks_keep_the_parameters(bench, mini_sd):
+    from cntlora_core.lora import default_init, parameter_count
+    from cntlora_core.projections import find_projections
+
+    projections = find_projections(mini_sd.unet, "attention+ff")
+    generator = torch.Generator().manual_seed(0)
+    ranks = {p.name: 1 + i % 5 for i, p in enumerate(projections)}
+    lora = default_init(projections, ranks, generator)
+    shuffled = bench.starts._permuted(projections, lora, 0)
+    assert shuffled != ranks
+    assert parameter_count(default_init(projections, shuffled, generator)) == parameter_count(lora)
+
+
+def test_random_directions_answer_the_subject_with_unit_power(bench, mini_sd, subject):
+    from cntlora_core.projections import find_projections
+    from cntlora_core.statistics import record
+    from cntlora_core.triples import draw_triples
+
+    lora = bench.starts._random(mini_sd, subject, 2, 0).lora
+    triples = draw_triples(subject, 32, 1000, torch.Generator().manual_seed(0))
+    projections = find_projections(mini_sd.unet)
+    with record(mini_sd.unet, projections, backward=False) as moments, torch.no_grad():
+        triples.sizes[0].loss(mini_sd)
+    for p in projections[:8]:
+        down = lora[p.name].down
+        torch.testing.assert_close(((down @ moments.C(p)) * down).sum(1), torch.ones(2), rtol=1e-2, atol=1e-2)
+
+
+def test_refinement_is_watched_on_the_way(bench, mini_sd, subject, held_out):
+    from cntlora_core.runs import validation_loss
+
+    watch = bench.starts.Stopwatch(validation_loss(mini_sd, held_out, 16))
+    begin, path = bench.starts.make_start(mini_sd, subject, "target balanced", 4, 0, watch)
+    cost = bench.starts.steps_worth(begin.forward, begin.backward)
+    assert [round(b[0] - a[0]) for a, b in itertools.pairwise(path)] == [4, 4, 4]
+    assert path[-1][0] + 2 == cost  # the last look at the sweep's pictures
+    assert path[-1][1] < path[0][1]
+
+
+def test_what_an_ordinary_lora_pays(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    tradeoff = importlib.import_module("tradeoff")
+    ordinary = [(0.9, 1.1), (0.7, 1.3)]
+    assert tradeoff.at(ordinary, 0.8) == pytest.approx(1.2)
+    assert tradeoff.at(ordinary, 0.6) is None
+    rows = [
+        {"subject": "s", "seed": 0, "contestant": c, "when": "w", "loss": x, "forgetting": f, "subject_fidelity": s, "class": 1, "unrelated": u}
+        for c, x, f, s, u in (("gaussian", 0.8, 1.2, 0.5, 0.7), ("ours", 0.9, 1.02, 0.5, 0.8))
+    ]  # fmt: skip
+    assert "| ours | w | 0.900 | 1.020 | 0.500 | 1.000 | 0.800 | 0.20 (1 of 1) | - |" in tradeoff.report(rows)

@@ -8,6 +8,7 @@ from cntlora_core.projections import Projection
 from cntlora_core.statistics import RunningMean, record
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(0, 2**31))
 def test_streaming_equals_batch(counts, seed):
     g = torch.Generator().manual_seed(seed)
@@ -76,3 +77,16 @@ def test_hooks_are_removed_after_an_error():
     with pytest.raises(ZeroDivisionError), record(block, PROJECTIONS, backward=False):
         raise ZeroDivisionError
     assert not any(module._forward_hooks for module in block.modules())
+
+
+def test_merged_means_are_the_mean_of_all():
+    g = torch.Generator().manual_seed(0)
+    chunks = [torch.randn(n, 3, generator=g) for n in (5, 2, 9)]
+    total = RunningMean()
+    for chunk in chunks:
+        one = RunningMean()
+        one.update(chunk.T @ chunk, len(chunk))
+        total.merge(one)
+    rows = torch.cat(chunks)
+    torch.testing.assert_close(total.get(), rows.T @ rows / len(rows))
+    assert total.count == len(rows)

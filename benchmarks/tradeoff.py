@@ -1,0 +1,169 @@
+"""What a LoRA's fit costs: forgetting at equal subject loss, prompt fidelity at equal subject fidelity.
+
+    python benchmarks/tradeoff.py --subjects subjects/hearts subjects/clocks --data mini-sd-build/data --output tradeoff.jsonl
+
+Each contestant is looked at on its way: an ordinary LoRA (gaussian) after so many training steps, ours after each effort of calibration and
+after training that follows the longest. `class` preserves what the model itself draws for the class prompt, `domain` 32
+pictures of the pre-training domain, of which 48 others measure the forgetting (fidelity.py). Resumable, a line for each look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fidelity import Domain, Reference, domain, measure, prior_triples, prompts_of, reference
+from starts import BATCH
+from tqdm import tqdm
+
+from cntlora_core.calibration import calibrate
+from cntlora_core.checkpoint import MINI_SD, StableDiffusion, load_checkpoint
+from cntlora_core.config import EFFORTS, CalibrationConfig, TrainConfig
+from cntlora_core.lora import LoRA, attached
+from cntlora_core.pictures import find_pictures
+from cntlora_core.runs import class_pictures, class_triples, read_subject, validation_loss
+from cntlora_core.subject import Subject
+from cntlora_core.train import train
+from cntlora_core.train_state import start_state
+from cntlora_core.triples import Triples
+
+Row = dict[str, Any]
+GAUSSIAN_STEPS = (10, 20, 40, 80, 120)
+OURS_STEPS = (20, 60)
+PRIORS = ("none", "class", "domain")
+
+
+def trained(
+    model: StableDiffusion, subject: Subject, lora: LoRA, lr: float, seed: int, looks: tuple[int, ...]
+) -> Iterator[tuple[int, LoRA]]:
+    """The LoRA after each number of steps in `looks`, in one run; attached while the caller looks."""
+    config = TrainConfig(steps=max(looks), lr=lr, seed=seed, batch_size=BATCH, validate_every=0)
+    found: dict[int, LoRA] = {}
+    with attached(model.unet, lora, trainable=True) as adapters:
+        state = start_state(model, adapters, config)
+
+        def keep(_state: Any) -> None:
+            if state.step in looks:
+                found[state.step] = adapters.factors()
+
+        train(model, subject, state, config, save=keep)
+    yield from found.items()
+
+
+def looks(
+    model: StableDiffusion, subject: Subject, priors: dict[str, Triples | None], args: Any, seed: int
+) -> Iterator[tuple[str, str, LoRA]]:
+    """(contestant, when, LoRA)."""
+    ordinary = calibrate(model, subject, CalibrationConfig(init="gaussian", rank_rule="uniform", seed=seed)).lora
+    for step, lora in trained(model, subject, ordinary, args.gaussian_lr, seed, GAUSSIAN_STEPS):
+        yield "gaussian", f"step {step}", lora
+    for name, prior in priors.items():
+        config = CalibrationConfig(seed=seed)
+        for effort in EFFORTS:
+            lora = calibrate(model, subject, replace(config, effort=effort), prior=prior).lora
+            yield f"target, {name}", effort, lora
+        for step, later in trained(model, subject, lora, args.lr, seed, OURS_STEPS):
+            yield f"target, {name}", f"{effort} + {step}", later
+
+
+def at(curve: list[tuple[float, float]], x: float) -> float | None:
+    """y at x on a curve of (x, y), linear between neighbours; None outside."""
+    points = sorted(curve)
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * ((x - x0) / (x1 - x0) if x1 > x0 else 0.0)
+    return None
+
+
+def report(rows: list[Row]) -> str:
+    """Every look (medians over subjects and seeds), and what an ordinary LoRA pays for the same loss, or the same fidelity."""
+    lines = [
+        "| contestant | when | loss | forgetting | subject | class | unrelated | forgetting, share of gaussian's at its loss | unrelated, less gaussian's at its subject fidelity |"
+    ]
+    lines += ["|" + "---|" * 9]
+    runs = {(r["subject"], r["seed"]) for r in rows}
+    for contestant, when in dict.fromkeys((r["contestant"], r["when"]) for r in rows):
+        mine = [r for r in rows if (r["contestant"], r["when"]) == (contestant, when)]
+        shares, gains = [], []
+        for run in sorted(runs):
+            ordinary = [r for r in rows if r["contestant"] == "gaussian" and (r["subject"], r["seed"]) == run]
+            own = [r for r in mine if (r["subject"], r["seed"]) == run]
+            for r in own:
+                paid = at([(1.0, 1.0)] + [(o["loss"], o["forgetting"]) for o in ordinary], r["loss"])
+                if paid and paid > 1:
+                    shares.append((r["forgetting"] - 1) / (paid - 1))
+                kept = at([(o["subject_fidelity"], o["unrelated"]) for o in ordinary], r["subject_fidelity"])
+                if kept:
+                    gains.append(r["unrelated"] - kept)
+
+        def median(name: str, of: list[Row] = mine) -> str:
+            return f"{statistics.median(r[name] for r in of):.3f}"
+
+        cells = [median(n) for n in ("loss", "forgetting", "subject_fidelity", "class", "unrelated")]
+        share = f"{statistics.median(shares):.2f} ({len(shares)} of {len(mine)})" if shares else "-"
+        gain = f"{statistics.median(gains):+.3f} ({len(gains)} of {len(mine)})" if gains else "-"
+        lines.append(f"| {contestant} | {when} | {' | '.join(cells)} | {share} | {gain} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--subjects", nargs="+", type=Path, required=True, metavar="DIR", help="with train/ and heldout/"
+    )
+    parser.add_argument("--data", type=Path, required=True, help="made by benchmarks/mini_sd/prepare_data.py")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--lr", type=float, default=3e-3, help="of the training after calibration")
+    parser.add_argument("--gaussian-lr", type=float, default=1e-2)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    held = args.output.read_text(encoding="utf-8").splitlines() if args.output.is_file() else []
+    rows: list[Row] = [json.loads(line) for line in held]
+    done = {
+        (r["subject"], r["seed"])
+        for r in rows
+        if r["when"] == f"{list(EFFORTS)[-1]} + {OURS_STEPS[-1]}" and r["contestant"] == f"target, {PRIORS[-1]}"
+    }
+    model = load_checkpoint(MINI_SD)
+    of = domain(model, args.data)
+    for folder in tqdm(args.subjects):
+        prompt, class_prompt = prompts_of(folder)
+        pictures = [[p.image for p in find_pictures(folder / part)] for part in ("train", "heldout")]
+        to = reference(model, *pictures, prompt, class_prompt)
+        subject, held_out = (read_subject(model, folder / part, prompt) for part in ("train", "heldout"))
+        validate = validation_loss(model, held_out, 16)
+        base = validate()
+        priors = {
+            "none": None,
+            "class": class_triples(model, class_pictures(model, class_prompt, subject.resolution)),
+            "domain": prior_triples(model, args.data),
+        }
+        for seed in args.seeds:
+            if (folder.name, seed) in done:
+                continue
+            for contestant, when, lora in looks(model, subject, priors, args, seed):
+                row = {"subject": folder.name, "seed": seed, "contestant": contestant, "when": when}
+                row |= _look(model, lora, validate, base, to, of)
+                rows.append(row)
+                with args.output.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+    print(report(rows))
+
+
+def _look(model: StableDiffusion, lora: LoRA, validate: Any, base: float, to: Reference, of: Domain) -> Row:
+    with attached(model.unet, lora):
+        scores = measure(model, to, of)
+        return {
+            "loss": validate() / base,
+            **{("subject_fidelity" if n == "subject" else n): v for n, v in scores.items()},
+        }
+
+
+if __name__ == "__main__":
+    main()

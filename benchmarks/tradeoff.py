@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from cntlora_core.calibration import calibrate
 from cntlora_core.checkpoint import MINI_SD, StableDiffusion, load_checkpoint
-from cntlora_core.config import EFFORTS, CalibrationConfig, TrainConfig
+from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.lora import LoRA, attached
 from cntlora_core.pictures import find_pictures
 from cntlora_core.runs import class_pictures, class_triples, read_subject, validation_loss
@@ -34,8 +34,9 @@ from cntlora_core.train_state import start_state
 from cntlora_core.triples import Triples
 
 Row = dict[str, Any]
-GAUSSIAN_STEPS = (10, 20, 40, 80, 120)
-OURS_STEPS = (20, 60)
+GAUSSIAN_STEPS = (10, 20, 40, 120)
+OURS_STEPS = (60,)
+LOOKS = ("balanced", "thorough")
 PRIORS = ("none", "class", "domain")
 
 
@@ -65,7 +66,7 @@ def looks(
         yield "gaussian", f"step {step}", lora
     for name, prior in priors.items():
         config = CalibrationConfig(seed=seed)
-        for effort in EFFORTS:
+        for effort in LOOKS:
             lora = calibrate(model, subject, replace(config, effort=effort), prior=prior).lora
             yield f"target, {name}", effort, lora
         for step, later in trained(model, subject, lora, args.lr, seed, OURS_STEPS):
@@ -128,7 +129,7 @@ def main() -> None:
     done = {
         (r["subject"], r["seed"])
         for r in rows
-        if r["when"] == f"{list(EFFORTS)[-1]} + {OURS_STEPS[-1]}" and r["contestant"] == f"target, {PRIORS[-1]}"
+        if r["when"] == f"{LOOKS[-1]} + {OURS_STEPS[-1]}" and r["contestant"] == f"target, {PRIORS[-1]}"
     }
     model = load_checkpoint(MINI_SD)
     of = domain(model, args.data)

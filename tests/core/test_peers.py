@@ -16,10 +16,10 @@ from cntlora_core.families import config_of
 from cntlora_core.ldm_names import unet_name
 from cntlora_core.lora import Factors
 from cntlora_core.lora_file import save_lora
-from cntlora_core.projections import find_projections
+from cntlora_core.projections import ALL, find_projections
 
 FAMILIES = ("sd1", "sd2-v", "sdxl")
-COUNTS = {"sd1": 128, "sd2-v": 128, "sdxl": 560}
+COUNTS = {"sd1": 128 + 32, "sd2-v": 128 + 32, "sdxl": 560 + 140}  # attention and feed-forward
 
 
 def empty_unet(config):
@@ -32,7 +32,7 @@ def empty_unet(config):
 def random_lora(unet):
     g = torch.Generator().manual_seed(0)
     lora = {}
-    for i, p in enumerate(find_projections(unet)):
+    for i, p in enumerate(find_projections(unet, ALL)):
         rank = 1 + i % 6
         up, down = (torch.randn(*s, generator=g) for s in ((p.out_features, rank), (rank, p.in_features)))
         lora[p.name] = Factors(up * 0.05, down * 0.05)

@@ -22,7 +22,8 @@ import torch
 
 from cntlora_core.calibration import calibrate
 from cntlora_core.checkpoint import MINI_SD_FOLDER, load_checkpoint
-from cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
+from cntlora_core.config import EFFORTS, CalibrationConfig, DataConfig, TrainConfig
+from cntlora_core.defaults import targets_for
 from cntlora_core.devices import DTYPES
 from cntlora_core.lora import attached
 from cntlora_core.memory import checkpointed, estimate_training_memory
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--passes", type=int, default=8)
+    parser.add_argument("--effort", choices=list(EFFORTS), default="quick")
     parser.add_argument("--projections", type=int)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     args = parser.parse_args()
@@ -70,10 +71,10 @@ def main() -> None:
         subject = read_subject(
             model, MINI_SD_FOLDER / "subject", "a sks cat", DataConfig(resolution=args.resolution, upscale=True)
         )
-    chosen = find_projections(model.unet)[: args.projections]
     calibration = CalibrationConfig(
-        rank=args.rank, passes=args.passes, batch_size=1, gradient_checkpointing=args.gradient_checkpointing
+        rank=args.rank, effort=args.effort, batch_size=1, gradient_checkpointing=args.gradient_checkpointing
     )
+    chosen = find_projections(model.unet, targets_for(model.family, calibration))[: args.projections]
     with phase("calibrate", report):
         start = calibrate(model, subject, calibration, projections=chosen)
     report["calibrate"] |= {"projections": len(chosen), "loss": start.report.loss, "base_loss": start.report.base_loss}

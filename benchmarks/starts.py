@@ -28,8 +28,8 @@ OURS = {
     "target quick": CalibrationConfig(effort="quick"),
     "target thorough, attention": CalibrationConfig(effort="thorough", targets="attention"),
     "target thorough, uniform ranks": CalibrationConfig(effort="thorough", rank_rule="uniform"),
-    "domain, data ranks": CalibrationConfig(init="domain"),
-    "domain, uniform ranks": CalibrationConfig(init="domain", rank_rule="uniform"),
+    "domain, data ranks": CalibrationConfig(init="domain", effort="quick"),
+    "domain, uniform ranks": CalibrationConfig(init="domain", effort="quick", rank_rule="uniform"),
 }
 # Random directions with our response; our ranks at other layers' places; an ordinary start with our layers.
 CONTROLS = ("random directions", "permuted ranks", "gaussian with feed-forward")

@@ -22,7 +22,7 @@ from .events import Observer, Progress
 from .lora import Adapters, Factors, LoRA, attached
 from .memory import checkpointed
 from .projections import Projection
-from .solve import damped, natural_step, unit_response
+from .solve import damped, factor, natural_step, unit_response
 from .statistics import Moments, moment_bytes, record
 from .sweep import gradient_scale
 from .triples import Batch
@@ -54,10 +54,11 @@ def refine(
 ) -> LoRA:
     """`lora` after a natural-gradient step for each of `count` batches, this process's parts of them.
 
-    `moments` are the sweep's, and take in those of the batches; `step` is the sweep's step size. Stops where the loss is not a
-    number. Rows of A leave with unit response.
+    `moments` are the sweep's, and may take in those of the batches; `step` is the sweep's step size. Stops where loss or gradient
+    are not numbers. Rows of A leave with unit response.
     """
     storage = model.device if moment_bytes(projections) <= ON_DEVICE else torch.device("cpu")
+    moments = moments.on(storage)
     with (
         attached(model.unet, lora, trainable=True) as adapters,
         checkpointed(model.unet, gradient_checkpointing),
@@ -90,17 +91,17 @@ def _measure(
     storage: torch.device,
     group: Group,
 ) -> bool:
-    """Leave the batch's gradients in the adapters, per token, and its moments in `moments`; False when its loss is not a number."""
+    """Leave the batch's gradients in the adapters, per token, and its moments in `moments`; False when they are not numbers."""
     parameters = adapters.parameters()
     for parameter in parameters:
         parameter.grad = None
     with record(model.unet, projections, backward=True, cross=False, storage=storage) as seen, torch.enable_grad():
         losses = batch.loss(model)
         (losses.sum() * gradient_scale(model.dtype)).backward()
-    total = losses.detach().sum()[None]
-    group.sum_([total, *_gradients(parameters)])
+    total, gradients = losses.detach().sum()[None], _gradients(parameters)
+    group.sum_([total, *gradients])
     seen.combine(group)
-    if not torch.isfinite(total):
+    if not torch.isfinite(total + torch.stack(torch._foreach_norm(gradients)).sum()):
         return False
     for p in projections:
         torch._foreach_div_(_gradients([adapters.layers[p.name].up, adapters.layers[p.name].down]), seen.tokens(p))
@@ -116,14 +117,15 @@ def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 def _step(
     projections: Sequence[Projection], adapters: Adapters, moments: Moments, metric: Metric, share: float
 ) -> None:
-    inputs: dict[str, Tensor] = {}
-    for p in projections:
+    held = ""
+    for p in sorted(projections, key=lambda p: p.input_key):  # those that read the same input share its K
         up, down = adapters.layers[p.name].up, adapters.layers[p.name].down
         if up.grad is None or down.grad is None:  # nothing of the loss passes through this layer
             continue
-        if p.input_key not in inputs:
-            inputs[p.input_key] = metric.K(p, moments, up)
+        if p.input_key != held:
+            held, K = p.input_key, metric.K(p, moments, up)
+            L = factor(K)
         P = damped(moments.S(p).to(up), metric.rho)
-        step_up, step_down = natural_step(up, down, up.grad, down.grad, P, inputs[p.input_key])
+        step_up, step_down = natural_step(up, down, up.grad, down.grad, P, K, L)
         up.sub_(share * step_up)
         down.sub_(share * step_down)

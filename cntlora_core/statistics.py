@@ -73,6 +73,14 @@ class Moments:
             for key, mean in theirs.items():
                 mine.setdefault(key, RunningMean()).merge(mean)
 
+    def on(self, device: torch.device) -> Moments:
+        """C and S alone, on `device`."""
+
+        def moved(means: dict[str, RunningMean]) -> dict[str, RunningMean]:
+            return {key: RunningMean(mean.get().to(device), mean.count) for key, mean in means.items()}
+
+        return Moments(moved(self.inputs), moved(self.grads))
+
     def combine(self, group: Group) -> None:
         """The mean over the tokens of all processes."""
         if group.size == 1:

@@ -61,7 +61,7 @@ class CalibrateLoRA(io.ComfyNode):
                     options=list(EFFORTS),
                     default=default.effort,
                     tooltip="How long mode target calibrates. quick: one sweep. balanced: refined over 16 batches, the time of about "
-                    "25 training steps. thorough: over 40, about 50 training steps.",
+                    "25 training steps. thorough: over 64, about 75 training steps.",
                 ),
                 host.advanced(io.Int)(
                     "batch_size",

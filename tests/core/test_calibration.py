@@ -37,7 +37,7 @@ def test_refining_goes_on_where_the_sweep_ends(mini_sd, subject, held_out):
         start = calibrate(mini_sd, subject, dataclasses.replace(QUICK, effort=effort, batch_size=4))
         with attached(mini_sd.unet, start.lora):
             losses[effort] = mean_loss(mini_sd, validate, 8)
-    assert start.report.backward_passes == (4 + 40) * 4
+    assert start.report.backward_passes == (4 + 64) * 4
     base = mean_loss(mini_sd, validate, 8)
     assert losses["thorough"] < losses["balanced"] < 0.9 * losses["quick"] < 0.9 * base
     assert losses["thorough"] < 0.8 * base

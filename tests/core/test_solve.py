@@ -180,7 +180,7 @@ def test_a_natural_step_lands_at_the_models_minimum(m, d, r, thin_in, thin_out, 
     P, K = spd(m, seed + 1), spd(d, seed + 2)
     P, K = P.diagonal().clone() if thin_out else P, K.diagonal().clone() if thin_in else K
     zero = torch.zeros(m, r, dtype=torch.float64)
-    step_up, step_down = natural_step(zero, A, G @ A.T, torch.zeros(r, d, dtype=torch.float64), P, K)
+    step_up, step_down = natural_step(zero, A, G @ A.T, torch.zeros(r, d, dtype=torch.float64), P, K, factor(K))
     assert not step_down.any()
     left = times(P, -step_up @ times(K, A.T).T) @ A.T + G @ A.T  # the model's gradient after it
     bound = 0.01 * float((G @ A.T).norm()) if d > r + 2 else float((G @ A.T).norm())

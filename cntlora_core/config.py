@@ -13,7 +13,7 @@ from .projections import TARGETS
 CALIBRATED = ("target", "domain")
 INITS = (*CALIBRATED, "gaussian", "default")
 RANK_RULES = ("data", "uniform")
-EFFORTS = {"quick": (8, 0), "balanced": (4, 16), "thorough": (4, 64)}  # batches of the sweep, batches that refine it
+EFFORTS = {"quick": (8, 0), "balanced": (4, 20), "thorough": (4, 64)}  # batches of the sweep, batches that refine it
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
 SCHEDULES = ("constant", "cosine")

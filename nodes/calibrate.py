@@ -60,8 +60,8 @@ class CalibrateLoRA(io.ComfyNode):
                     "effort",
                     options=list(EFFORTS),
                     default=default.effort,
-                    tooltip="How long mode target calibrates. quick: one sweep. balanced: refined over 16 batches, the time of about "
-                    "25 training steps. thorough: over 64, about 75 training steps.",
+                    tooltip="How long mode target calibrates. quick: one sweep. balanced: refined over 20 batches, the time of about "
+                    "30 training steps. thorough: over 64, about 75 training steps.",
                 ),
                 host.advanced(io.Int)(
                     "batch_size",

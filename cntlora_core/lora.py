@@ -37,19 +37,6 @@ class Factors:
 LoRA = dict[str, Factors]  # projection name -> factors
 
 
-def concatenate(first: Mapping[str, Factors], second: Mapping[str, Factors]) -> LoRA:
-    """The sum of two LoRAs: ranks add up."""
-    merged = dict(first)
-    for name, factors in second.items():
-        held = merged.get(name)
-        merged[name] = (
-            factors
-            if held is None
-            else Factors(torch.cat([held.up, factors.up], 1), torch.cat([held.down, factors.down], 0))
-        )
-    return merged
-
-
 def parameter_count(lora: Mapping[str, Factors]) -> int:
     return sum(f.up.numel() + f.down.numel() for f in lora.values())
 

@@ -153,14 +153,12 @@ def domain_components(W: Tensor, C: Tensor, L: Tensor, rank: int, generator: tor
     The best rank-r update in E||D x||^2 is U_r U_r^T D with U_r the top left singular vectors of D C^1/2.
     """
     root = factor(damped(C, ROUNDING))  # any square root of C; the damping is there because C may be singular
-    spread = root[:, None] if C.ndim == 1 else root
 
     def product(X: Tensor) -> Tensor:  # W C K^-1 C^1/2 X
-        return W @ times(C, solve(L, spread * X if C.ndim == 1 else spread @ X))
+        return W @ times(C, solve(L, times(root, X)))
 
     def adjoint(Y: Tensor) -> Tensor:
-        Z = solve(L, times(C, W.T @ Y))
-        return spread * Z if C.ndim == 1 else spread.T @ Z
+        return times(root if root.ndim == 1 else root.T, solve(L, times(C, W.T @ Y)))
 
     U, sigma, _ = svd(product, adjoint, (len(W), len(L)), rank, generator, C)
     rows = solve(L, times(C, W.T @ U)).T  # U^T D

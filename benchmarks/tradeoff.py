@@ -43,7 +43,7 @@ PRIORS = ("none", "class", "domain")
 def trained(
     model: StableDiffusion, subject: Subject, lora: LoRA, lr: float, seed: int, looks: tuple[int, ...]
 ) -> Iterator[tuple[int, LoRA]]:
-    """The LoRA after each number of steps in `looks`, in one run; attached while the caller looks."""
+    """The LoRA after each number of steps in `looks`, in one run."""
     config = TrainConfig(steps=max(looks), lr=lr, seed=seed, batch_size=BATCH, validate_every=0)
     found: dict[int, LoRA] = {}
     with attached(model.unet, lora, trainable=True) as adapters:

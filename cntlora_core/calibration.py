@@ -96,7 +96,8 @@ def calibrate(
     lora = _scaled(update, step)
     if config.refinements and constraint.backward and step:
         batches = _batches(subject, config, len(model.schedule), generator, group)
-        cost.add(*[config.refinements * config.batch_size * group.size] * 2)
+        pictures = config.refinements * config.batch_size * group.size
+        cost.add(pictures, pictures)
         refined = refine(
             model, projections, lora, moments, metric, step, batches, config.refinements,
             gradient_checkpointing=config.gradient_checkpointing, observer=observer, group=group,
@@ -146,9 +147,7 @@ def _solve(
     most = config.rank * (MAX_RANK_FACTOR if config.rank_rule == "data" else 1)
     like = torch.zeros((), dtype=torch.float64)
     solved, held = {}, ("", like)
-    for p in sorted(
-        projections, key=lambda p: p.input_key
-    ):  # those that read the same input together: one factor at a time
+    for p in sorted(projections, key=lambda p: p.input_key):  # those that read one input share its factor
         if p.input_key != held[0]:
             held = p.input_key, factor(metric.K(p, moments, like))
         weight = model.unet.get_submodule(p.name).weight.detach().cpu()

@@ -61,7 +61,7 @@ def find_projections(unet: nn.Module, targets: str = "attention") -> tuple[Proje
         if match := ATTENTION.search(name):
             key = _input_key(name, *match.groups())
             found.append(Projection(name, module.in_features, module.out_features, key))
-        elif targets == "attention+ff" and (match := FEED_FORWARD.search(name)):
+        elif targets == ALL and (match := FEED_FORWARD.search(name)):
             hidden_in = match[1] == "2"
             found.append(Projection(name, module.in_features, module.out_features, name, hidden_in, not hidden_in))
     if not found:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
 from torch.nn import functional as F
 
 from .projections import Projection
@@ -63,6 +65,31 @@ def _with_zero_up(projection: Projection, down: Tensor) -> Factors:
     return Factors(torch.zeros(projection.out_features, len(down)), down)
 
 
+class _Adapted(Function):
+    """y = x W^T + b + (x A^T) B^T and its gradients, as the fewest products and no sums of their own.
+
+    Left to autograd, each adapter makes a dozen small nodes: a tenth of the backward pass of a small model. `weight` is frozen.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
+    ) -> Tensor:
+        rows, down, up = x.reshape(-1, x.shape[-1]), down.to(x.dtype), up.to(x.dtype)
+        inner = rows @ down.T
+        ctx.save_for_backward(rows, inner, weight, down, up)
+        return F.linear(rows, weight, bias).addmm_(inner, up.T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        rows, inner, weight, down, up = ctx.saved_tensors
+        delta = grad.reshape(-1, grad.shape[-1])
+        back = delta @ up
+        to_x = (delta @ weight).addmm_(back, down).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        return to_x, None, None, (back.T @ rows).float(), (delta.T @ inner).float()
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer with an adapter beside it. Factors are fp32 whatever the base's dtype."""
 
@@ -77,8 +104,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bypassed:
             return self.base(x)
-        update = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
-        return self.base(x) + update
+        y: Tensor = _Adapted.apply(x, self.base.weight, self.base.bias, self.down, self.up)
+        return y
 
 
 def _own(factor: Tensor, device: torch.device) -> Tensor:

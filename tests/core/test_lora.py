@@ -102,3 +102,27 @@ def test_plain_starts_change_nothing_and_have_their_distribution(mini_sd, init, 
         assert not factors.up.any()
         assert float(factors.down.std()) == pytest.approx(std(p.in_features, 8), rel=0.12)
         assert abs(float(factors.down.mean())) < 0.15 * float(factors.down.std())
+
+
+@pytest.mark.parametrize("needs_input", [True, False])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_gradients_are_autograds_own(dtype, close, needs_input):
+    generator = torch.Generator().manual_seed(3)
+    base = nn.Linear(6, 5).to(dtype).requires_grad_(False)
+    factors = Factors(torch.randn(5, 2, generator=generator), torch.randn(2, 6, generator=generator))
+    x = torch.randn(3, 4, 6, generator=generator).to(dtype).requires_grad_(needs_input)
+    weights = torch.randn(3, 4, 5, generator=generator).to(dtype)
+    net = nn.Sequential(base)
+    with attached(net, {"0": factors}, trainable=True) as adapters:
+        (net(x) * weights).sum().backward()
+        up, down = adapters.layers["0"].up, adapters.layers["0"].down
+        again = [t.detach().clone().requires_grad_(t.requires_grad) for t in (x, up, down)]
+        y = base(again[0]) + again[0] @ again[2].to(dtype).T @ again[1].to(dtype).T
+        (y * weights).sum().backward()
+        for ours, theirs in zip((x, up, down), again, strict=True):
+            assert (ours.grad is None) == (theirs.grad is None)
+            if ours.grad is not None:
+                assert ours.grad.dtype == theirs.grad.dtype
+                torch.testing.assert_close(
+                    ours.grad, theirs.grad, rtol=close, atol=close * theirs.grad.abs().max().item()
+                )

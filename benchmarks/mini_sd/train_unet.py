@@ -3,6 +3,9 @@
     python benchmarks/mini_sd/train_unet.py --phase 1 --steps 2848 --output DIR/phase1
     python benchmarks/mini_sd/train_unet.py --phase 2 --steps 7685 --init DIR/phase1 --output DIR/model
 
+`--width 0.5` gives the UNet half the channels: a second size of model, for what should carry over between sizes. With
+`--vae cntlora_core/mini_sd/model/vae --tokenizer cntlora_core/mini_sd/model/tokenizer` it reads the embedded model's latents and words.
+
 Phase 1 weights the loss by min-SNR-5; phase 2 divides the loss of each of 32 timestep strata by its running mean, so that every
 noise level counts alike, and draws rarely the categories of least interest.
 """
@@ -15,11 +18,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from common import BUILD, EMA, SIZE, arguments, learning_rate, load, record, report_due, start
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from train_vae import encode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 BATCH, WARM_UP, WEIGHT_DECAY, EMA_DECAY = 32, 200, 0.01, 0.999
@@ -107,8 +112,10 @@ class Losses:
         return (losses * 0.1 / self.mean).mean()
 
 
-def build(tokenizer_folder: Path, vae_folder: Path, init: Path | None = None) -> StableDiffusionPipeline:
-    """fp32, with fresh weights unless `init` is a saved pipeline."""
+def build(
+    tokenizer_folder: Path, vae_folder: Path, init: Path | None = None, width: float = 1.0
+) -> StableDiffusionPipeline:
+    """fp32, with fresh weights unless `init` is a saved pipeline; `width` times the embedded UNet's channels."""
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     if init:
         unet = UNet2DConditionModel.from_pretrained(
@@ -119,7 +126,8 @@ def build(tokenizer_folder: Path, vae_folder: Path, init: Path | None = None) ->
         )
     else:
         ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
-        unet = UNet2DConditionModel(**UNET)
+        channels = tuple(round(c * width) for c in UNET["block_out_channels"])
+        unet = UNet2DConditionModel(**(UNET | {"block_out_channels": channels}))
         text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **ids, **TEXT))
     return StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(vae_folder, local_files_only=True),
@@ -207,17 +215,26 @@ def save(pipe: StableDiffusionPipeline, tokenizer_folder: Path, folder: Path) ->
         shutil.copy(tokenizer_folder / name, folder / "tokenizer" / name)
 
 
+def read_latents(vae_folder: Path, images: np.ndarray) -> Tensor:
+    """Those that train_vae.py left beside the VAE, or made now. Scaled, `[n, 2, 4, 16, 16]`."""
+    if (file := vae_folder / "latents.safetensors").is_file():
+        return load_file(file)["latents"]
+    vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32, local_files_only=True)
+    return encode(vae.eval(), images) * vae.config.scaling_factor
+
+
 def main() -> None:
     parser = arguments(__doc__, BUILD / "model", steps=2848)
+    parser.add_argument("--width", type=float, default=1.0, help="of the UNet, where none is given by --init")
     parser.add_argument("--phase", type=int, choices=tuple(PHASES), default=1)
     parser.add_argument("--init", type=Path, help="a saved pipeline to go on from")
     parser.add_argument("--tokenizer", type=Path, default=BUILD / "tokenizer")
     parser.add_argument("--vae", type=Path, default=BUILD / "vae", help="made by train_vae.py")
     args = parser.parse_args()
     start(args)
-    rows = load(args.data, "pretrain")[1]
-    latents = load_file(args.vae / "latents.safetensors")["latents"]
-    pipe = build(args.tokenizer, args.vae, args.init)
+    images, rows = load(args.data, "pretrain")
+    latents = read_latents(args.vae, images)
+    pipe = build(args.tokenizer, args.vae, args.init, args.width)
     loss = train(pipe, latents, rows, PHASES[args.phase], steps=args.steps, seed=args.seed)
     save(pipe, args.tokenizer, args.output)
     record(args.output, args, epsilon_mse=round(loss, 4))

@@ -33,9 +33,9 @@ def default_steps(model: str, init: str, pictures: int) -> int:
 
 
 def targets_for(family: str, config: CalibrationConfig) -> str:
-    """What `auto` means: feed-forward layers too where data ranks find them room in the same budget, so for `target`. SDXL's would
-    take 5 GB more of the host's memory while calibrating."""
+    """What `auto` means: feed-forward layers too where data ranks find them room in the same budget. SDXL's would take 5 GB more of the
+    host's memory while calibrating."""
     if config.targets != "auto":
         return config.targets
-    wide = config.init == "target" and config.rank_rule == "data" and family != "sdxl"
+    wide = config.init in CALIBRATED and config.rank_rule == "data" and family != "sdxl"
     return "attention+ff" if wide else "attention"

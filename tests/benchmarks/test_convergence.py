@@ -128,7 +128,9 @@ def test_what_an_ordinary_lora_pays(monkeypatch):
     ordinary = [(0.9, 1.1), (0.7, 1.3)]
     assert tradeoff.at(ordinary, 0.8) == pytest.approx(1.2)
     assert tradeoff.at(ordinary, 0.6) is None
-    looks = [{"loss": x, "forgetting": y} for x, y in ((0.8, 1.1), (0.6, 1.3), (0.7, 1.9))]  # the last one is past its best
+    looks = [
+        {"loss": x, "forgetting": y} for x, y in ((0.8, 1.1), (0.6, 1.3), (0.7, 1.9))
+    ]  # the last one is past its best
     assert tradeoff.paid_for(0.9, looks) == pytest.approx(1.05)
     assert tradeoff.paid_for(0.7, looks) == pytest.approx(1.2)
     assert tradeoff.paid_for(0.5, looks) == 1.3

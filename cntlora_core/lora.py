@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.nn import functional as F
 
+from .modules import replaced
 from .projections import Projection
 
 
@@ -155,17 +156,10 @@ def attached(unet: nn.Module, lora: Mapping[str, Factors], *, trainable: bool = 
     The base weights are never written: before and after they are bit-identical.
     """
     layers: dict[str, LoRALinear] = {}
-    try:
-        for name, factors in lora.items():
-            parent_name, _, child = name.rpartition(".")
-            parent = unet.get_submodule(parent_name)
-            base = unet.get_submodule(name)
-            if not isinstance(base, nn.Linear):
-                raise TypeError(f"{name} is a {type(base).__name__}, not a linear layer")
-            layers[name] = LoRALinear(base, factors, trainable)
-            setattr(parent, child, layers[name])
+    for name, factors in lora.items():
+        base = unet.get_submodule(name)
+        if not isinstance(base, nn.Linear):
+            raise TypeError(f"{name} is a {type(base).__name__}, not a linear layer")
+        layers[name] = LoRALinear(base, factors, trainable)
+    with replaced(unet, layers):
         yield Adapters(layers)
-    finally:
-        for name, layer in layers.items():
-            parent_name, _, child = name.rpartition(".")
-            setattr(unet.get_submodule(parent_name), child, layer.base)

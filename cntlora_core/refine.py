@@ -95,16 +95,19 @@ def _measure(
     parameters = adapters.parameters()
     for parameter in parameters:
         parameter.grad = None
-    with record(model.unet, projections, backward=True, cross=False, storage=storage) as seen, torch.enable_grad():
+    scale = gradient_scale(model.dtype)
+    recording = record(model.unet, projections, backward=True, cross=False, storage=storage, loss_scale=scale)
+    with recording as seen, torch.enable_grad():
         losses = batch.loss(model)
-        (losses.sum() * gradient_scale(model.dtype)).backward()
+        (losses.sum() * scale).backward()
     total, gradients = losses.detach().sum()[None], _gradients(parameters)
     group.sum_([total, *gradients])
     seen.combine(group)
     if not torch.isfinite(total + torch.stack(torch._foreach_norm(gradients)).sum()):
         return False
     for p in projections:
-        torch._foreach_div_(_gradients([adapters.layers[p.name].up, adapters.layers[p.name].down]), seen.tokens(p))
+        layer = adapters.layers[p.name]
+        torch._foreach_div_(_gradients([layer.up, layer.down]), seen.tokens(p) * scale)
     moments.merge(seen)
     return True
 

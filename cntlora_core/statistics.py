@@ -116,12 +116,18 @@ class _Recorder:
     """Forward hooks of one recording; knows which projection speaks for a shared input."""
 
     def __init__(
-        self, projections: Sequence[Projection], backward: bool, cross: bool, storage: torch.device | str
+        self,
+        projections: Sequence[Projection],
+        backward: bool,
+        cross: bool,
+        storage: torch.device | str,
+        loss_scale: float,
     ) -> None:
         self.moments = Moments()
         self.backward = backward
         self.cross = cross
         self.storage = storage
+        self.loss_scale = loss_scale
         self.speakers = {p.input_key: p.name for p in reversed(projections)}  # the first to read each input
 
     def hook(self, projection: Projection) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -140,7 +146,7 @@ class _Recorder:
         return forward
 
     def _gradient(self, projection: Projection, x: Tensor | None, grad: Tensor) -> None:
-        delta = _rows(grad)
+        delta = _rows(grad) / self.loss_scale
         self._add(self.moments.grads, projection.name, _moment(delta, projection.diagonal_out), len(delta))
         if x is not None:
             self._add(self.moments.cross, projection.name, delta.T @ _rows(x), len(delta))
@@ -157,13 +163,14 @@ def record(
     backward: bool,
     cross: bool = True,
     storage: torch.device | str = "cpu",
+    loss_scale: float = 1.0,
 ) -> Iterator[Moments]:
     """Record moments of all forward (and backward) passes made inside the block.
 
     Products are fp32 on the model's device, accumulators live on `storage` (the host, so that a GPU needs no more
-    than one matrix at a time). `cross`: G too. The hooks are gone when the block ends, however it ends.
+    than one matrix at a time). `cross`: G too. `loss_scale`: what the loss was multiplied by; gradients are recorded without it. The hooks are gone when the block ends, however it ends.
     """
-    recorder = _Recorder(projections, backward, cross, storage)
+    recorder = _Recorder(projections, backward, cross, storage, loss_scale)
     handles = []
     try:
         for projection in projections:

@@ -38,12 +38,13 @@ def measure(
     total, done = torch.zeros(1, dtype=torch.float64), 0
     mine = triples.share(group)
     recompute = checkpointed(model.unet, gradient_checkpointing and backward)
-    with record(model.unet, projections, backward=backward) as moments, recompute:
+    scale = gradient_scale(model.dtype)
+    with record(model.unet, projections, backward=backward, loss_scale=scale) as moments, recompute:
         for batch in mine.batches(batch_size):
             with torch.set_grad_enabled(backward):
                 losses = batch.loss(model)
             if backward:
-                (losses.sum() * gradient_scale(model.dtype)).backward()
+                (losses.sum() * scale).backward()
             total += losses.detach().double().sum().cpu()
             done += len(batch)
             observer(Progress(phase, done, len(mine)))
@@ -56,7 +57,7 @@ def measure(
 
 
 def gradient_scale(dtype: torch.dtype) -> float:
-    """fp16 gradients would underflow. The update does not depend on the scale: it cancels between G and S, and in the step size."""
+    """What the loss is multiplied by before a backward pass: fp16 gradients would underflow."""
     return 1024.0 if dtype == torch.float16 else 1.0
 
 

@@ -3,9 +3,20 @@
 import pytest
 import torch
 
+from cntlora_core.calibration import calibrate
 from cntlora_core.checkpoint import MINI_SD_FOLDER, load_checkpoint
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.runs import personalise, read_subject, validation_loss
+
+
+def test_the_scale_of_fp16_gradients_is_gone_from_what_is_measured():
+    """The slope of the loss was 1024 times too steep in fp16, and the step with it."""
+    steps = []
+    for dtype in (torch.float32, torch.float16):
+        model = load_checkpoint("mini-sd", dtype=dtype)
+        subject = read_subject(model, MINI_SD_FOLDER / "subject", "a sks cat face emoji")
+        steps.append(calibrate(model, subject, CalibrationConfig(effort="quick")).report.step_size)
+    assert steps[1] == pytest.approx(steps[0], rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

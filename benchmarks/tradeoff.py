@@ -22,7 +22,7 @@ from fidelity import Domain, Reference, domain, measure, prior_triples, prompts_
 from starts import BATCH
 from tqdm import tqdm
 
-from cntlora_core.calibration import calibrate
+from cntlora_core.calibration import Calibration, calibrate
 from cntlora_core.checkpoint import MINI_SD, StableDiffusion, load_checkpoint
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.lora import LoRA, attached
@@ -41,19 +41,19 @@ PRIORS = ("none", "class", "domain")
 
 
 def trained(
-    model: StableDiffusion, subject: Subject, lora: LoRA, lr: float, seed: int, looks: tuple[int, ...]
+    model: StableDiffusion, subject: Subject, start: Calibration, lr: float, seed: int, looks: tuple[int, ...]
 ) -> Iterator[tuple[int, LoRA]]:
     """The LoRA after each number of steps in `looks`, in one run."""
     config = TrainConfig(steps=max(looks), lr=lr, seed=seed, batch_size=BATCH, validate_every=0)
     found: dict[int, LoRA] = {}
-    with attached(model.unet, lora, trainable=True) as adapters:
+    with attached(model.unet, start.lora, trainable=True) as adapters:
         state = start_state(model, adapters, config)
 
         def keep(_state: Any) -> None:
             if state.step in looks:
                 found[state.step] = adapters.factors()
 
-        train(model, subject, state, config, save=keep)
+        train(model, subject, state, config, preservation=start.preservation, save=keep)
     yield from found.items()
 
 
@@ -61,15 +61,15 @@ def looks(
     model: StableDiffusion, subject: Subject, priors: dict[str, Triples | None], args: Any, seed: int
 ) -> Iterator[tuple[str, str, LoRA]]:
     """(contestant, when, LoRA)."""
-    ordinary = calibrate(model, subject, CalibrationConfig(init="gaussian", rank_rule="uniform", seed=seed)).lora
+    ordinary = calibrate(model, subject, CalibrationConfig(init="gaussian", rank_rule="uniform", seed=seed))
     for step, lora in trained(model, subject, ordinary, args.gaussian_lr, seed, GAUSSIAN_STEPS):
         yield "gaussian", f"step {step}", lora
     for name, prior in priors.items():
         config = CalibrationConfig(seed=seed)
         for effort in LOOKS:
-            lora = calibrate(model, subject, replace(config, effort=effort), prior=prior).lora
-            yield f"target, {name}", effort, lora
-            for step, later in trained(model, subject, lora, args.lr, seed, OURS_STEPS):
+            start = calibrate(model, subject, replace(config, effort=effort), prior=prior)
+            yield f"target, {name}", effort, start.lora
+            for step, later in trained(model, subject, start, args.lr, seed, OURS_STEPS):
                 yield f"target, {name}", f"{effort} + {step}", later
 
 

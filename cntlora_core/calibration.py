@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from .defaults import targets_for
 from .distributed import ALONE, Group
 from .events import Calibrated, Notice, Observer, ignore
 from .lora import Factors, LoRA, attached, default_init, gaussian_init
+from .preservation import Preservation, preserve
 from .projections import Projection, find_projections
 from .ranks import MAX_RANK_FACTOR, budget_of, data_ranks, uniform_ranks
 from .refine import refine
@@ -34,10 +35,11 @@ FIRST_CHANGE = 0.17
 
 @dataclass(frozen=True)
 class Calibration:
-    """The start: a LoRA, and the report of how it came about."""
+    """The start: a LoRA, the report of how it came about, and what training should go on to preserve."""
 
     lora: LoRA
     report: Calibrated
+    preservation: Preservation | None = None
 
 
 def calibrate(
@@ -106,13 +108,20 @@ def calibrate(
         if (after := loss_with(refined)) < base:
             lora, loss = refined, after
     energy = {p.name: float(solved[p.name].score[: ranks[p.name]].sum()) for p in projections}
-    return _finish(config, projections, lora, energy, base, loss, step, cost, started)
+    done = _finish(config, projections, lora, energy, base, loss, step, cost, started)
+    if kept is None or not constraint.backward or not step:
+        return done
+    preservation = preserve(
+        projections, kept, moments,
+        weight=config.preservation, rho=config.rho, step=abs(step), pictures=len(triples), device=model.device,
+    )  # fmt: skip
+    return replace(done, preservation=preservation)
 
 
-def continued(lora: LoRA) -> Calibration:
-    """A start that was trained before: its ranks are its own, nothing is measured."""
+def continued(lora: LoRA, preservation: Preservation | None = None) -> Calibration:
+    """A start that was made before: its ranks are its own, nothing is measured."""
     ranks = {name: factors.rank for name, factors in lora.items()}
-    return Calibration(lora, Calibrated("continued", None, None, None, ranks, {}, 0, 0, 0.0))
+    return Calibration(lora, Calibrated("continued", None, None, None, ranks, {}, 0, 0, 0.0), preservation)
 
 
 class _Cost:

@@ -152,16 +152,16 @@ def personalise(
     *,
     preserve: Triples | None = None,
     prior: PriorLoss | None = None,
-    lora: LoRA | None = None,
+    start: Calibration | None = None,
     validate: Callable[[], float] | None = None,
     checkpoints: Checkpoints | None = None,
     on_stop: Callable[[Personalised], None] | None = None,
     observer: Observer = ignore,
     group: Group = ALONE,
 ) -> Personalised:
-    """Calibrate, then train; or train on from `lora`, with its own ranks. The base model is the same before and after.
+    """Calibrate, then train; or train on from `start`, with its own ranks. The base model is the same before and after.
 
-    `preserve` feeds the calibration's preservation, `prior` the training's second loss. When training ends early, by a host's Cancel
+    `preserve` feeds the calibration's preservation, which training keeps up; `prior` is a second loss on pictures. When training ends early, by a host's Cancel
     (an exception of `observer`), NaN or want of memory, nothing is lost: the checkpoint is written, `on_stop` gets the run as
     far as it went, and the exception goes on. Raises OutOfMemory with what to try next.
     """
@@ -170,11 +170,12 @@ def personalise(
         if base_loss is not None:
             observer(Base(base_loss))
         saved = checkpoints.read() if checkpoints else None
-        if saved or lora is not None:
-            start = continued(saved.lora if saved else lora)  # type: ignore[arg-type]
-        else:
+        if start is None and (saved is None or preserve is not None):
             observer(Status(f"Calibrating ({calibration.init}) on {len(subject)} pictures"))
             start = calibrate(model, subject, calibration, prior=preserve, observer=observer, group=group)
+        if saved:  # what to preserve is not in the file: it was measured again, to the same numbers
+            start = continued(saved.lora, start.preservation if start else None)
+        assert start is not None
         observer(start.report)
         with (
             attached(model.unet, start.lora, trainable=True) as adapters,
@@ -196,7 +197,7 @@ def personalise(
             try:
                 train(
                     model, subject, state, training,
-                    prior=prior, validate=validate, save=save, observer=observer, group=group,
+                    prior=prior, preservation=start.preservation, validate=validate, save=save, observer=observer, group=group,
                 )  # fmt: skip
             except BaseException as error:
                 worthless = isinstance(error, NonFiniteError) or _out_of_memory(error)

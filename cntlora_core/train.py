@@ -11,6 +11,7 @@ from .config import TrainConfig
 from .distributed import ALONE, Group
 from .errors import NonFiniteError
 from .events import Notice, Observer, Step, Validation, ignore
+from .preservation import Preservation
 from .prior_loss import PriorLoss
 from .train_state import TrainState
 from .triples import Batch, batch_order, draw_batch
@@ -27,6 +28,7 @@ def train(
     config: TrainConfig,
     *,
     prior: PriorLoss | None = None,
+    preservation: Preservation | None = None,
     validate: Callable[[], float] | None = None,
     save: Callable[[TrainState], None] = lambda state: None,
     observer: Observer = ignore,
@@ -35,7 +37,7 @@ def train(
     """Train the attached adapters of `state` in place, from the step it is at; the base model is frozen.
 
     After every step `save` sees the state, then `observer` the events; an exception of either (a host's Cancel) leaves at once, with the
-    state as it is after that step. The processes of `group` share each step's batch. Raises NonFiniteError when loss or
+    state as it is after that step. `preservation` adds what calibration measured, `prior` a loss on pictures. The processes of `group` share each step's batch. Raises NonFiniteError when loss or
     gradient stop being numbers; the adapters then hold the last good weights.
     """
     size = config.batch_size * config.accumulation * group.size  # pictures a step
@@ -83,6 +85,8 @@ def train(
             if prior and others and config.prior_weight:
                 kept = prior.loss(model, state.adapters, others[rows]).mean() * share * config.prior_weight
                 state.scaler.scale(kept).backward()
+        if preservation:
+            state.scaler.scale(preservation.loss(state.adapters) / group.size).backward()
         group.sum_([value, *(p.grad for p in parameters if p.grad is not None)])
         if not torch.isfinite(value):
             raise stop("loss")

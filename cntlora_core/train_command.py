@@ -158,6 +158,7 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
     given = {name: value for name in ("steps", "lr") if (value := getattr(args, name)) is not None}
     training = _config(TrainConfig, args, **({"steps": TrainConfig.steps, "lr": TrainConfig.lr} | given))
     _check(args)
+    from .calibration import continued
     from .defaults import default_lr, default_steps
     from .devices import DTYPES, pick_device
     from .distributed import local_device, process_group
@@ -213,12 +214,12 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
                 )  # fmt: skip
 
         try:
-            lora = None
+            start = None
             if args.continue_from:
-                lora, _ = load_lora(args.continue_from, find_projections(model.unet, ALL), model.family)
+                start = continued(load_lora(args.continue_from, find_projections(model.unet, ALL), model.family)[0])
             run = personalise(
                 model, subject, calibration, training,
-                preserve=preserve, prior=prior, lora=lora,
+                preserve=preserve, prior=prior, start=start,
                 validate=validation_loss(model, held_out, args.batch_size, group) if args.validate_every else None,
                 checkpoints=checkpoints, on_stop=lambda run: save(run, ignore), observer=observer, group=group,
             )  # fmt: skip

@@ -6,6 +6,7 @@ import time
 
 from PIL import Image
 
+from ..cntlora_core.calibration import continued
 from ..cntlora_core.checkpoint import StableDiffusion
 from ..cntlora_core.config import CalibrationConfig, TrainConfig
 from ..cntlora_core.defaults import default_lr
@@ -157,6 +158,7 @@ class TrainLoRA(io.ComfyNode):
         settings: Extras | None = None,
     ) -> io.NodeOutput:
         start = lora_init.config if lora_init else ORDINARY
+        made = lora_init.calibration if lora_init else None
         config = TrainConfig(
             steps=steps,
             lr=learning_rate or default_lr(sd_model.name, start.init),
@@ -186,7 +188,7 @@ class TrainLoRA(io.ComfyNode):
                     start,
                     config,
                     prior=_prior_loss(prior, settings),
-                    lora=lora_init.calibration.lora if lora_init else None,
+                    start=continued(made.lora, made.preservation) if made else None,
                     validate=validation_loss(sd_model, held_out, batch_size) if validate_every else None,
                     on_stop=lambda run: kept.extend(_keep(finished(run), run.kept, report)),
                     observer=sampler,

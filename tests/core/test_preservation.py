@@ -1,0 +1,77 @@
+"""What calibration spares, training goes on to spare."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from cntlora_core.calibration import calibrate, continued
+from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.events import Step
+from cntlora_core.lora import Factors, attached
+from cntlora_core.preservation import Preservation
+from cntlora_core.runs import class_pictures, class_triples, personalise
+from cntlora_core.state_file import Checkpoints, state_path
+
+QUICK = CalibrationConfig(effort="quick", targets="attention")
+
+
+@pytest.fixture(scope="module")
+def prior(mini_sd, subject):
+    return class_triples(mini_sd, class_pictures(mini_sd, "a cat face emoji", subject.resolution, steps=4))
+
+
+@given(m=st.integers(1, 5), d=st.integers(1, 5), r=st.integers(1, 3), diagonal=st.booleans(), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_it_is_the_change_of_the_outputs_on_the_prior(m, d, r, diagonal, seed):
+    generator = torch.Generator().manual_seed(seed)
+    up, down, x = (torch.randn(*shape, generator=generator) for shape in ((m, r), (r, d), (7, d)))
+    w, C = torch.rand(m, generator=generator), x.T @ x
+    if diagonal:
+        C = C.diagonal()
+    net = nn.Sequential(nn.Linear(d, m))
+    preservation = Preservation({"0": w}, {"0": C})
+    with attached(net, {"0": Factors(up, down)}, trainable=True) as adapters:
+        loss = preservation.loss(adapters)
+    D = up @ down
+    expected = (w[:, None] * D * (D * C if diagonal else D @ C)).sum() / 2
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-3, atol=1e-4)
+    assert loss.requires_grad
+
+
+def test_without_a_prior_or_gradients_there_is_none(mini_sd, subject, prior):
+    assert calibrate(mini_sd, subject, QUICK).preservation is None
+    assert calibrate(mini_sd, subject, dataclasses.replace(QUICK, init="domain"), prior=prior).preservation is None
+    assert calibrate(mini_sd, subject, dataclasses.replace(QUICK, preservation=0.0), prior=prior).preservation is None
+
+
+def test_training_keeps_it_small(mini_sd, subject, prior):
+    start = calibrate(mini_sd, subject, QUICK, prior=prior)
+    assert start.preservation is not None
+
+    def after(begin):
+        lora = personalise(mini_sd, subject, QUICK, TrainConfig(steps=12, lr=3e-3, validate_every=0), start=begin).lora
+        with attached(mini_sd.unet, lora) as adapters:
+            return float(start.preservation.loss(adapters))
+
+    assert after(continued(start.lora, start.preservation)) < 0.9 * after(continued(start.lora))
+
+
+def test_a_resumed_run_goes_on_with_it(mini_sd, subject, prior, tmp_path):
+    training = TrainConfig(steps=4, validate_every=0)
+    whole = personalise(mini_sd, subject, QUICK, training, preserve=prior)
+    checkpoints = Checkpoints(state_path(tmp_path / "x.safetensors"), {}, resume=True)
+
+    def cancel(event):
+        if isinstance(event, Step) and event.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        personalise(mini_sd, subject, QUICK, training, preserve=prior, checkpoints=checkpoints, observer=cancel)
+    resumed = personalise(mini_sd, subject, QUICK, training, preserve=prior, checkpoints=checkpoints)
+    for name, factors in whole.lora.items():
+        assert torch.equal(factors.up, resumed.lora[name].up)
+        assert torch.equal(factors.down, resumed.lora[name].down)

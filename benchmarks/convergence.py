@@ -67,7 +67,7 @@ class Results:
     """The results file: runs that are there are not made again."""
 
     def __init__(self, args: Any) -> None:
-        self.args, self.model = args, load_checkpoint(MINI_SD)
+        self.args, self.model = args, load_checkpoint(args.model)
         self.rows: dict[str, Row] = {}
         self.read()
 
@@ -123,6 +123,9 @@ def main() -> None:
     parser.add_argument("--cost", type=int, default=120, help="training steps to spend")
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument(
+        "--model", default=MINI_SD, help="another checkpoint; its results belong into a file of their own"
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--figure", type=Path, help="curves of the first tuning subject, .png")
     parser.add_argument("--report", action="store_true", help="only say what the file holds")

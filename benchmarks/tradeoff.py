@@ -3,7 +3,7 @@
     python benchmarks/tradeoff.py --subjects subjects/hearts subjects/clocks --data mini-sd-build/data --output tradeoff.jsonl
 
 Each contestant is looked at on its way: an ordinary LoRA (gaussian) after so many training steps, ours after each effort of calibration and
-after training that follows. The ordinary LoRA counts up to its lowest loss; where ours is lower still, it is compared with that. `class` preserves what the model itself draws for the class prompt, `domain` 32
+after training that follows. The ordinary LoRA counts up to its lowest loss (its highest subject fidelity); where ours is better still, it is compared with that. `class` preserves what the model itself draws for the class prompt, `domain` 32
 pictures of the pre-training domain, of which 48 others measure the forgetting (fidelity.py). Resumable, a line for each look.
 """
 
@@ -13,7 +13,7 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,17 +82,17 @@ def at(curve: list[tuple[float, float]], x: float) -> float | None:
     return None
 
 
-def paid_for(loss: float, ordinary: list[Row]) -> float | None:
-    """The ordinary LoRA's forgetting at this loss on its way to its lowest, or there if this loss is lower; None above the base's."""
-    best = min(range(len(ordinary)), key=lambda i: ordinary[i]["loss"])
-    way = [(1.0, 1.0)] + [(o["loss"], o["forgetting"]) for o in ordinary[: best + 1]]
-    return way[-1][1] if loss < way[-1][0] else at(way, loss)
+def compared(x: float, way: list[tuple[float, float]], better: Callable[..., Any]) -> float | None:
+    """y where an ordinary LoRA's looks (x, y) are at `x` on their way to the best x, or there where `x` is better still (`better`: min
+    or max); None where it is worse than the first."""
+    best = better(range(len(way)), key=lambda i: way[i][0])
+    return way[best][1] if better(x, way[best][0]) == x else at(way[: best + 1], x)
 
 
 def report(rows: list[Row]) -> str:
     """Every look (medians over subjects and seeds), and what an ordinary LoRA pays for the same loss, or the same fidelity."""
     lines = [
-        "| contestant | when | loss | forgetting | subject | class | unrelated | forgetting, share of gaussian's at its loss or its best | unrelated, less gaussian's at its subject fidelity |"
+        "| contestant | when | loss | forgetting | subject | class | unrelated | forgetting, share of gaussian's at its loss or its best | unrelated, less gaussian's at its subject fidelity or its best |"
     ]
     lines += ["|" + "---|" * 9]
     runs = {(r["subject"], r["seed"]) for r in rows}
@@ -103,10 +103,10 @@ def report(rows: list[Row]) -> str:
             ordinary = [r for r in rows if r["contestant"] == "gaussian" and (r["subject"], r["seed"]) == run]
             own = [r for r in mine if (r["subject"], r["seed"]) == run]
             for r in own:
-                paid = paid_for(r["loss"], ordinary)
+                paid = compared(r["loss"], [(1.0, 1.0)] + [(o["loss"], o["forgetting"]) for o in ordinary], min)
                 if paid and paid > 1:
                     shares.append((r["forgetting"] - 1) / (paid - 1))
-                kept = at([(o["subject_fidelity"], o["unrelated"]) for o in ordinary], r["subject_fidelity"])
+                kept = compared(r["subject_fidelity"], [(o["subject_fidelity"], o["unrelated"]) for o in ordinary], max)
                 if kept:
                     gains.append(r["unrelated"] - kept)
 

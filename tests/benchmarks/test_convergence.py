@@ -128,15 +128,15 @@ def test_what_an_ordinary_lora_pays(monkeypatch):
     ordinary = [(0.9, 1.1), (0.7, 1.3)]
     assert tradeoff.at(ordinary, 0.8) == pytest.approx(1.2)
     assert tradeoff.at(ordinary, 0.6) is None
-    looks = [
-        {"loss": x, "forgetting": y} for x, y in ((0.8, 1.1), (0.6, 1.3), (0.7, 1.9))
-    ]  # the last one is past its best
-    assert tradeoff.paid_for(0.9, looks) == pytest.approx(1.05)
-    assert tradeoff.paid_for(0.7, looks) == pytest.approx(1.2)
-    assert tradeoff.paid_for(0.5, looks) == 1.3
-    assert tradeoff.paid_for(1.1, looks) is None
+    way = [(1.0, 1.0), (0.8, 1.1), (0.6, 1.3), (0.7, 1.9)]  # the last look is past its best
+    assert [tradeoff.compared(x, way, min) for x in (0.9, 0.7, 0.5)] == pytest.approx([1.05, 1.2, 1.3])
+    assert tradeoff.compared(1.1, way, min) is None
+    assert tradeoff.compared(0.9, [(0.2, 0.9), (0.6, 0.7)], max) == 0.7
+    assert tradeoff.compared(0.1, [(0.2, 0.9), (0.6, 0.7)], max) is None
     rows = [
         {"subject": "s", "seed": 0, "contestant": c, "when": "w", "loss": x, "forgetting": f, "subject_fidelity": s, "class": 1, "unrelated": u}
         for c, x, f, s, u in (("gaussian", 0.8, 1.2, 0.5, 0.7), ("ours", 0.9, 1.02, 0.5, 0.8))
     ]  # fmt: skip
-    assert "| ours | w | 0.900 | 1.020 | 0.500 | 1.000 | 0.800 | 0.20 (1 of 1) | - |" in tradeoff.report(rows)
+    assert "| ours | w | 0.900 | 1.020 | 0.500 | 1.000 | 0.800 | 0.20 (1 of 1) | +0.100 (1 of 1) |" in tradeoff.report(
+        rows
+    )

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cntlora_core.config import CalibrationConfig, TrainConfig, from_dict, to_dict
+from cntlora_core.defaults import targets_for
 from cntlora_core.errors import SettingError
 
 
@@ -65,3 +66,19 @@ def test_real_models_learn_more_slowly_and_calibrated_starts_faster_than_ordinar
     assert default_steps("sd15.safetensors", "gaussian", 5) == 500
     assert default_steps("sd15.safetensors", "target", 5) == 250
     assert default_steps("sd15.safetensors", "target", 30) == 600
+
+
+@pytest.mark.parametrize(
+    ("init", "rule", "family", "targets", "expected"),
+    [
+        ("target", "data", "sd1", "auto", "attention+ff"),
+        ("domain", "data", "mini", "auto", "attention+ff"),
+        ("target", "uniform", "sd1", "auto", "attention"),
+        ("gaussian", "data", "sd1", "auto", "attention"),
+        ("target", "data", "sdxl", "auto", "attention"),
+        ("target", "data", "sdxl", "attention+ff", "attention+ff"),
+        ("target", "data", "sd1", "attention", "attention"),
+    ],
+)
+def test_feed_forward_layers_take_part_where_data_ranks_find_them_room(init, rule, family, targets, expected):
+    assert targets_for(family, CalibrationConfig(init=init, rank_rule=rule, targets=targets)) == expected

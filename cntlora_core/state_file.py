@@ -18,7 +18,7 @@ from .errors import SettingError
 from .lora import Factors, LoRA
 from .train_state import Best, TrainState
 
-VERSION = 1
+VERSION = 2
 SUFFIX = ".state.safetensors"
 
 
@@ -112,8 +112,7 @@ class Saved:
             step, loss = story["best"]
             state.best = Best(step, loss, self._factors("best"))
         with torch.no_grad():
-            for n, good in enumerate(state.good):
-                good.copy_(tensors[f"good.{n}"])
+            state.good.copy_(tensors["good"])
         held = story["optimizer"]
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):
@@ -137,7 +136,7 @@ def _pack(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for part, lora in (("lora", state.adapters.factors()), ("best", state.best.lora if state.best else {})):
         for name, factors in lora.items():
             tensors |= {f"{part}.up.{name}": factors.up, f"{part}.down.{name}": factors.down}
-    tensors |= {f"good.{n}": good for n, good in enumerate(state.good)}
+    tensors["good"] = state.good
     optimizer = state.optimizer.state_dict()
     plain: dict[str, dict[str, Any]] = {}
     for n, values in optimizer["state"].items():

@@ -41,7 +41,6 @@ def train(
     gradient stop being numbers; the adapters then hold the last good weights.
     """
     size = config.batch_size * config.accumulation * group.size  # pictures a step
-    parameters = state.adapters.parameters()
     start = torch.Generator().manual_seed(config.seed)  # the order is drawn before all else, also in a resumed run
     order = batch_order(subject, size, config.steps, start)
     if prior:
@@ -87,12 +86,12 @@ def train(
                 state.scaler.scale(kept).backward()
         if preservation:
             state.scaler.scale(preservation.loss(state.adapters) / group.size).backward()
-        group.sum_([value, *(p.grad for p in parameters if p.grad is not None)])
+        group.sum_([value, state.gather_gradient()])
         if not torch.isfinite(value):
             raise stop("loss")
         state.keep_good()
         state.scaler.unscale_(state.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(state.flat, config.max_grad_norm)
         if not (torch.isfinite(norm) or state.scaler.is_enabled()):  # the scaler skips such a step and lowers its scale
             raise stop("gradient")
         state.scaler.step(state.optimizer)

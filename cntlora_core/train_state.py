@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import TrainConfig
 from .errors import SettingError
@@ -29,13 +30,14 @@ class Best:
 @dataclass
 class TrainState:
     """`step` steps are done: `losses` of each, `validations` as (step, loss), the best of them, the weights before the last step
-    (`good`), and what the next step depends on."""
+    (`good`), and what the next step depends on. `flat` holds all weights of the adapters, one after another."""
 
     adapters: Adapters
+    flat: nn.Parameter
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     generator: torch.Generator
-    good: list[Tensor]
+    good: Tensor
     step: int = 0
     losses: list[float] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
@@ -51,11 +53,19 @@ class TrainState:
         """Validations without a better one."""
         return sum(step > self.best.step for step, _ in self.validations) if self.best else 0
 
+    def gather_gradient(self) -> Tensor:
+        """The adapters' gradients become that of `flat`."""
+        parameters = self.adapters.parameters()
+        self.flat.grad = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        for parameter in parameters:
+            parameter.grad = None
+        return self.flat.grad
+
     def keep_good(self) -> None:
-        torch._foreach_copy_(self.good, [p.detach() for p in self.adapters.parameters()])
+        self.good.copy_(self.flat.detach())
 
     def back_to_good(self) -> None:
-        torch._foreach_copy_([p.detach() for p in self.adapters.parameters()], self.good)
+        self.flat.detach().copy_(self.good)
 
     def weights(self, config: TrainConfig) -> tuple[LoRA, int]:
         """What the run is worth: the best weights or the last, and the step they are of."""
@@ -66,15 +76,24 @@ class TrainState:
 
 def start_state(model: StableDiffusion, adapters: Adapters, config: TrainConfig) -> TrainState:
     """Before the first step. Raises SettingError when an optional optimiser is not installed."""
-    parameters = adapters.parameters()
+    flat = _flattened(adapters.parameters())
     return TrainState(
         adapters,
-        _optimizer(parameters, config),
+        flat,
+        _optimizer([flat], config),
         # fp16 gradients underflow without a moving loss scale; in other precisions this does nothing.
         torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16),
         torch.Generator().manual_seed(config.seed),
-        [p.detach().clone() for p in parameters],
+        flat.detach().clone(),
     )
+
+
+def _flattened(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+    """One parameter of which the given ones become parts: an optimiser's step, a norm, a copy are one call each, not hundreds."""
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = part.view_as(parameter)
+    return nn.Parameter(flat)
 
 
 def _optimizer(parameters: list[Any], config: TrainConfig) -> torch.optim.Optimizer:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from cntlora_core.convolutions import CHANNELS_PER_PLACE, FEW_PLACES, ProductConv, as_products
+from cntlora_core import convolutions
+from cntlora_core.convolutions import CHANNELS_PER_PLACE, FEW_PLACES, FEWEST_CHANNELS, ProductConv, as_products
 
 
 class Counted(nn.Conv2d):
@@ -51,7 +52,8 @@ def test_many_places_are_left_to_the_convolution():
     assert base.runs == 1
 
 
-def test_the_unet_predicts_the_same_and_has_its_own_modules_back(mini_sd):
+def test_the_unet_predicts_the_same_and_has_its_own_modules_back(mini_sd, monkeypatch):
+    monkeypatch.setattr(convolutions, "FEWEST_CHANNELS", 8)
     unet = mini_sd.unet
     before = dict(unet.named_modules())
     x, words = torch.randn(1, 4, 16, 16), torch.randn(1, 77, unet.config.cross_attention_dim)
@@ -71,16 +73,17 @@ def test_the_unet_predicts_the_same_and_has_its_own_modules_back(mini_sd):
 @pytest.mark.parametrize(
     "other",
     [
-        nn.Conv2d(8, 8, 3, groups=2),
-        nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
-        nn.Conv2d(8, 8, 3, padding="same"),
-        nn.Conv2d(8, 8, 3, dtype=torch.bfloat16),
-        nn.Conv2d(8, 8, 3, device="meta"),
-        nn.Conv1d(8, 8, 3),
+        nn.Conv2d(8, FEWEST_CHANNELS - 1, 3),
+        nn.Conv2d(8, FEWEST_CHANNELS, 3, groups=2),
+        nn.Conv2d(8, FEWEST_CHANNELS, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(8, FEWEST_CHANNELS, 3, padding="same"),
+        nn.Conv2d(8, FEWEST_CHANNELS, 3, dtype=torch.bfloat16),
+        nn.Conv2d(8, FEWEST_CHANNELS, 3, device="meta"),
+        nn.Conv1d(8, FEWEST_CHANNELS, 3),
     ],
 )
 def test_what_gains_nothing_stays_as_it_is(other):
-    model = nn.Sequential(other, nn.Conv2d(8, 8, 3))
+    model = nn.Sequential(other, nn.Conv2d(8, FEWEST_CHANNELS, 3))
     with as_products(model):
         assert model[0] is other
         assert isinstance(model[1], ProductConv)

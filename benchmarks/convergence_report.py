@@ -14,6 +14,15 @@ from cntlora_core.report import loss_chart
 Row = dict[str, Any]
 Point = tuple[float, float, float]  # cost, loss relative to the base model, seconds
 RESAMPLES = 2000
+DRAWN = (
+    "gaussian",
+    "default",
+    "eva",
+    "lora_ga",
+    "domain, data ranks",
+    "target balanced",
+    "target thorough",
+)  # where many are
 
 
 def mean_curve(rows: Sequence[Row]) -> list[Point]:
@@ -78,8 +87,9 @@ def report(
             text += ["", f"### {title}", "", *_table(curves, starts, methods, baselines, peers)]
         if figure and curves and names is tuned:
             name, found = next(iter(curves.items()))
+            drawn = [m for m in found if m in DRAWN or len(found) <= len(DRAWN)]
             loss_chart(
-                {m: [(c, x) for c, x, _ in f] for m, f in found.items()},
+                {m: [(c, x) for c, x, _ in found[m]] for m in drawn},
                 title=f"{name}: held-out loss against cost",
                 base=1.0,
             ).save(figure)

@@ -113,7 +113,7 @@ def calibrate(
         return done
     preservation = preserve(
         projections, kept, moments,
-        weight=config.preservation, rho=config.rho, step=abs(step), pictures=len(triples), device=model.device,
+        weight=config.preservation, rho=config.rho, step=abs(step), pictures=len(triples),
     )  # fmt: skip
     return replace(done, preservation=preservation)
 

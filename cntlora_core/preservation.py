@@ -14,7 +14,7 @@ from torch import Tensor
 from .lora import Adapters
 from .projections import Projection
 from .solve import damped, times
-from .statistics import Moments, moment_bytes
+from .statistics import Moments
 
 # Of calibration's lambda. Over three subjects and 60 steps a sixteenth halved what AdamW forgot for 0.00 to 0.02 of the loss; a quarter
 # removed two thirds of it, but held back a subject that had more to learn.
@@ -26,11 +26,21 @@ ON_DEVICE = 2**30  # bytes of C_p that stay on the model's device; more wait on 
 class Preservation:
     """The quadratic 1/2 sum over layers of tr(diag(w) D C_p D^T), D = B A, in units of the loss.
 
-    By projection: `outputs` holds w `[m]`, `inputs` C_p `[d, d]` (`[d]` where only the diagonal is kept).
+    By projection: `outputs` holds w `[m]`, `inputs` C_p `[d, d]` (`[d]` where only the diagonal is kept), one tensor for projections that read
+    the same input. On the host, where a calibration may wait for its training.
     """
 
     outputs: Mapping[str, Tensor]
     inputs: Mapping[str, Tensor]
+
+    def on(self, device: torch.device) -> Preservation:
+        """On `device`, if that takes no more than `ON_DEVICE`."""
+        shared = {id(C): C for C in self.inputs.values()}
+        if sum(C.nbytes for C in shared.values()) > ON_DEVICE:
+            return self
+        moved = {key: C.to(device) for key, C in shared.items()}
+        outputs = {name: w.to(device) for name, w in self.outputs.items()}
+        return Preservation(outputs, {name: moved[id(C)] for name, C in self.inputs.items()})
 
     def loss(self, adapters: Adapters) -> Tensor:
         """Of the adapters as they are, a scalar. Costs products with C_p, none with the model."""
@@ -51,20 +61,18 @@ def preserve(
     rho: float,
     step: float,
     pictures: int,
-    device: torch.device,
 ) -> Preservation:
     """From what calibration measured on the prior and, with gradients, on `pictures` of the subject.
 
     `weight` is lambda. The sweep's quadratic model of the mean loss along its own update, <G, D> + 1/(2 step) tr(S D K D^T) for each token, has
     its minimum at `step`; its term of C_p, with the diagonal of S (damped by `rho`) for S, is what training keeps small.
     """
-    place = device if moment_bytes(projections) <= ON_DEVICE else torch.device("cpu")
     outputs, inputs, shared = {}, {}, {}
     for p in projections:
         S = subject.S(p)
         diagonal = damped(S if S.ndim == 1 else S.diagonal().clone(), rho)
-        outputs[p.name] = (SHARE * weight * subject.tokens(p) / pictures / step * diagonal).float().to(place)
+        outputs[p.name] = (SHARE * weight * subject.tokens(p) / pictures / step * diagonal).float().cpu()
         if p.input_key not in shared:
-            shared[p.input_key] = prior.C(p).float().to(place)
+            shared[p.input_key] = prior.C(p).float().cpu()
         inputs[p.name] = shared[p.input_key]
     return Preservation(outputs, inputs)

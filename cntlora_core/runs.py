@@ -161,8 +161,8 @@ def personalise(
 ) -> Personalised:
     """Calibrate, then train; or train on from `start`, with its own ranks. The base model is the same before and after.
 
-    `preserve` feeds the calibration's preservation, which training keeps up; `prior` is a second loss on pictures. When training ends early, by a host's Cancel
-    (an exception of `observer`), NaN or want of memory, nothing is lost: the checkpoint is written, `on_stop` gets the run as
+    `preserve` feeds the calibration's preservation, which training keeps up (a resumed run measures it again); `prior` is a second loss
+    on pictures. When training ends early, by a host's Cancel (an exception of `observer`), NaN or want of memory, nothing is lost: the checkpoint is written, `on_stop` gets the run as
     far as it went, and the exception goes on. Raises OutOfMemory with what to try next.
     """
     with as_products(model.unet):
@@ -186,6 +186,8 @@ def personalise(
                 saved.restore(state)
             observer(Training(training.steps, state.step))
 
+            preservation = start.preservation and start.preservation.on(model.device)
+
             def save(state: TrainState) -> None:
                 if checkpoints and checkpoints.due(state.step) and group.rank == 0:
                     checkpoints.write(state)
@@ -197,7 +199,7 @@ def personalise(
             try:
                 train(
                     model, subject, state, training,
-                    prior=prior, preservation=start.preservation, validate=validate, save=save, observer=observer, group=group,
+                    prior=prior, preservation=preservation, validate=validate, save=save, observer=observer, group=group,
                 )  # fmt: skip
             except BaseException as error:
                 worthless = isinstance(error, NonFiniteError) or _out_of_memory(error)

@@ -42,6 +42,16 @@ def test_it_is_the_change_of_the_outputs_on_the_prior(m, d, r, diagonal, seed):
     assert loss.requires_grad
 
 
+def test_what_is_too_large_for_the_device_stays_on_the_host(monkeypatch):
+    C = torch.rand(4, 4)
+    preservation = Preservation({"a": torch.rand(3), "b": torch.rand(2)}, {"a": C, "b": C})
+    moved = preservation.on(torch.device("meta"))
+    assert moved.outputs["a"].is_meta
+    assert moved.inputs["a"] is moved.inputs["b"]
+    monkeypatch.setattr("cntlora_core.preservation.ON_DEVICE", C.nbytes - 1)
+    assert preservation.on(torch.device("meta")) is preservation
+
+
 def test_without_a_prior_or_gradients_there_is_none(mini_sd, subject, prior):
     assert calibrate(mini_sd, subject, QUICK).preservation is None
     assert calibrate(mini_sd, subject, dataclasses.replace(QUICK, init="domain"), prior=prior).preservation is None

@@ -146,7 +146,9 @@ class _Recorder:
         return forward
 
     def _gradient(self, projection: Projection, x: Tensor | None, grad: Tensor) -> None:
-        delta = _rows(grad) / self.loss_scale
+        delta = _rows(grad)
+        if self.loss_scale != 1:  # a copy
+            delta = delta / self.loss_scale
         self._add(self.moments.grads, projection.name, _moment(delta, projection.diagonal_out), len(delta))
         if x is not None:
             self._add(self.moments.cross, projection.name, delta.T @ _rows(x), len(delta))

@@ -14,15 +14,8 @@ from cntlora_core.report import loss_chart
 Row = dict[str, Any]
 Point = tuple[float, float, float]  # cost, loss relative to the base model, seconds
 RESAMPLES = 2000
-DRAWN = (
-    "gaussian",
-    "default",
-    "eva",
-    "lora_ga",
-    "domain, data ranks",
-    "target balanced",
-    "target thorough",
-)  # where many are
+# What the figure shows where there are many.
+DRAWN = ("gaussian", "default", "eva", "lora_ga", "domain, data ranks", "target balanced", "target thorough")
 
 
 def mean_curve(rows: Sequence[Row]) -> list[Point]:

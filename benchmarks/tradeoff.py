@@ -3,7 +3,8 @@
     python benchmarks/tradeoff.py --subjects subjects/hearts subjects/clocks --data mini-sd-build/data --output tradeoff.jsonl
 
 Each contestant is looked at on its way: an ordinary LoRA (gaussian) after so many training steps, ours after each effort of calibration and
-after training that follows. The ordinary LoRA counts up to its lowest loss (its highest subject fidelity); where ours is better still, it is compared with that. `class` preserves what the model itself draws for the class prompt, `domain` 32
+after training that follows. The ordinary LoRA counts up to its lowest loss (its highest subject fidelity); where ours is better still, it
+is compared with that. `class` preserves what the model itself draws for the class prompt, `domain` 32
 pictures of the pre-training domain, of which 48 others measure the forgetting (fidelity.py). Resumable, a line for each look.
 """
 

@@ -53,8 +53,8 @@ def as_products(unet: nn.Module) -> Iterator[None]:
 
     Does nothing on other devices and in other precisions, whose libraries choose for themselves.
     """
-    convolutions = {name: module for name, module in unet.named_modules() if _can_be_product(module)}
-    with replaced(unet, {name: ProductConv(module) for name, module in convolutions.items()}):
+    products = {name: ProductConv(module) for name, module in unet.named_modules() if _can_be_product(module)}
+    with replaced(unet, products):
         yield
 
 

@@ -69,7 +69,7 @@ def _with_zero_up(projection: Projection, down: Tensor) -> Factors:
 class _Adapted(Function):
     """y = x W^T + b + (x A^T) B^T and its gradients, as the fewest products and no sums of their own.
 
-    Left to autograd, each adapter makes a dozen small nodes: a tenth of the backward pass of a small model. `weight` is frozen.
+    Left to autograd, each adapter makes a dozen small nodes. `weight` is frozen.
     """
 
     @staticmethod

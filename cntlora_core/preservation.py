@@ -13,13 +13,12 @@ from torch import Tensor
 
 from .lora import Adapters
 from .projections import Projection
-from .solve import damped, times
-from .statistics import Moments
+from .solve import damped, diagonal, times
+from .statistics import ON_DEVICE, Moments
 
 # Of calibration's lambda. Over three subjects and 60 steps a sixteenth halved what AdamW forgot for 0.00 to 0.02 of the loss; a quarter
 # removed two thirds of it, but held back a subject that had more to learn.
 SHARE = 1 / 16
-ON_DEVICE = 2**30  # bytes of C_p that stay on the model's device; more wait on the host
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Preservation:
         for name, layer in adapters.layers.items():
             w, C = self.outputs[name], self.inputs[name]
             up, down = layer.up.to(C.device), layer.down.to(C.device)
-            terms.append((up.T @ (w[:, None] * up) * (down @ times(C, down.T))).sum())
+            terms.append((up.T @ times(w, up) * (down @ times(C, down.T))).sum())
         return torch.stack(terms).sum() / 2
 
 
@@ -69,9 +68,8 @@ def preserve(
     """
     outputs, inputs, shared = {}, {}, {}
     for p in projections:
-        S = subject.S(p)
-        diagonal = damped(S if S.ndim == 1 else S.diagonal().clone(), rho)
-        outputs[p.name] = (SHARE * weight * subject.tokens(p) / pictures / step * diagonal).float().cpu()
+        curvature = damped(diagonal(subject.S(p)), rho)
+        outputs[p.name] = (SHARE * weight * subject.tokens(p) / pictures / step * curvature).float().cpu()
         if p.input_key not in shared:
             shared[p.input_key] = prior.C(p).float().cpu()
         inputs[p.name] = shared[p.input_key]

@@ -23,7 +23,7 @@ from .lora import Adapters, Factors, LoRA, attached
 from .memory import checkpointed
 from .projections import Projection
 from .solve import damped, factor, natural_step, unit_response
-from .statistics import Moments, moment_bytes, record
+from .statistics import ON_DEVICE, Moments, moment_bytes, record
 from .sweep import gradient_scale
 from .triples import Batch
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 SHARE = 0.4
 LASTING = 8
 AVERAGING = 0.8  # of the running mean over steps that is the result: less noise than the last step's factors
-ON_DEVICE = 2**30  # bytes of moments that stay on the model's device; more wait on the host
 
 
 def refine(

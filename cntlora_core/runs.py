@@ -162,8 +162,8 @@ def personalise(
     """Calibrate, then train; or train on from `start`, with its own ranks. The base model is the same before and after.
 
     `preserve` feeds the calibration's preservation, which training keeps up (a resumed run measures it again); `prior` is a second loss
-    on pictures. When training ends early, by a host's Cancel (an exception of `observer`), NaN or want of memory, nothing is lost: the checkpoint is written, `on_stop` gets the run as
-    far as it went, and the exception goes on. Raises OutOfMemory with what to try next.
+    on pictures. When training ends early, by a host's Cancel (an exception of `observer`), NaN or want of memory, nothing is lost: the
+    checkpoint is written, `on_stop` gets the run as far as it went, and the exception goes on. Raises OutOfMemory with what to try next.
     """
     with as_products(model.unet):
         base_loss = validate() if validate else None

@@ -50,15 +50,19 @@ class Components:
         return (self.up * self.sigma) @ self.down
 
 
+def diagonal(moment: Tensor) -> Tensor:
+    """`[d]`, also of a moment of which only the diagonal is known."""
+    return moment if moment.ndim == 1 else moment.diagonal()
+
+
 def damped(moment: Tensor, rho: float, extra: Tensor | None = None) -> Tensor:
     """`moment + extra + rho * mean(diag(moment)) * I`, all `[d, d]`; never singular unless the moment is zero.
 
     A moment of which only the diagonal is known is a vector `[d]`, here and in all functions below.
     """
-    diagonal = moment if moment.ndim == 1 else moment.diagonal()
-    shift = rho * diagonal.mean() + torch.finfo(moment.dtype).tiny ** 0.5
+    shift = rho * diagonal(moment).mean() + torch.finfo(moment.dtype).tiny ** 0.5
     total = moment.clone() if extra is None else moment + extra
-    (total if moment.ndim == 1 else total.diagonal()).add_(shift)
+    diagonal(total).add_(shift)
     return total
 
 
@@ -173,8 +177,7 @@ def unit_response(up: Tensor, down: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     It makes one learning rate mean the same in every layer and at every rank.
     """
     answer = power(down, C)
-    mean = (C if C.ndim == 1 else C.diagonal()).mean()
-    floor = 1e-12 * down.square().sum(1) * mean + torch.finfo(C.dtype).tiny
+    floor = 1e-12 * down.square().sum(1) * diagonal(C).mean() + torch.finfo(C.dtype).tiny
     response = answer.clamp_min(floor).sqrt()
     return up * response, down / response[:, None]
 

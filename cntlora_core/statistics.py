@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .distributed import Group
 from .projections import Projection
 
+ON_DEVICE = 2**30  # bytes of moments that may stay on the model's device; more wait on the host
+
 
 @dataclass
 class RunningMean:
@@ -170,7 +172,8 @@ def record(
     """Record moments of all forward (and backward) passes made inside the block.
 
     Products are fp32 on the model's device, accumulators live on `storage` (the host, so that a GPU needs no more
-    than one matrix at a time). `cross`: G too. `loss_scale`: what the loss was multiplied by; gradients are recorded without it. The hooks are gone when the block ends, however it ends.
+    than one matrix at a time). `cross`: G too. `loss_scale`: what the loss was multiplied by;
+    gradients are recorded without it. The hooks are gone when the block ends, however it ends.
     """
     recorder = _Recorder(projections, backward, cross, storage, loss_scale)
     handles = []

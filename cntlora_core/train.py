@@ -38,7 +38,8 @@ def train(
 
     After every step `save` sees the state, then `observer` the events; an exception of either (a host's Cancel) leaves at once, with the
     state as it is after that step. `preservation` adds what calibration measured, `prior` a loss on pictures. The processes of
-    `group` share each step's batch. Raises NonFiniteError when loss or gradient stop being numbers; the adapters then hold the last good weights.
+    `group` share each step's batch. Raises NonFiniteError when loss or gradient stop being numbers; the adapters then
+    hold the last good weights.
     """
     size = config.batch_size * config.accumulation * group.size  # pictures a step
     start = torch.Generator().manual_seed(config.seed)  # the order is drawn before all else, also in a resumed run

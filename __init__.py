@@ -1,4 +1,5 @@
-"""ComfyUI's door to CNTLoRA. Nothing is imported here: ComfyUI calls `comfy_entrypoint` when it is ready."""
+"""ComfyUI's door to CNTLoRA. Nothing is imported here: ComfyUI calls `comfy_entrypoint` when it is
+ready."""
 
 WEB_DIRECTORY = "./web"
 

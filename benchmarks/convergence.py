@@ -1,14 +1,19 @@
-"""Which start reaches the best loss at what cost: CNTLoRA's beside PEFT's, each at its best learning rate.
+"""Which start reaches the best loss at what cost: CNTLoRA's beside PEFT's, each at its best
+learning rate.
 
-    python benchmarks/convergence.py --output results.jsonl                             # quick: the embedded subject
-    python benchmarks/convergence.py --output results.jsonl --methods all --seeds 0 1 2 \\
-        --tune subjects/cat_faces subjects/hearts subjects/animal_faces --test subjects/clocks subjects/birds
+    python benchmarks/convergence.py --output results.jsonl                             # quick: the
+    embedded subject python benchmarks/convergence.py --output results.jsonl --methods all --seeds 0
+    1 2 \\
+        --tune subjects/cat_faces subjects/hearts subjects/animal_faces --test subjects/clocks
+        subjects/birds
 
-A subject is a folder with `train/` and `heldout/` (benchmarks/mini_sd/subjects.py makes them). Every method's learning rate is chosen on the
-`--tune` subjects with the first seed, from a grid of factors of 2 that grows until the best is inside it, and then
-kept: for their other seeds and for the `--test` subjects. Every run is a line of the results file, and no run is made twice; several processes
-with different `--methods` may share the file. Every run has `--cost` training steps to spend, calibration included: a
-forward and a backward pass of a batch are a step, and a forward pass alone is half of one.
+A subject is a folder with `train/` and `heldout/` (benchmarks/mini_sd/subjects.py makes them).
+Every method's learning rate is chosen on the `--tune` subjects with the first seed, from a grid of
+factors of 2 that grows until the best is inside it, and then kept: for their other seeds and for
+the `--test` subjects. Every run is a line of the results file, and no run is made twice; several
+processes with different `--methods` may share the file. Every run has `--cost` training steps to
+spend, calibration included: a forward and a backward pass of a batch are a step, and a forward pass
+alone is half of one.
 """
 
 from __future__ import annotations
@@ -24,14 +29,15 @@ from peer_starts import METHODS, without
 from starts import ALL, BATCH, OURS, Stopwatch, make_start, steps_worth
 from tqdm import tqdm
 
-from cntlora_core.checkpoint import MINI_SD, MINI_SD_FOLDER, StableDiffusion, load_checkpoint
 from cntlora_core.config import TrainConfig
+from cntlora_core.data.dataset import EncodedImages, read_subject
+from cntlora_core.defaults import MINI_SD
 from cntlora_core.events import Event, Validation
-from cntlora_core.lora import attached, parameter_count
-from cntlora_core.runs import read_subject, validation_loss
-from cntlora_core.subject import Subject
-from cntlora_core.train import train
-from cntlora_core.train_state import start_state
+from cntlora_core.lora.adapter import attached_lora, parameter_count
+from cntlora_core.model.loader import MINI_SD_FOLDER, StableDiffusion, load_checkpoint
+from cntlora_core.training.loop import train
+from cntlora_core.training.state import start_state
+from cntlora_core.training.validation import validation_loss
 
 QUICK = ["target balanced", "default", "gaussian"]
 FIRST_RATES = {"ours": (1.5e-3, 3e-3, 6e-3), "peft": (3e-3, 6e-3, 1.2e-2)}
@@ -39,22 +45,43 @@ Row = dict[str, Any]
 
 
 def run(
-    model: StableDiffusion, subject: Subject, held_out: Subject, method: str, lr: float, seed: int, args: Any
+    model: StableDiffusion,
+    subject: EncodedImages,
+    held_out: EncodedImages,
+    method: str,
+    lr: float,
+    seed: int,
+    args: Any,
 ) -> Row:
     watch = Stopwatch(validation_loss(model, held_out, 16))
     base = watch.validate()
     begin, curve = make_start(model, subject, method, args.rank, seed, watch)
     cost = steps_worth(begin.forward, begin.backward)
     config = TrainConfig(
-        steps=max(0, round(args.cost - cost)), lr=lr, batch_size=BATCH, seed=seed, validate_every=args.every, keep_best=False
-    )  # fmt: skip
+        steps=max(0, round(args.cost - cost)),
+        lr=lr,
+        batch_size=BATCH,
+        seed=seed,
+        validate_every=args.every,
+        keep_best=False,
+    )
 
     def note(event: Event) -> None:
         if isinstance(event, Validation):
             curve.append((cost + event.step, event.loss, watch.seconds()))
 
-    with without(model, begin.residuals), attached(model.unet, begin.lora, trainable=True) as adapters:
-        train(model, subject, start_state(model, adapters, config), config, validate=watch.validate, observer=note)
+    with (
+        without(model, begin.residuals),
+        attached_lora(model.unet, begin.lora, trainable=True) as adapters,
+    ):
+        train(
+            model,
+            subject,
+            start_state(model, adapters, config),
+            config,
+            validate=watch.validate,
+            observer=note,
+        )
     return {
         "start": cost,
         "step0": next(loss for c, loss, _ in curve if c >= cost) / base,
@@ -82,7 +109,9 @@ class Results:
         if (done := self.rows.get(json.dumps(key))) is not None:
             return done
         train_folder, held_folder, prompt = _subject(folder)
-        subject, held_out = (read_subject(self.model, part, prompt) for part in (train_folder, held_folder))
+        subject, held_out = (
+            read_subject(self.model, part, prompt) for part in (train_folder, held_folder)
+        )
         row = {"key": key, **run(self.model, subject, held_out, method, lr, seed, self.args)}
         self.rows[json.dumps(key)] = row
         with self.args.output.open("a", encoding="utf-8") as file:
@@ -90,7 +119,8 @@ class Results:
         return row
 
     def best_rate(self, method: str) -> float:
-        """The rate with the lowest mean of the tuning subjects' best losses; the grid grows until it is inside."""
+        """The rate with the lowest mean of the tuning subjects' best losses; the grid grows until
+        it is inside."""
         rates = list(FIRST_RATES["ours" if method in OURS else "peft"])
 
         def best_loss(lr: float) -> float:
@@ -115,8 +145,12 @@ def _subject(folder: Path) -> tuple[Path, Path, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tune", nargs="+", type=Path, default=[MINI_SD_FOLDER / "subject"], metavar="DIR")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tune", nargs="+", type=Path, default=[MINI_SD_FOLDER / "subject"], metavar="DIR"
+    )
     parser.add_argument("--test", nargs="+", type=Path, default=[], metavar="DIR")
     parser.add_argument("--methods", nargs="+", default=QUICK, help=f"{', '.join(ALL)}; or all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
@@ -124,7 +158,9 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument(
-        "--model", default=MINI_SD, help="another checkpoint; its results belong into a file of their own"
+        "--model",
+        default=MINI_SD,
+        help="another checkpoint; its results belong into a file of their own",
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--figure", type=Path, help="curves of the first tuning subject, .png")

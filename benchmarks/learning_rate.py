@@ -1,7 +1,9 @@
-"""Learning rates of the starts, each swept on its own: python benchmarks/learning_rate.py --steps 100 --seeds 0 1
+"""Learning rates of the starts, each swept on its own: python benchmarks/learning_rate.py --steps
+100 --seeds 0 1
 
-Trains the embedded model on a subject (the sample one, or --subject DIR --heldout DIR --prompt TEXT) from every start at every rate,
-and prints the held-out loss relative to the base model: at step 0, at the end, and the best on the way. Mean over seeds.
+Trains the embedded model on a subject (the sample one, or --subject DIR --heldout DIR --prompt
+TEXT) from every start at every rate, and prints the held-out loss relative to the base model: at
+step 0, at the end, and the best on the way. Mean over seeds.
 """
 
 from __future__ import annotations
@@ -13,15 +15,20 @@ from pathlib import Path
 
 import torch
 
-from cntlora_core.checkpoint import MINI_SD, MINI_SD_FOLDER, load_checkpoint
 from cntlora_core.config import INITS, CalibrationConfig, TrainConfig
-from cntlora_core.runs import personalise, read_subject, validation_loss
+from cntlora_core.data.dataset import read_subject
+from cntlora_core.defaults import MINI_SD
+from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
+from cntlora_core.run import run_training
+from cntlora_core.training.validation import validation_loss
 
 RATES = (1.5e-3, 3e-3, 6e-3, 1e-2, 2e-2)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--inits", nargs="+", choices=INITS, default=["target", "gaussian"])
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--rank-rule", default="data")
@@ -42,9 +49,11 @@ def main() -> None:
         for rate in args.rates:
             curves = []
             for seed in args.seeds:
-                calibration = CalibrationConfig(init=init, rank=args.rank, rank_rule=args.rank_rule, seed=seed)
+                calibration = CalibrationConfig(
+                    init=init, rank=args.rank, rank_rule=args.rank_rule, seed=seed
+                )
                 training = TrainConfig(steps=args.steps, lr=rate, seed=seed)
-                run = personalise(model, subject, calibration, training, validate=validate)
+                run = run_training(model, subject, calibration, training, validate=validate)
                 curves.append([loss / base for _, loss in run.validations])
             row = {
                 "init": init,
@@ -53,7 +62,10 @@ def main() -> None:
                 "final": statistics.mean(c[-1] for c in curves),
                 "best": statistics.mean(min(c) for c in curves),
             }
-            print(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+            print(
+                json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Time and peak memory to load a single-file checkpoint: CNTLoRA against diffusers' from_single_file, in turn, a process each.
+"""Time and peak memory to load a single-file checkpoint: CNTLoRA against diffusers'
+from_single_file, in turn, a process each.
 
     python benchmarks/make_checkpoint.py sd1 sd1.safetensors
-    COMFYUI_PATH=... python benchmarks/load_time.py sd1.safetensors        (a CLIP tokenizer is needed, e.g. ComfyUI's)
+    COMFYUI_PATH=... python benchmarks/load_time.py sd1.safetensors        (a CLIP tokenizer is
+    needed, e.g. ComfyUI's)
 
-Both load UNet, VAE and text encoder in the given dtype on the CPU, offline, from the same configuration. Prints one JSON object.
+Both load UNet, VAE and text encoder in the given dtype on the CPU, offline, from the same
+configuration. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ LOADERS = ("cntlora", "diffusers")
 
 
 def config_folder(family: str, folder: Path) -> Path:
-    """A diffusers folder without weights, which from_single_file reads instead of asking the hub."""
-    from cntlora_core.families import config_of
-    from cntlora_core.tokenizers import load_tokenizers
+    """A diffusers folder without weights, which from_single_file reads instead of asking the
+    hub."""
+    from cntlora_core.model.families import config_of
+    from cntlora_core.model.tokenizers import load_tokenizers
 
     config = config_of(family)
     classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "DDIMScheduler"}
@@ -38,9 +42,16 @@ def config_folder(family: str, folder: Path) -> Path:
         "feature_extractor": [None, None],
     }
     index |= {part: ["diffusers", name] for part, name in classes.items()}
-    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    index |= {
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
     (folder / "text_encoder").mkdir()
-    text = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config["text_encoders"][0]}
+    text = {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        **config["text_encoders"][0],
+    }
     (folder / "text_encoder" / "config.json").write_text(json.dumps(text))
     load_tokenizers(family)[0].save_pretrained(folder / "tokenizer")
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -53,7 +64,7 @@ def load_once(loader: str, checkpoint: str, dtype_name: str, config: str) -> dic
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
     from transformers import CLIPTextModel  # noqa: F401
 
-    from cntlora_core.checkpoint import load_checkpoint
+    from cntlora_core.model.loader import load_checkpoint
 
     dtype = getattr(torch, dtype_name)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -73,7 +84,9 @@ def load_once(loader: str, checkpoint: str, dtype_name: str, config: str) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("--family", default="sd1", choices=("sd1",))
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))

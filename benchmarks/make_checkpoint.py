@@ -1,7 +1,9 @@
-"""Write a checkpoint of real shape and format with random weights: python benchmarks/make_checkpoint.py sd1 out.safetensors
+"""Write a checkpoint of real shape and format with random weights: python
+benchmarks/make_checkpoint.py sd1 out.safetensors
 
-The file has the original (LDM / SGM) layout of SD 1.5, SD 2.1 or SDXL: UNet, VAE and text encoders. Tensors are drawn and written
-one at a time, so it needs little memory. For loaders and trainers; it draws nothing but noise.
+The file has the original (LDM / SGM) layout of SD 1.5, SD 2.1 or SDXL: UNet, VAE and text encoders.
+Tensors are drawn and written one at a time, so it needs little memory. For loaders and trainers; it
+draws nothing but noise.
 """
 
 from __future__ import annotations
@@ -17,20 +19,35 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from cntlora_core.families import FAMILIES, V_MARK, config_of
-from cntlora_core.ldm_names import UNET_PREFIX, VAE_PREFIX, attention_up_blocks, text_name, unet_name, vae_name
+from cntlora_core.model.families import FAMILIES, V_MARK, config_of
+from cntlora_core.model.ldm_names import (
+    UNET_PREFIX,
+    VAE_PREFIX,
+    attention_up_blocks,
+    text_name,
+    unet_name,
+    vae_name,
+)
 
-DTYPES = {"fp32": (torch.float32, "F32"), "fp16": (torch.float16, "F16"), "bf16": (torch.bfloat16, "BF16")}
+DTYPES = {
+    "fp32": (torch.float32, "F32"),
+    "fp16": (torch.float16, "F16"),
+    "bf16": (torch.bfloat16, "BF16"),
+}
 
 
 def shapes_of(family: str, config: dict | None = None) -> dict[str, tuple[int, ...]]:
-    """Original name -> shape, for the family's own configuration or a smaller one of the same grammar."""
+    """Original name -> shape, for the family's own configuration or a smaller one of the same
+    grammar."""
     config = config or config_of(family)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config["unet"]).state_dict()
         vae = AutoencoderKL.from_config(config["vae"]).state_dict()
     attentive = attention_up_blocks(config["unet"])
-    shapes = {UNET_PREFIX + unet_name(k, attention_up_blocks=attentive): tuple(v.shape) for k, v in unet.items()}
+    shapes = {
+        UNET_PREFIX + unet_name(k, attention_up_blocks=attentive): tuple(v.shape)
+        for k, v in unet.items()
+    }
     levels = len(config["vae"]["block_out_channels"])
     for name, value in vae.items():
         old = vae_name(name, levels)
@@ -48,22 +65,29 @@ def _text_shapes(family: str, index: int, config: dict) -> dict[str, tuple[int, 
     shapes = {}
     for name, value in state.items():
         old, third = text_name(name, family, index)
-        shapes[old] = (3 * value.shape[0], *value.shape[1:]) if third is not None else tuple(value.shape)
+        shapes[old] = (
+            (3 * value.shape[0], *value.shape[1:]) if third is not None else tuple(value.shape)
+        )
     return shapes
 
 
 def draw(name: str, shape: tuple[int, ...], generator: torch.Generator, family: str) -> Tensor:
-    """Random weights that keep activations finite: norms are one, matrices have the usual fan-in scale."""
+    """Random weights that keep activations finite: norms are one, matrices have the usual fan-in
+    scale."""
     if name == V_MARK:
         return torch.randn(shape, generator=generator) * (0.2 if family == "sd2-v" else 0.02)
     if len(shape) == 1:
-        is_norm = any(part in name for part in ("norm", ".ln_", "in_layers.0", "out_layers.0", "out.0"))
+        is_norm = any(
+            part in name for part in ("norm", ".ln_", "in_layers.0", "out_layers.0", "out.0")
+        )
         return torch.ones(shape) if name.endswith("weight") and is_norm else torch.zeros(shape)
     fan_in = max(1, torch.Size(shape[1:]).numel())
     return torch.randn(shape, generator=generator) * fan_in**-0.5
 
 
-def write(path: Path, family: str, *, dtype: str = "fp16", config: dict | None = None, seed: int = 0) -> None:
+def write(
+    path: Path, family: str, *, dtype: str = "fp16", config: dict | None = None, seed: int = 0
+) -> None:
     torch_dtype, code = DTYPES[dtype]
     shapes = shapes_of(family, config)
     header, place = {}, 0
@@ -79,7 +103,9 @@ def write(path: Path, family: str, *, dtype: str = "fp16", config: dict | None =
             file.write(part)
 
 
-def _payload(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, family: str, seed: int) -> Iterator[bytes]:
+def _payload(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, family: str, seed: int
+) -> Iterator[bytes]:
     generator = torch.Generator().manual_seed(seed)
     for name, shape in shapes.items():
         tensor = draw(name, shape, generator, family).to(dtype)

@@ -1,10 +1,11 @@
-"""Time and peak host memory of every phase at real size, on the CPU, with a checkpoint of random weights.
+"""Time and peak host memory of every phase at real size, on the CPU, with a checkpoint of random
+weights.
 
     python benchmarks/make_checkpoint.py sd1 sd1.safetensors
     COMFYUI_PATH=... python benchmarks/real_size.py sd1.safetensors --resolution 128
 
-`--projections N` calibrates only the first N projections (for SDXL on a small machine). Linux only: it resets the kernel's
-record of the peak before each phase. Prints one JSON object.
+`--projections N` calibrates only the first N projections (for SDXL on a small machine). Linux only:
+it resets the kernel's record of the peak before each phase. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from pathlib import Path
 
 import torch
 
-from cntlora_core.calibration import calibrate
-from cntlora_core.checkpoint import MINI_SD_FOLDER, load_checkpoint
+from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.config import EFFORTS, CalibrationConfig, DataConfig, TrainConfig
-from cntlora_core.defaults import targets_for
+from cntlora_core.data.dataset import read_subject
 from cntlora_core.devices import DTYPES
-from cntlora_core.lora import attached
-from cntlora_core.memory import checkpointed, estimate_training_memory
-from cntlora_core.projections import find_projections
-from cntlora_core.runs import read_subject, write
-from cntlora_core.train import train
-from cntlora_core.train_state import start_state
+from cntlora_core.lora.adapter import attached_lora
+from cntlora_core.lora.targets import find_projections, targets_for
+from cntlora_core.model.gradient_checkpointing import (
+    estimate_training_memory,
+    recomputing_activations,
+)
+from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
+from cntlora_core.run import write
+from cntlora_core.training.loop import train
+from cntlora_core.training.state import start_state
 
 
 def status(key: str) -> float:
@@ -43,16 +47,24 @@ def status(key: str) -> float:
 
 @contextmanager
 def phase(name: str, report: dict) -> Iterator[None]:
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # give freed memory back, or the next phase would seem to need none
+    ctypes.CDLL("libc.so.6").malloc_trim(
+        0
+    )  # give freed memory back, or the next phase would seem to need none
     Path("/proc/self/clear_refs").write_text("5")
     started, before = time.monotonic(), status("VmRSS")
     yield
     seconds = round(time.monotonic() - started, 1)
-    report[name] = {"seconds": seconds, "peak_gb": round(status("VmHWM"), 2), "before_gb": round(before, 2)}
+    report[name] = {
+        "seconds": seconds,
+        "peak_gb": round(status("VmHWM"), 2),
+        "before_gb": round(before, 2),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
@@ -62,27 +74,43 @@ def main() -> None:
     parser.add_argument("--projections", type=int)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     args = parser.parse_args()
-    report: dict = {"resolution": args.resolution, "precision": args.precision, "threads": torch.get_num_threads()}
+    report: dict = {
+        "resolution": args.resolution,
+        "precision": args.precision,
+        "threads": torch.get_num_threads(),
+    }
     report["gradient_checkpointing"] = args.gradient_checkpointing
     with phase("load", report):
         model = load_checkpoint(args.checkpoint, dtype=DTYPES[args.precision])
     report["family"] = model.family
     with phase("encode pictures", report):
         subject = read_subject(
-            model, MINI_SD_FOLDER / "subject", "a sks cat", DataConfig(resolution=args.resolution, upscale=True)
+            model,
+            MINI_SD_FOLDER / "subject",
+            "a sks cat",
+            DataConfig(resolution=args.resolution, upscale=True),
         )
     calibration = CalibrationConfig(
-        rank=args.rank, effort=args.effort, batch_size=1, gradient_checkpointing=args.gradient_checkpointing
+        rank=args.rank,
+        effort=args.effort,
+        batch_size=1,
+        gradient_checkpointing=args.gradient_checkpointing,
     )
-    chosen = find_projections(model.unet, targets_for(model.family, calibration))[: args.projections]
+    chosen = find_projections(model.unet, targets_for(model.family, calibration))[
+        : args.projections
+    ]
     with phase("calibrate", report):
         start = calibrate(model, subject, calibration, projections=chosen)
-    report["calibrate"] |= {"projections": len(chosen), "loss": start.report.loss, "base_loss": start.report.base_loss}
+    report["calibrate"] |= {
+        "projections": len(chosen),
+        "loss": start.report.loss,
+        "base_loss": start.report.base_loss,
+    }
     training = TrainConfig(steps=args.steps, batch_size=1, validate_every=0)
     lora = start.lora
     if args.steps:
-        with phase("train", report), attached(model.unet, lora, trainable=True) as adapters:
-            with checkpointed(model.unet, args.gradient_checkpointing):
+        with phase("train", report), attached_lora(model.unet, lora, trainable=True) as adapters:
+            with recomputing_activations(model.unet, args.gradient_checkpointing):
                 train(model, subject, start_state(model, adapters, training), training)
             lora = adapters.factors()
         report["train"]["steps"] = args.steps

@@ -9,17 +9,17 @@ from dataclasses import replace
 import torch
 from peer_starts import METHODS, PeerStart, peer_start
 
-from cntlora_core.calibration import calibrate
-from cntlora_core.checkpoint import StableDiffusion
+from cntlora_core.calibration.calibrate import calibrate
+from cntlora_core.calibration.closed_form import unit_response
+from cntlora_core.calibration.moments import record
+from cntlora_core.calibration.ranks import uniform_ranks
 from cntlora_core.config import CalibrationConfig
+from cntlora_core.data.batches import draw_noised
+from cntlora_core.data.dataset import EncodedImages
 from cntlora_core.events import Event, Progress
-from cntlora_core.lora import LoRA, gaussian_init
-from cntlora_core.projections import Projection, find_projections
-from cntlora_core.ranks import uniform_ranks
-from cntlora_core.solve import unit_response
-from cntlora_core.statistics import record
-from cntlora_core.subject import Subject
-from cntlora_core.triples import draw_triples
+from cntlora_core.lora.adapter import LoRA, gaussian_init
+from cntlora_core.lora.targets import Projection, find_projections
+from cntlora_core.model.loader import StableDiffusion
 
 BATCH = 4
 OURS = {
@@ -31,10 +31,13 @@ OURS = {
     "domain, data ranks": CalibrationConfig(init="domain", effort="quick"),
     "domain, uniform ranks": CalibrationConfig(init="domain", effort="quick", rank_rule="uniform"),
 }
-# Random directions with our response; our ranks at other layers' places; an ordinary start with our layers.
+# Random directions with our response; our ranks at other layers' places; an ordinary start with our
+# layers.
 CONTROLS = ("random directions", "permuted ranks", "gaussian with feed-forward")
 ALL = [*OURS, *METHODS, *CONTROLS]
-Point = tuple[float, float, float]  # cost in training steps, held-out loss, seconds without validations
+Point = tuple[
+    float, float, float
+]  # cost in training steps, held-out loss, seconds without validations
 Validate = Callable[[], float]
 
 
@@ -55,22 +58,33 @@ class Stopwatch:
 
 
 def steps_worth(forward: int, backward: int) -> float:
-    """Passes of single pictures in training steps: a forward and a backward pass of a batch are one."""
+    """Passes of single pictures in training steps: a forward and a backward pass of a batch are
+    one."""
     return (forward + backward) / 2 / BATCH
 
 
 def make_start(
-    model: StableDiffusion, subject: Subject, method: str, rank: int, seed: int, watch: Stopwatch
+    model: StableDiffusion,
+    subject: EncodedImages,
+    method: str,
+    rank: int,
+    seed: int,
+    watch: Stopwatch,
 ) -> tuple[PeerStart, list[Point]]:
-    """The start, and what was passed on the way to it: the loss after every fourth batch of a refinement."""
+    """The start, and what was passed on the way to it: the loss after every fourth batch of a
+    refinement."""
     if method in METHODS:
         return peer_start(model, subject, method, rank, seed), []
     if method == "random directions":
         return _random(model, subject, rank, seed), []
     if method == "gaussian with feed-forward":
         projections = find_projections(model.unet, "attention+ff")
-        ranks = uniform_ranks(projections, rank // 2)  # the same parameters, as nearly as whole ranks allow
-        return PeerStart(gaussian_init(projections, ranks, torch.Generator().manual_seed(seed)), {}, 0, 0), []
+        ranks = uniform_ranks(
+            projections, rank // 2
+        )  # the same parameters, as nearly as whole ranks allow
+        return PeerStart(
+            gaussian_init(projections, ranks, torch.Generator().manual_seed(seed)), {}, 0, 0
+        ), []
     if method == "permuted ranks":
         config = replace(OURS["target thorough"], rank=rank, seed=seed)
         found = calibrate(model, subject, replace(config, effort="quick")).lora
@@ -80,7 +94,11 @@ def make_start(
 
 
 def _ours(
-    model: StableDiffusion, subject: Subject, config: CalibrationConfig, ranks: dict[str, int] | None, watch: Stopwatch
+    model: StableDiffusion,
+    subject: EncodedImages,
+    config: CalibrationConfig,
+    ranks: dict[str, int] | None,
+    watch: Stopwatch,
 ) -> tuple[PeerStart, list[Point]]:
     passed: list[tuple[int, float, float]] = []
 
@@ -91,34 +109,41 @@ def _ours(
     made = calibrate(model, subject, config, ranks=ranks, observer=observe)
     report = made.report
     total = steps_worth(report.forward_passes, report.backward_passes)
-    before = total - config.refinements - config.passes / 2  # the last look at the sweep's pictures comes after
+    before = (
+        total - config.refinements - config.passes / 2
+    )  # the last look at the sweep's pictures comes after
     path = [(before + done, loss, seconds) for done, loss, seconds in passed]
     return PeerStart(made.lora, {}, report.forward_passes, report.backward_passes), path
 
 
 def _permuted(projections: Sequence[Projection], lora: LoRA, seed: int) -> dict[str, int]:
-    """The ranks of a LoRA shuffled among layers of one size, so that the parameters stay the same."""
+    """The ranks of a LoRA shuffled among layers of one size, so that the parameters stay the
+    same."""
     ranks = {p.name: lora[p.name].rank if p.name in lora else 0 for p in projections}
     generator = torch.Generator().manual_seed(seed)
     for size in sorted({p.parameters_per_rank for p in projections}):
         names = [p.name for p in projections if p.parameters_per_rank == size]
         held = [ranks[n] for n in names]
-        for name, place in zip(names, torch.randperm(len(names), generator=generator).tolist(), strict=True):
+        for name, place in zip(
+            names, torch.randperm(len(names), generator=generator).tolist(), strict=True
+        ):
             ranks[name] = held[place]
     return ranks
 
 
-def _random(model: StableDiffusion, subject: Subject, rank: int, seed: int) -> PeerStart:
+def _random(model: StableDiffusion, subject: EncodedImages, rank: int, seed: int) -> PeerStart:
     """Gaussian rows scaled to unit response on the subject, B = 0."""
     generator = torch.Generator().manual_seed(seed)
     projections = find_projections(model.unet)
-    triples = draw_triples(subject, 8 * BATCH, len(model.schedule), generator)
+    triples = draw_noised(subject, 8 * BATCH, len(model.schedule), generator)
     with record(model.unet, projections, backward=False) as moments, torch.no_grad():
         for batch in triples.batches(BATCH):
             batch.loss(model)
     drawn = gaussian_init(projections, uniform_ranks(projections, rank), generator)
     lora = {
-        p.name: replace(drawn[p.name], down=unit_response(drawn[p.name].up, drawn[p.name].down, moments.C(p))[1])
+        p.name: replace(
+            drawn[p.name], down=unit_response(drawn[p.name].up, drawn[p.name].down, moments.C(p))[1]
+        )
         for p in projections
     }
     return PeerStart(lora, {}, len(triples), 0)

@@ -1,11 +1,15 @@
-"""What a LoRA's fit costs: forgetting at equal subject loss, prompt fidelity at equal subject fidelity.
+"""What a LoRA's fit costs: forgetting at equal subject loss, prompt fidelity at equal subject
+fidelity.
 
-    python benchmarks/tradeoff.py --subjects subjects/hearts subjects/clocks --data mini-sd-build/data --output tradeoff.jsonl
+    python benchmarks/tradeoff.py --subjects subjects/hearts subjects/clocks --data
+    mini-sd-build/data --output tradeoff.jsonl
 
-Each contestant is looked at on its way: an ordinary LoRA (gaussian) after so many training steps, ours after each effort of calibration and
-after training that follows. The ordinary LoRA counts up to its lowest loss (its highest subject fidelity); where ours is better still, it
-is compared with that. `class` preserves what the model itself draws for the class prompt, `domain` 32
-pictures of the pre-training domain, of which 48 others measure the forgetting (fidelity.py). Resumable, a line for each look.
+Each contestant is looked at on its way: an ordinary LoRA (gaussian) after so many training steps,
+ours after each effort of calibration and after training that follows. The ordinary LoRA counts up
+to its lowest loss (its highest subject fidelity); where ours is better still, it is compared with
+that. `class` preserves what the model itself draws for the class prompt, `domain` 32 pictures of
+the pre-training domain, of which 48 others measure the forgetting (fidelity.py). Resumable, a line
+for each look.
 """
 
 from __future__ import annotations
@@ -23,16 +27,18 @@ from fidelity import Domain, Reference, domain, measure, prior_triples, prompts_
 from starts import BATCH
 from tqdm import tqdm
 
-from cntlora_core.calibration import Calibration, calibrate
-from cntlora_core.checkpoint import MINI_SD, StableDiffusion, load_checkpoint
+from cntlora_core.calibration.calibrate import Calibration, calibrate
 from cntlora_core.config import CalibrationConfig, TrainConfig
-from cntlora_core.lora import LoRA, attached
-from cntlora_core.pictures import find_pictures
-from cntlora_core.runs import class_pictures, class_triples, read_subject, validation_loss
-from cntlora_core.subject import Subject
-from cntlora_core.train import train
-from cntlora_core.train_state import start_state
-from cntlora_core.triples import Triples
+from cntlora_core.data.batches import NoisedSet
+from cntlora_core.data.class_images import class_images, class_noised
+from cntlora_core.data.dataset import EncodedImages, read_subject
+from cntlora_core.data.images import find_pictures
+from cntlora_core.defaults import MINI_SD
+from cntlora_core.lora.adapter import LoRA, attached_lora
+from cntlora_core.model.loader import StableDiffusion, load_checkpoint
+from cntlora_core.training.loop import train
+from cntlora_core.training.state import start_state
+from cntlora_core.training.validation import validation_loss
 
 Row = dict[str, Any]
 GAUSSIAN_STEPS = (10, 20, 40, 80, 120)
@@ -42,12 +48,17 @@ PRIORS = ("none", "class", "domain")
 
 
 def trained(
-    model: StableDiffusion, subject: Subject, start: Calibration, lr: float, seed: int, looks: tuple[int, ...]
+    model: StableDiffusion,
+    subject: EncodedImages,
+    start: Calibration,
+    lr: float,
+    seed: int,
+    looks: tuple[int, ...],
 ) -> Iterator[tuple[int, LoRA]]:
     """The LoRA after each number of steps in `looks`, in one run."""
     config = TrainConfig(steps=max(looks), lr=lr, seed=seed, batch_size=BATCH, validate_every=0)
     found: dict[int, LoRA] = {}
-    with attached(model.unet, start.lora, trainable=True) as adapters:
+    with attached_lora(model.unet, start.lora, trainable=True) as adapters:
         state = start_state(model, adapters, config)
 
         def keep(_state: Any) -> None:
@@ -59,10 +70,16 @@ def trained(
 
 
 def looks(
-    model: StableDiffusion, subject: Subject, priors: dict[str, Triples | None], args: Any, seed: int
+    model: StableDiffusion,
+    subject: EncodedImages,
+    priors: dict[str, NoisedSet | None],
+    args: Any,
+    seed: int,
 ) -> Iterator[tuple[str, str, LoRA]]:
     """(contestant, when, LoRA)."""
-    ordinary = calibrate(model, subject, CalibrationConfig(init="gaussian", rank_rule="uniform", seed=seed))
+    ordinary = calibrate(
+        model, subject, CalibrationConfig(init="gaussian", rank_rule="uniform", seed=seed)
+    )
     for step, lora in trained(model, subject, ordinary, args.gaussian_lr, seed, GAUSSIAN_STEPS):
         yield "gaussian", f"step {step}", lora
     for name, prior in priors.items():
@@ -84,16 +101,19 @@ def at(curve: list[tuple[float, float]], x: float) -> float | None:
 
 
 def compared(x: float, way: list[tuple[float, float]], better: Callable[..., Any]) -> float | None:
-    """y where an ordinary LoRA's looks (x, y) are at `x` on their way to the best x, or there where `x` is better still (`better`: min
-    or max); None where it is worse than the first."""
+    """y where an ordinary LoRA's looks (x, y) are at `x` on their way to the best x, or there where
+    `x` is better still (`better`: min or max); None where it is worse than the first."""
     best = better(range(len(way)), key=lambda i: way[i][0])
     return way[best][1] if better(x, way[best][0]) == x else at(way[: best + 1], x)
 
 
 def report(rows: list[Row]) -> str:
-    """Every look (medians over subjects and seeds), and what an ordinary LoRA pays for the same loss, or the same fidelity."""
+    """Every look (medians over subjects and seeds), and what an ordinary LoRA pays for the same
+    loss, or the same fidelity."""
     lines = [
-        "| contestant | when | loss | forgetting | subject | class | unrelated | forgetting, share of gaussian's at its loss or its best | unrelated, less gaussian's at its subject fidelity or its best |"
+        "| contestant | when | loss | forgetting | subject | class | unrelated | forgetting, share "
+        "of gaussian's at its loss or its best | unrelated, less gaussian's at its subject "
+        "fidelity or its best |"
     ]
     lines += ["|" + "---|" * 9]
     runs = {(r["subject"], r["seed"]) for r in rows}
@@ -101,20 +121,32 @@ def report(rows: list[Row]) -> str:
         mine = [r for r in rows if (r["contestant"], r["when"]) == (contestant, when)]
         shares, gains = [], []
         for run in sorted(runs):
-            ordinary = [r for r in rows if r["contestant"] == "gaussian" and (r["subject"], r["seed"]) == run]
+            ordinary = [
+                r
+                for r in rows
+                if r["contestant"] == "gaussian" and (r["subject"], r["seed"]) == run
+            ]
             own = [r for r in mine if (r["subject"], r["seed"]) == run]
             for r in own:
-                paid = compared(r["loss"], [(1.0, 1.0)] + [(o["loss"], o["forgetting"]) for o in ordinary], min)
+                paid = compared(
+                    r["loss"], [(1.0, 1.0)] + [(o["loss"], o["forgetting"]) for o in ordinary], min
+                )
                 if paid and paid > 1:
                     shares.append((r["forgetting"] - 1) / (paid - 1))
-                kept = compared(r["subject_fidelity"], [(o["subject_fidelity"], o["unrelated"]) for o in ordinary], max)
+                kept = compared(
+                    r["subject_fidelity"],
+                    [(o["subject_fidelity"], o["unrelated"]) for o in ordinary],
+                    max,
+                )
                 if kept:
                     gains.append(r["unrelated"] - kept)
 
         def median(name: str, of: list[Row] = mine) -> str:
             return f"{statistics.median(r[name] for r in of):.3f}"
 
-        cells = [median(n) for n in ("loss", "forgetting", "subject_fidelity", "class", "unrelated")]
+        cells = [
+            median(n) for n in ("loss", "forgetting", "subject_fidelity", "class", "unrelated")
+        ]
         share = f"{statistics.median(shares):.2f} ({len(shares)} of {len(mine)})" if shares else "-"
         gain = f"{statistics.median(gains):+.3f} ({len(gains)} of {len(mine)})" if gains else "-"
         lines.append(f"| {contestant} | {when} | {' | '.join(cells)} | {share} | {gain} |")
@@ -122,11 +154,20 @@ def report(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--subjects", nargs="+", type=Path, required=True, metavar="DIR", help="with train/ and heldout/"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="made by benchmarks/mini_sd/prepare_data.py")
+    parser.add_argument(
+        "--subjects",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="with train/ and heldout/",
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="made by benchmarks/mini_sd/prepare_data.py"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--lr", type=float, default=3e-3, help="of the training after calibration")
     parser.add_argument("--gaussian-lr", type=float, default=1e-2)
@@ -137,20 +178,25 @@ def main() -> None:
     done = {
         (r["subject"], r["seed"])
         for r in rows
-        if r["when"] == f"{LOOKS[-1]} + {OURS_STEPS[-1]}" and r["contestant"] == f"target, {PRIORS[-1]}"
+        if r["when"] == f"{LOOKS[-1]} + {OURS_STEPS[-1]}"
+        and r["contestant"] == f"target, {PRIORS[-1]}"
     }
     model = load_checkpoint(MINI_SD)
     of = domain(model, args.data)
     for folder in tqdm(args.subjects):
         prompt, class_prompt = prompts_of(folder)
-        pictures = [[p.image for p in find_pictures(folder / part)] for part in ("train", "heldout")]
+        pictures = [
+            [p.image for p in find_pictures(folder / part)] for part in ("train", "heldout")
+        ]
         to = reference(model, *pictures, prompt, class_prompt)
-        subject, held_out = (read_subject(model, folder / part, prompt) for part in ("train", "heldout"))
+        subject, held_out = (
+            read_subject(model, folder / part, prompt) for part in ("train", "heldout")
+        )
         validate = validation_loss(model, held_out, 16)
         base = validate()
         priors = {
             "none": None,
-            "class": class_triples(model, class_pictures(model, class_prompt, subject.resolution)),
+            "class": class_noised(model, class_images(model, class_prompt, subject.resolution)),
             "domain": prior_triples(model, args.data),
         }
         for seed in args.seeds:
@@ -165,8 +211,10 @@ def main() -> None:
     print(report(rows))
 
 
-def _look(model: StableDiffusion, lora: LoRA, validate: Any, base: float, to: Reference, of: Domain) -> Row:
-    with attached(model.unet, lora):
+def _look(
+    model: StableDiffusion, lora: LoRA, validate: Any, base: float, to: Reference, of: Domain
+) -> Row:
+    with attached_lora(model.unet, lora):
         scores = measure(model, to, of)
         return {
             "loss": validate() / base,

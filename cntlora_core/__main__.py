@@ -3,7 +3,7 @@
 import os
 import sys
 
-from .cli import main
+from .cli.main import main
 
 
 def run() -> None:
@@ -11,8 +11,8 @@ def run() -> None:
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # All files are written and closed. Unloading torch's libraries one by one would take half a second and, with those for CUDA,
-    # 130 MB more than the whole run had needed.
+    # All files are written and closed. Unloading torch's libraries one by one would take half a
+    # second and, with those for CUDA, 130 MB more than the whole run had needed.
     os._exit(status)
 
 

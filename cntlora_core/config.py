@@ -1,4 +1,5 @@
-"""Settings, as frozen dataclasses. Values are checked where they are made; unknown names are refused."""
+"""Settings, as frozen dataclasses. Values are checked where they are made; unknown names are
+refused."""
 
 from __future__ import annotations
 
@@ -8,12 +9,17 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from .errors import SettingError
-from .projections import TARGETS
 
 CALIBRATED = ("target", "domain")
 INITS = (*CALIBRATED, "gaussian", "default")
 RANK_RULES = ("data", "uniform")
-EFFORTS = {"quick": (8, 0), "balanced": (4, 20), "thorough": (4, 64)}  # batches of the sweep, batches that refine it
+EFFORTS = {
+    "quick": (8, 0),
+    "balanced": (4, 20),
+    "thorough": (4, 64),
+}  # batches of the sweep, batches that refine it
+
+TARGETS = ("auto", "attention", "attention+ff")  # layers that get an adapter
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
 SCHEDULES = ("constant", "cosine")
@@ -35,7 +41,9 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     known = {f.name for f in fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise SettingError(f"Unknown setting {', '.join(unknown)}: known are {', '.join(sorted(known))}.")
+        raise SettingError(
+            f"Unknown setting {', '.join(unknown)}: known are {', '.join(sorted(known))}."
+        )
     return kind(**values)
 
 
@@ -47,9 +55,10 @@ def to_dict(config: DataConfig | CalibrationConfig | TrainConfig) -> dict[str, A
 class DataConfig:
     """How pictures are shown to the model.
 
-    `resolution`: side in px of a square picture, the area of others; None is the model's own. `buckets`: keep the pictures'
-    shapes (else the centred square). `upscale`: enlarge small pictures to the resolution. `random_crop` and `flip` encode several
-    views of each. `masked`: only what the alpha channel shows counts in the loss (else it lies on white).
+    `resolution`: side in px of a square picture, the area of others; None is the model's own.
+    `buckets`: keep the pictures' shapes (else the centred square). `upscale`: enlarge small
+    pictures to the resolution. `random_crop` and `flip` encode several views of each. `masked`:
+    only what the alpha channel shows counts in the loss (else it lies on white).
     """
 
     resolution: int | None = None
@@ -61,18 +70,25 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         size = self.resolution
-        _require(size is None or (isinstance(size, int) and size >= 1), "resolution", size, "1 or more px, or None")
+        _require(
+            size is None or (isinstance(size, int) and size >= 1),
+            "resolution",
+            size,
+            "1 or more px, or None",
+        )
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
     """How the LoRA starts.
 
-    `targets`: the attention projections, or those and the feed-forward layers (auto: by the model). `rank` sets the budget: the
-    parameters of a LoRA of that rank on the attention projections; `data` ranks spend them where they lower the loss most. `effort` says how long to measure: `quick` is one sweep, `balanced` and
-    `thorough` refine it a batch at a time. `rho` damps the second moments: 0.5 was best or level among 0.1 to 2.
-    `preservation` is the weight lambda of the prior's second moment, when there is a prior: 4
-    kept the subject's loss and most of the class (docs/method.md).
+    `targets`: the attention projections, or those and the feed-forward layers (auto: by the model).
+    `rank` sets the budget: the parameters of a LoRA of that rank on the attention projections;
+    `data` ranks spend them where they lower the loss most. `effort` says how long to measure:
+    `quick` is one sweep, `balanced` and `thorough` refine it a batch at a time. `rho` damps the
+    second moments: 0.5 was best or level among 0.1 to 2. `preservation` is the weight lambda of the
+    prior's second moment, when there is a prior: 4 kept the subject's loss and most of the class
+    (docs/method.md).
     """
 
     init: str = "target"
@@ -98,8 +114,18 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         _require(self.init in INITS, "init", self.init, f"one of {', '.join(INITS)}")
-        _require(self.rank_rule in RANK_RULES, "rank_rule", self.rank_rule, f"one of {', '.join(RANK_RULES)}")
-        _require(isinstance(self.rank, int) and 1 <= self.rank <= 1024, "rank", self.rank, "between 1 and 1024")
+        _require(
+            self.rank_rule in RANK_RULES,
+            "rank_rule",
+            self.rank_rule,
+            f"one of {', '.join(RANK_RULES)}",
+        )
+        _require(
+            isinstance(self.rank, int) and 1 <= self.rank <= 1024,
+            "rank",
+            self.rank,
+            "between 1 and 1024",
+        )
         _require(self.targets in TARGETS, "targets", self.targets, f"one of {', '.join(TARGETS)}")
         _require(self.effort in EFFORTS, "effort", self.effort, f"one of {', '.join(EFFORTS)}")
         _require(1 <= self.batch_size <= 1024, "batch_size", self.batch_size, "between 1 and 1024")
@@ -114,12 +140,14 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The DreamBooth loop. `lr` is the optimiser's learning rate for both factors (unit response makes it carry over between
-    layers); `warmup` steps lead up to it, then it stays or falls with a `cosine` to 0.
+    """The DreamBooth loop. `lr` is the optimiser's learning rate for both factors (unit response
+    makes it carry over between layers); `warmup` steps lead up to it, then it stays or falls with a
+    `cosine` to 0.
 
-    One step sees `batch_size * accumulation` pictures. `min_snr_gamma` (Hang et al. 2023; 0: off) weighs timesteps, `noise_offset`
-    (0: off) lets pictures become darker or brighter as a whole, `caption_dropout` is the share of pictures trained without
-    words, `prior_weight` is that of the prior loss, where there is a prior. With a validation, `keep_best` keeps the weights of its
+    One step sees `batch_size * accumulation` pictures. `min_snr_gamma` (Hang et al. 2023; 0: off)
+    weighs timesteps, `noise_offset` (0: off) lets pictures become darker or brighter as a whole,
+    `caption_dropout` is the share of pictures trained without words, `prior_weight` is that of the
+    prior loss, where there is a prior. With a validation, `keep_best` keeps the weights of its
     lowest loss, and `patience` validations without a better one end the run (0: never).
     """
 
@@ -163,8 +191,15 @@ class TrainConfig:
         for name in ("weight_decay", "min_snr_gamma", "noise_offset", "prior_weight"):
             number(name, lambda v: v >= 0, "0 or more")
         number("caption_dropout", lambda v: 0 <= v <= 1, "between 0 and 1")
-        _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
-        _require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
+        _require(
+            self.optimizer in OPTIMIZERS,
+            "optimizer",
+            self.optimizer,
+            f"one of {', '.join(OPTIMIZERS)}",
+        )
+        _require(
+            self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}"
+        )
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step 1, 2, ... `steps`."""

@@ -1,17 +1,18 @@
 """How long and how fast to train when nobody says.
 
-For the miniature model the numbers were measured (benchmarks/learning_rate.py). For real families the ordinary start takes what
-diffusers and kohya document for rank-4 LoRAs, 1e-4 and about 100 steps a picture. A calibrated start is scaled to unit response:
-its A x has variance 1, where the ordinary one has |x| / r, about 5 for a normalised input of 320 channels and rank 4. Adam's steps
-move B alike in both, so that the same change of the output takes 5 times the learning rate (derived here, not measured on
-real checkpoints), and it starts nearer: half the steps.
+For the miniature model the numbers were measured (benchmarks/learning_rate.py). For real families
+the ordinary start takes what diffusers and kohya document for rank-4 LoRAs, 1e-4 and about 100
+steps a picture. A calibrated start is scaled to unit response: its A x has variance 1, where the
+ordinary one has |x| / r, about 5 for a normalised input of 320 channels and rank 4. Adam's steps
+move B alike in both, so that the same change of the output takes 5 times the learning rate (derived
+here, not measured on real checkpoints), and it starts nearer: half the steps.
 """
 
 from __future__ import annotations
 
-from .checkpoint import MINI_SD
-from .config import CALIBRATED, CalibrationConfig
+from .config import CALIBRATED
 
+MINI_SD = "mini-sd"  # the embedded model's name
 RESPONSE = 5.0
 ORDINARY_LR = 1e-4
 
@@ -30,12 +31,3 @@ def default_steps(model: str, init: str, pictures: int) -> int:
         return 100
     steps = min(max(100 * pictures, 400), 1200)
     return steps // 2 if init in CALIBRATED else steps
-
-
-def targets_for(family: str, config: CalibrationConfig) -> str:
-    """What `auto` means: feed-forward layers too where data ranks find them room in the same budget. SDXL's would take 5 GB more of the
-    host's memory while calibrating."""
-    if config.targets != "auto":
-        return config.targets
-    wide = config.init in CALIBRATED and config.rank_rule == "data" and family != "sdxl"
-    return "attention+ff" if wide else "attention"

@@ -49,7 +49,9 @@ class Processes:
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         if not tensors:
             return
-        flat = torch.cat([t.detach().reshape(-1) for t in tensors]).to(self.device)  # one message, not hundreds
+        flat = torch.cat([t.detach().reshape(-1) for t in tensors]).to(
+            self.device
+        )  # one message, not hundreds
         dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.detach().copy_(total.view_as(tensor))

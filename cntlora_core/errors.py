@@ -1,8 +1,10 @@
-"""What can go wrong for a user. Each message says what was wrong, with the value seen, and what to do."""
+"""What can go wrong for a user. Each message says what was wrong, with the value seen, and what to
+do."""
 
 
 class CNTLoRAError(ValueError):
-    """Base of every error a user can mend. The text is one or two sentences, fit to be shown as it is."""
+    """Base of every error a user can mend. The text is one or two sentences, fit to be shown as it
+    is."""
 
 
 class ImageError(CNTLoRAError):
@@ -10,7 +12,8 @@ class ImageError(CNTLoRAError):
 
 
 class CheckpointError(CNTLoRAError):
-    """A model file or folder is missing, incomplete, damaged or of a kind CNTLoRA does not train."""
+    """A model file or folder is missing, incomplete, damaged or of a kind CNTLoRA does not
+    train."""
 
 
 class LoRAFileError(CNTLoRAError):
@@ -26,7 +29,8 @@ class OutOfMemory(CNTLoRAError):
 
 
 class Interrupted(CNTLoRAError):
-    """A signal asked the run to end; its work was kept. `status` is the exit status for the shell."""
+    """A signal asked the run to end; its work was kept. `status` is the exit status for the
+    shell."""
 
     def __init__(self, message: str, status: int = 130) -> None:
         super().__init__(message)
@@ -34,7 +38,8 @@ class Interrupted(CNTLoRAError):
 
 
 class NonFiniteError(CNTLoRAError):
-    """A loss or a weight became NaN or infinite. `step` is the step at which it was seen (0: before training)."""
+    """A loss or a weight became NaN or infinite. `step` is the step at which it was seen (0: before
+    training)."""
 
     def __init__(self, message: str, step: int = 0) -> None:
         super().__init__(message)

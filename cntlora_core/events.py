@@ -1,6 +1,7 @@
 """What a run reports while it works. An observer is any callable that takes an event.
 
-Observers may raise to stop a run (ComfyUI's Cancel is an exception): nothing here or in the callers swallows it.
+Observers may raise to stop a run (ComfyUI's Cancel is an exception): nothing here or in the callers
+swallows it.
 """
 
 import json
@@ -74,7 +75,8 @@ class Calibrated(Event):
 
 @dataclass(frozen=True)
 class Training(Event):
-    """The adapters are attached and the first step, of `steps` in all, is next; `done` are made already (a resumed run)."""
+    """The adapters are attached and the first step, of `steps` in all, is next; `done` are made
+    already (a resumed run)."""
 
     type: ClassVar[str] = "training"
     steps: int

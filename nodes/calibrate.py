@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from ..cntlora_core.calibration import calibrate
-from ..cntlora_core.checkpoint import StableDiffusion
-from ..cntlora_core.config import EFFORTS, INITS, RANK_RULES, CalibrationConfig
-from ..cntlora_core.lora import parameter_count
-from ..cntlora_core.projections import TARGETS
-from ..cntlora_core.report import rank_map
-from ..cntlora_core.runs import class_triples
-from ..cntlora_core.subject import Subject
+from ..cntlora_core.calibration.calibrate import calibrate
+from ..cntlora_core.config import EFFORTS, INITS, RANK_RULES, TARGETS, CalibrationConfig
+from ..cntlora_core.data.class_images import class_noised
+from ..cntlora_core.data.dataset import EncodedImages
+from ..cntlora_core.lora.adapter import parameter_count
+from ..cntlora_core.model.loader import StableDiffusion
+from ..cntlora_core.report.charts import rank_map
 from . import host
 from .host import io
 from .reporter import Reporter
-from .types import LoRAInit, Pictures, Prior, SDModel, Start, SubjectPictures, lora_model, to_image
+from .types import (
+    CalibratedStart,
+    LoRAInit,
+    Pictures,
+    Prior,
+    SDModel,
+    SubjectPictures,
+    lora_model,
+    to_image,
+)
 
 
 class CalibrateLoRA(io.ComfyNode):
@@ -25,43 +33,48 @@ class CalibrateLoRA(io.ComfyNode):
             display_name="Calibrate LoRA (CNTLoRA)",
             category="training/CNTLoRA",
             search_aliases=["initialise lora", "init lora", "consnotrainlora", "lora rank"],
-            description="Runs the model over the pictures, reads the activations at the attention and feed-forward layers and computes a "
-            "LoRA that already fits them, with a rank of its own for every layer. Nothing is trained.",
+            description="Runs the model over the pictures, reads the activations at the attention "
+            "and feed-forward layers and computes a LoRA that already fits them, with "
+            "a rank of its own for every layer. Nothing is trained.",
             inputs=[
                 SDModel.Input("sd_model", tooltip="From Load SD Checkpoint."),
                 SubjectPictures.Input("subject", tooltip="From Subject Images."),
                 Prior.Input(
-                    "prior", optional=True, tooltip="From Prior Images: what the model should keep of the class."
+                    "prior",
+                    optional=True,
+                    tooltip="From Prior Images: what the model should keep of the class.",
                 ),
                 io.Combo.Input(
                     "mode",
                     options=list(INITS),
                     default=default.init,
-                    tooltip="target: fits what the denoising loss asks for, usable before training. domain: forward passes only, "
-                    "less memory, a weaker start. gaussian and default: ordinary LoRA starts, to compare with.",
+                    tooltip="target: fits what the denoising loss asks for, usable before "
+                    "training. domain: forward passes only, less memory, a weaker start. "
+                    "gaussian and default: ordinary LoRA starts, to compare with.",
                 ),
                 io.Int.Input(
                     "rank",
                     default=default.rank,
                     min=1,
                     max=128,
-                    tooltip="Mean rank, so the file's size. 4-8 for an object, 8-16 for a face or a style. Too high learns the "
-                    "background too; too low misses detail.",
+                    tooltip="Mean rank, so the file's size. 4-8 for an object, 8-16 for a face or "
+                    "a style. Too high learns the background too; too low misses detail.",
                 ),
                 io.Combo.Input(
                     "ranks",
                     options=list(RANK_RULES),
                     default=default.rank_rule,
-                    tooltip="data: layers that matter for this subject get more rank, others less, the file stays the same size. "
-                    "uniform: the same rank everywhere.",
+                    tooltip="data: layers that matter for this subject get more rank, others less, "
+                    "the file stays the same size. uniform: the same rank everywhere.",
                 ),
                 host.seed("Same seed, same pictures: the same LoRA."),
                 io.Combo.Input(
                     "effort",
                     options=list(EFFORTS),
                     default=default.effort,
-                    tooltip="How long mode target calibrates. quick: one sweep. balanced: refined over 20 batches, the time of about "
-                    "30 training steps. thorough: over 64, about 75 training steps.",
+                    tooltip="How long mode target calibrates. quick: one sweep. balanced: refined "
+                    "over 20 batches, the time of about 30 training steps. thorough: over "
+                    "64, about 75 training steps.",
                 ),
                 host.advanced(io.Int)(
                     "batch_size",
@@ -74,8 +87,9 @@ class CalibrateLoRA(io.ComfyNode):
                     "targets",
                     options=list(TARGETS),
                     default=default.targets,
-                    tooltip="Layers that get an adapter. auto: attention and feed-forward, in SDXL attention alone, which takes less "
-                    "memory. The file's size is the same.",
+                    tooltip="Layers that get an adapter. auto: attention and feed-forward, in SDXL "
+                    "attention alone, which takes less memory. The file's size is the "
+                    "same.",
                 ),
                 host.advanced(io.Float)(
                     "preservation",
@@ -83,7 +97,8 @@ class CalibrateLoRA(io.ComfyNode):
                     min=0.0,
                     max=64.0,
                     step=0.1,
-                    tooltip="Weight of the prior, when one is connected. Higher forgets less and fits a little less.",
+                    tooltip="Weight of the prior, when one is connected. Higher forgets less and "
+                    "fits a little less.",
                 ),
                 host.advanced(io.Boolean)(
                     "gradient_checkpointing",
@@ -94,9 +109,13 @@ class CalibrateLoRA(io.ComfyNode):
             outputs=[
                 LoRAInit.Output(display_name="lora_init", tooltip="For Train LoRA."),
                 io.LoraModel.Output(
-                    display_name="lora", tooltip="The step-0 LoRA, for Save, Preview or Load LoRA Model."
+                    display_name="lora",
+                    tooltip="The step-0 LoRA, for Save, Preview or Load LoRA Model.",
                 ),
-                io.Image.Output(display_name="rank_map", tooltip="Rank and energy of every layer with an adapter."),
+                io.Image.Output(
+                    display_name="rank_map",
+                    tooltip="Rank and energy of every layer with an adapter.",
+                ),
             ],
             hidden=host.IDENTITY,
         )
@@ -115,7 +134,7 @@ class CalibrateLoRA(io.ComfyNode):
         targets: str,
         preservation: float,
         gradient_checkpointing: bool,
-        prior: Subject | None = None,
+        prior: EncodedImages | None = None,
     ) -> io.NodeOutput:
         config = CalibrationConfig(
             init=mode,
@@ -128,9 +147,12 @@ class CalibrateLoRA(io.ComfyNode):
             preservation=preservation,
             gradient_checkpointing=gradient_checkpointing,
         )
-        with Reporter(host.identity(cls), "CNTLoRACalibrate", "Calibrate LoRA") as report, host.working(sd_model):
+        with (
+            Reporter(host.identity(cls), "CNTLoRACalibrate", "Calibrate LoRA") as report,
+            host.working(sd_model),
+        ):
             encoded = subject.encode(sd_model, report)
-            kept = class_triples(sd_model, prior) if prior else None
+            kept = class_noised(sd_model, prior) if prior else None
             start = calibrate(sd_model, encoded, config, prior=kept, observer=report)
             report(start.report)
             picture = rank_map(
@@ -141,4 +163,4 @@ class CalibrateLoRA(io.ComfyNode):
             )
             report.picture(0, [picture])
         lora = lora_model(start.lora, sd_model, encoded, config)
-        return io.NodeOutput(Start(start, config), lora, to_image([picture]))
+        return io.NodeOutput(CalibratedStart(start, config), lora, to_image([picture]))

@@ -1,4 +1,5 @@
-"""The only file that knows ComfyUI: its schema, folders, devices, Cancel and messages to the page."""
+"""The only file that knows ComfyUI: its schema, folders, devices, Cancel and messages to the
+page."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ from aiohttp import web
 from comfy_api.latest import ComfyExtension, io, ui
 from server import PromptServer
 
-from ..cntlora_core.checkpoint import MINI_SD, StableDiffusion
+from ..cntlora_core.defaults import MINI_SD
 from ..cntlora_core.devices import DTYPES
+from ..cntlora_core.model.loader import StableDiffusion
 from .paths import inside
 
 __all__ = ["ComfyExtension", "io", "ui"]
@@ -33,7 +35,8 @@ Cancelled = management.InterruptProcessingException
 
 
 def advanced(kind: Any) -> Callable[..., Any]:
-    """`kind.Input`, folded away under Advanced where the host can (0.15.0 and later; before, the argument is an error)."""
+    """`kind.Input`, folded away under Advanced where the host can (0.15.0 and later; before, the
+    argument is an error)."""
     known = "advanced" in inspect.signature(kind.Input.__init__).parameters
     return partial(kind.Input, advanced=True) if known else kind.Input
 
@@ -46,11 +49,14 @@ def schema(**values: Any) -> Any:
 
 
 def seed(tooltip: str) -> Any:
-    """A seed that stays as it is: one that changes by itself after a run, as the page does it by default, trains all again."""
-    return advanced(io.Int)("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False, tooltip=tooltip)
+    """A seed that stays as it is: one that changes by itself after a run, as the page does it by
+    default, trains all again."""
+    return advanced(io.Int)(
+        "seed", default=0, min=0, max=2**32 - 1, control_after_generate=False, tooltip=tooltip
+    )
 
 
-# --- folders -----------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 def checkpoint_names() -> list[str]:
@@ -59,7 +65,8 @@ def checkpoint_names() -> list[str]:
 
 
 def checkpoint_path(name: str) -> str | None:
-    """The file of a name in ComfyUI's list, `mini-sd` for the embedded model, None when there is no such file."""
+    """The file of a name in ComfyUI's list, `mini-sd` for the embedded model, None when there is no
+    such file."""
     return MINI_SD if name == EMBEDDED else folder_paths.get_full_path("checkpoints", name)
 
 
@@ -75,11 +82,16 @@ def input_folder() -> Path:
 def input_subfolders() -> list[str]:
     """Folders directly under ComfyUI's input folder."""
     root = input_folder()
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else []
+    return (
+        sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if root.is_dir()
+        else []
+    )
 
 
 def lora_path(name: str) -> Path:
-    """`<first loras folder>/<name>.safetensors`. Raises SettingError for a name that leads elsewhere."""
+    """`<first loras folder>/<name>.safetensors`. Raises SettingError for a name that leads
+    elsewhere."""
     return inside(_loras_folder(), f"{name.removesuffix('.safetensors')}.safetensors")
 
 
@@ -92,23 +104,27 @@ def _loras_folder() -> Path:
     return Path(folder_paths.get_folder_paths("loras")[0])
 
 
-# --- which node this is --------------------------------------------------------------------------------------------------
+# --- which node this is ---------------------------------------------------------------------------
 
 IDENTITY = [io.Hidden.unique_id, io.Hidden.extra_pnginfo]  # what `identity` reads
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A node of a workflow. `node` is "7", or "12:5" in a subgraph; `workflow` is empty when no page sent the run."""
+    """A node of a workflow. `node` is "7", or "12:5" in a subgraph; `workflow` is empty when no
+    page sent the run."""
 
     workflow: str
     node: str
 
     @property
     def folder(self) -> str:
-        """Under ComfyUI's temp folder: the node's last run, its events and samples (the page reads them by /view)."""
+        """Under ComfyUI's temp folder: the node's last run, its events and samples (the page reads
+        them by /view)."""
         name = f"{self.workflow}-{self.node}" if self.workflow else self.node
-        return "cntlora/" + re.sub(r"[^A-Za-z0-9-]", "_", name)[:100]  # both parts may be a stranger's
+        return (
+            "cntlora/" + re.sub(r"[^A-Za-z0-9-]", "_", name)[:100]
+        )  # both parts may be a stranger's
 
     @property
     def path(self) -> Path:
@@ -119,10 +135,13 @@ def identity(cls: Any) -> Identity:
     """Of the running node."""
     page = cls.hidden.extra_pnginfo
     workflow = page.get("workflow") if isinstance(page, dict) else None
-    return Identity(str(workflow.get("id") or "") if isinstance(workflow, dict) else "", str(cls.hidden.unique_id))
+    return Identity(
+        str(workflow.get("id") or "") if isinstance(workflow, dict) else "",
+        str(cls.hidden.unique_id),
+    )
 
 
-# --- devices -----------------------------------------------------------------------------------------------------------
+# --- devices --------------------------------------------------------------------------------------
 
 
 def device() -> torch.device:
@@ -147,7 +166,8 @@ def gradients() -> Iterator[None]:
 
 @contextmanager
 def working(model: StableDiffusion) -> Iterator[None]:
-    """The UNet on its device while the block runs, with ComfyUI's own models out of the way; on the host otherwise."""
+    """The UNet on its device while the block runs, with ComfyUI's own models out of the way; on the
+    host otherwise."""
     management.unload_all_models()
     try:
         with gradients():
@@ -158,7 +178,7 @@ def working(model: StableDiffusion) -> Iterator[None]:
         management.soft_empty_cache()
 
 
-# --- Cancel, progress, messages ----------------------------------------------------------------------------------------
+# --- Cancel, progress, messages -------------------------------------------------------------------
 
 
 def check_cancel() -> None:
@@ -184,7 +204,8 @@ def send(message: dict[str, Any]) -> None:
 
 
 def add_routes() -> None:
-    """GET /cntlora/events?workflow=ID&node=ID&class=NODE: every event of the node's last run, for a page opened later."""
+    """GET /cntlora/events?workflow=ID&node=ID&class=NODE: every event of the node's last run, for a
+    page opened later."""
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
@@ -194,6 +215,8 @@ def add_routes() -> None:
         asked = request.query
         path = Identity(asked.get("workflow", ""), asked.get("node", "")).path / "events.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        found = [json.loads(line) for line in lines if line.endswith("}")]  # the last line may be half written
+        found = [
+            json.loads(line) for line in lines if line.endswith("}")
+        ]  # the last line may be half written
         same = bool(found) and found[0].get("class") == asked.get("class")
         return web.json_response({"events": found if same else []})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..cntlora_core.checkpoint import load_checkpoint
+from ..cntlora_core.model.loader import load_checkpoint
 from . import host
 from .host import io
 from .types import SDModel
@@ -18,30 +18,40 @@ class LoadCheckpoint(io.ComfyNode):
             display_name="Load SD Checkpoint (CNTLoRA)",
             category="training/CNTLoRA",
             search_aliases=["load checkpoint", "stable diffusion", "mini sd"],
-            description="Loads a Stable Diffusion 1.x, 2.x or SDXL checkpoint for calibration and training.",
+            description="Loads a Stable Diffusion 1.x, 2.x or SDXL checkpoint for calibration and "
+            "training.",
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
                     options=host.checkpoint_names(),
                     default=host.EMBEDDED,
-                    tooltip="A .safetensors checkpoint from models/checkpoints. 'mini-sd (embedded)' is a tiny model that "
-                    "comes with CNTLoRA: it draws 64 px emoji and trains in seconds, to try the graph.",
+                    tooltip="A .safetensors checkpoint from models/checkpoints. 'mini-sd "
+                    "(embedded)' is a tiny model that comes with CNTLoRA: it draws 64 px "
+                    "emoji and trains in seconds, to try the graph.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(host.PRECISIONS),
                     default="auto",
-                    tooltip="How the frozen model computes; the LoRA itself is always trained in fp32. auto: fp32 on a CPU, "
-                    "bf16 or fp16 on a GPU. fp32 needs twice the memory; fp16 may overflow where bf16 does not.",
+                    tooltip="How the frozen model computes; the LoRA itself is always trained in "
+                    "fp32. auto: fp32 on a CPU, bf16 or fp16 on a GPU. fp32 needs twice "
+                    "the memory; fp16 may overflow where bf16 does not.",
                 ),
             ],
-            outputs=[SDModel.Output(display_name="sd_model", tooltip="The model, ready for CNTLoRA's other nodes.")],
+            outputs=[
+                SDModel.Output(
+                    display_name="sd_model", tooltip="The model, ready for CNTLoRA's other nodes."
+                )
+            ],
         )
 
     @classmethod
     def validate_inputs(cls, checkpoint: str) -> bool | str:
         if checkpoint not in host.checkpoint_names():
-            return f"The checkpoint '{checkpoint}' is not in models/checkpoints. Put it there and refresh, or choose another."
+            return (
+                f"The checkpoint '{checkpoint}' is not in models/checkpoints. Put it "
+                "there and refresh, or choose another."
+            )
         return True
 
     @classmethod

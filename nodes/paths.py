@@ -8,34 +8,49 @@ from pathlib import Path
 
 from ..cntlora_core.errors import SettingError
 
-# Windows opens a device for these names whatever the ending, so a shared workflow must not hold them on any system.
-_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{n}" for d in ("COM", "LPT") for n in "0123456789¹²³")}
+# Windows opens a device for these names whatever the ending, so a shared workflow must not hold
+# them on any system.
+_DEVICES = {
+    "CON",
+    "PRN",
+    "AUX",
+    "NUL",
+    *(f"{d}{n}" for d in ("COM", "LPT") for n in "0123456789¹²³"),
+}
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*]')
 
 
 def inside(root: str | os.PathLike[str], name: str) -> Path:
-    """`root`/`name`, which need not exist. Raises SettingError for a name that leads out of `root` or is no plain name:
-    absolute, `..`, drive letters, device names, or a link to another place."""
+    """`root`/`name`, which need not exist. Raises SettingError for a name that leads out of `root`
+    or is no plain name: absolute, `..`, drive letters, device names, or a link to another place."""
     parts = re.split(r"[/\\]", name)
     if not all(_plain(part) for part in parts):
         raise SettingError(
-            f"'{name}' is not a name inside '{Path(root).name}': use a file or folder name such as 'my_cat'."
+            f"'{name}' is not a name inside '{Path(root).name}': use a file or folder name such as "
+            "'my_cat'."
         )
     path = Path(root, *parts)
     if not path.resolve().is_relative_to(Path(root).resolve()):
-        raise SettingError(f"'{name}' is a link to a place outside '{Path(root).name}': copy the files there instead.")
+        raise SettingError(
+            f"'{name}' is a link to a place outside '{Path(root).name}': copy the files there "
+            "instead."
+        )
     return path
 
 
 def _plain(part: str) -> bool:
     stem = part.split(".")[0].rstrip().upper()
     return not (
-        part in ("", ".", "..") or part != part.strip(" ").rstrip(".") or _FORBIDDEN.search(part) or stem in _DEVICES
+        part in ("", ".", "..")
+        or part != part.strip(" ").rstrip(".")
+        or _FORBIDDEN.search(part)
+        or stem in _DEVICES
     )
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or the first of `name_2`, `name_3`, ... that does not exist: nothing is overwritten."""
+    """`path`, or the first of `name_2`, `name_3`, ... that does not exist: nothing is
+    overwritten."""
     candidate, number = path, 2
     while candidate.exists():
         candidate = path.with_name(f"{path.stem}_{number}{path.suffix}")

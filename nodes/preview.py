@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..cntlora_core.checkpoint import StableDiffusion
 from ..cntlora_core.events import Event, Progress
-from ..cntlora_core.lora import attached
-from ..cntlora_core.lora_file import from_state_dict
-from ..cntlora_core.projections import ALL, find_projections
-from ..cntlora_core.sampling import sample
+from ..cntlora_core.lora.adapter import attached_lora
+from ..cntlora_core.lora.file import from_state_dict
+from ..cntlora_core.lora.targets import ALL, find_projections
+from ..cntlora_core.model.loader import StableDiffusion
+from ..cntlora_core.model.sampling import sample
 from . import host
 from .host import io, ui
 from .types import SDModel, to_image
@@ -23,14 +23,16 @@ class PreviewLoRA(io.ComfyNode):
             display_name="Preview LoRA (CNTLoRA)",
             category="training/CNTLoRA",
             search_aliases=["test lora", "sample lora"],
-            description="Draws with the LoRA; strength 0 draws with the model alone. Same seed, same noise: compare freely.",
+            description="Draws with the LoRA; strength 0 draws with the model alone. Same seed, "
+            "same noise: compare freely.",
             inputs=[
                 SDModel.Input("sd_model", tooltip="The model the LoRA was made for."),
                 io.LoraModel.Input("lora", tooltip="From Train LoRA or Calibrate LoRA."),
                 io.String.Input(
                     "prompt",
                     default="a sks cat face emoji",
-                    tooltip="Use the trigger and the class of the training; add anything else to see how well it mixes.",
+                    tooltip="Use the trigger and the class of the training; add anything else to "
+                    "see how well it mixes.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -38,12 +40,17 @@ class PreviewLoRA(io.ComfyNode):
                     min=-4.0,
                     max=4.0,
                     step=0.05,
-                    tooltip="1 as trained, 0 not at all. Below 1 is softer and more flexible; above 1 soon burns.",
+                    tooltip="1 as trained, 0 not at all. Below 1 is softer and more flexible; "
+                    "above 1 soon burns.",
                 ),
                 io.Int.Input("count", default=4, min=1, max=16, tooltip="Number of pictures."),
                 host.seed("Noise of the first picture; the others count up."),
                 host.advanced(io.Int)(
-                    "steps", default=25, min=1, max=200, tooltip="DDIM steps; below 15 is rough, above 50 no better."
+                    "steps",
+                    default=25,
+                    min=1,
+                    max=200,
+                    tooltip="DDIM steps; below 15 is rough, above 50 no better.",
                 ),
                 host.advanced(io.Float)(
                     "guidance",
@@ -51,7 +58,8 @@ class PreviewLoRA(io.ComfyNode):
                     min=1.0,
                     max=20.0,
                     step=0.5,
-                    tooltip="How closely to follow the prompt. 4-8; higher is harsher, 1 ignores guidance.",
+                    tooltip="How closely to follow the prompt. 4-8; higher is harsher, 1 ignores "
+                    "guidance.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="pictures", tooltip="The pictures.")],
@@ -80,9 +88,14 @@ class PreviewLoRA(io.ComfyNode):
 
         factors = from_state_dict(lora, find_projections(sd_model.unet, ALL), sd_model.family)
         scaled = {name: f.scaled(strength) for name, f in factors.items()}
-        with host.working(sd_model), attached(sd_model.unet, scaled):
+        with host.working(sd_model), attached_lora(sd_model.unet, scaled):
             pictures = sample(
-                sd_model, [prompt] * count, range(seed, seed + count), steps=steps, guidance=guidance, observer=observer
+                sd_model,
+                [prompt] * count,
+                range(seed, seed + count),
+                steps=steps,
+                guidance=guidance,
+                observer=observer,
             )
         images = to_image(pictures)
         return io.NodeOutput(images, ui=ui.PreviewImage(images, cls=cls))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cntlora_core.checkpoint import StableDiffusion
 from ..cntlora_core.config import DataConfig
-from ..cntlora_core.runs import PRIOR_PICTURES, class_pictures
-from ..cntlora_core.sampling import decode
-from ..cntlora_core.subject import encode_subject
+from ..cntlora_core.data.class_images import PRIOR_PICTURES, class_images
+from ..cntlora_core.data.dataset import encode_subject
+from ..cntlora_core.model.loader import StableDiffusion
+from ..cntlora_core.model.sampling import decode
 from . import host
 from .host import io
 from .reporter import Reporter
@@ -24,25 +24,29 @@ class PriorImages(io.ComfyNode):
             display_name="Prior Images (CNTLoRA)",
             category="training/CNTLoRA",
             search_aliases=["class images", "regularization images", "prior preservation"],
-            description="Lets the model draw its own idea of the class, so that calibration disturbs it as little as it can.",
+            description="Lets the model draw its own idea of the class, so that calibration "
+            "disturbs it as little as it can.",
             inputs=[
                 SDModel.Input("sd_model", tooltip="The model that will be calibrated."),
                 io.Image.Input(
                     "images",
                     optional=True,
-                    tooltip="Pictures of the class, of other subjects than yours. Without them the model draws its own.",
+                    tooltip="Pictures of the class, of other subjects than yours. Without them the "
+                    "model draws its own.",
                 ),
                 io.String.Input(
                     "class_prompt",
                     default="a cat face emoji",
-                    tooltip="The class without the trigger, e.g. 'a dog'. It should match the class of the subject.",
+                    tooltip="The class without the trigger, e.g. 'a dog'. It should match the "
+                    "class of the subject.",
                 ),
                 io.Int.Input(
                     "count",
                     default=PRIOR_PICTURES,
                     min=1,
                     max=64,
-                    tooltip="Pictures to draw. 8 are enough for most subjects; more cover the class better and take longer.",
+                    tooltip="Pictures to draw. 8 are enough for most subjects; more cover the "
+                    "class better and take longer.",
                 ),
                 io.Int.Input(
                     "resolution",
@@ -56,11 +60,13 @@ class PriorImages(io.ComfyNode):
             outputs=[
                 Prior.Output(
                     display_name="prior",
-                    tooltip="For Calibrate LoRA (nothing else changes) and Train LoRA (prior loss).",
+                    tooltip="For Calibrate LoRA (nothing else changes) and Train LoRA (prior "
+                    "loss).",
                 ),
                 io.Image.Output(
                     display_name="pictures",
-                    tooltip="What is preserved: your pictures, or what the model drew, quickly: rough, but its own.",
+                    tooltip="What is preserved: your pictures, or what the model drew, quickly: "
+                    "rough, but its own.",
                 ),
             ],
             hidden=host.IDENTITY,
@@ -81,11 +87,18 @@ class PriorImages(io.ComfyNode):
         resolution: int,
         images: Tensor | None = None,
     ) -> io.NodeOutput:
-        with Reporter(host.identity(cls), "CNTLoRAPriorImages", "Prior Images") as report, host.working(sd_model):
+        with (
+            Reporter(host.identity(cls), "CNTLoRAPriorImages", "Prior Images") as report,
+            host.working(sd_model),
+        ):
             if images is None:
-                prior = class_pictures(sd_model, class_prompt, resolution or None, count=count, observer=report)
+                prior = class_images(
+                    sd_model, class_prompt, resolution or None, count=count, observer=report
+                )
             else:
                 data = DataConfig(resolution=resolution or None)
-                prior = encode_subject(sd_model, from_batch(images), class_prompt, data, observer=report)
+                prior = encode_subject(
+                    sd_model, from_batch(images), class_prompt, data, observer=report
+                )
             pictures = decode(sd_model, torch.stack(prior.mean))
         return io.NodeOutput(prior, to_image(pictures))

@@ -1,4 +1,5 @@
-"""What a run reports, on its way to the page: progress on the node, a message, and a line in the run's file."""
+"""What a run reports, on its way to the page: progress on the node, a message, and a line in the
+run's file."""
 
 from __future__ import annotations
 
@@ -13,13 +14,15 @@ from ..cntlora_core.events import Event, Progress, Step
 from . import host
 
 FREQUENT = ("step", "progress")
-SEND_EVERY = 0.25  # seconds between messages of the frequent kind: they go together, so that the page stays quick
+# seconds between messages of the frequent kind: they go together, so that the page stays quick
+SEND_EVERY = 0.25
 
 
 class Reporter:
     """An observer for one node. Raises on Cancel, so a run stops within one step.
 
-    Every event becomes a line of `events.jsonl`, numbered, from which a page opened later rebuilds what it missed.
+    Every event becomes a line of `events.jsonl`, numbered, from which a page opened later rebuilds
+    what it missed.
     """
 
     def __init__(self, node: host.Identity, kind: str, title: str, steps: int = 0) -> None:
@@ -33,16 +36,30 @@ class Reporter:
             old.unlink()
         self.show = host.progress_bar(node.node)
         self.file = (self.folder / "events.jsonl").open("w", encoding="utf-8")
-        run = {"class": kind, "title": title, "steps": steps, "started": time.time(), "folder": node.folder}
+        run = {
+            "class": kind,
+            "title": title,
+            "steps": steps,
+            "started": time.time(),
+            "folder": node.folder,
+        }
         self._send({"type": "run", **run})
 
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         try:
             cancelled = isinstance(error, host.Cancelled)
-            text = "Done" if kind is None else "Cancelled; what was trained is kept" if cancelled else str(error)
+            text = (
+                "Done"
+                if kind is None
+                else "Cancelled; what was trained is kept"
+                if cancelled
+                else str(error)
+            )
             self._send({"type": "end", "ok": kind is None, "text": text})
         finally:
             self.file.close()

@@ -20,24 +20,31 @@ class SaveLoRA(io.ComfyNode):
             display_name="Save LoRA (CNTLoRA)",
             category="training/CNTLoRA",
             search_aliases=["export lora", "safetensors"],
-            description="Writes the LoRA with its metadata (trigger, base model, settings) into the first loras folder.",
+            description="Writes the LoRA with its metadata (trigger, base model, settings) into "
+            "the first loras folder.",
             inputs=[
-                io.LoraModel.Input("lora", tooltip="From Train LoRA, or from Calibrate LoRA for the step-0 LoRA."),
+                io.LoraModel.Input(
+                    "lora", tooltip="From Train LoRA, or from Calibrate LoRA for the step-0 LoRA."
+                ),
                 io.String.Input(
                     "name",
                     default="my_subject",
-                    tooltip="File name in models/loras, with a folder if you like: 'people/anna'. Nothing is overwritten: a "
-                    "taken name gets _2, _3, ...",
+                    tooltip="File name in models/loras, with a folder if you like: 'people/anna'. "
+                    "Nothing is overwritten: a taken name gets _2, _3, ...",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(DTYPES),
                     default="fp16" if "fp16" in DTYPES else next(iter(DTYPES)),
-                    tooltip="fp16 is half the size of fp32 and looks the same; bf16 is coarser. fp32 to train on later.",
+                    tooltip="fp16 is half the size of fp32 and looks the same; bf16 is coarser. "
+                    "fp32 to train on later.",
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="file_name", tooltip="The name in Load LoRA's list, after a refresh (R).")
+                io.String.Output(
+                    display_name="file_name",
+                    tooltip="The name in Load LoRA's list, after a refresh (R).",
+                )
             ],
             is_output_node=True,
         )
@@ -55,6 +62,10 @@ class SaveLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, lora: dict[str, Tensor], name: str, precision: str) -> io.NodeOutput:
         if not isinstance(lora, LoRAModel):
-            raise LoRAFileError("This LoRA does not come from CNTLoRA: save it with ComfyUI's Save LoRA Weights.")
+            raise LoRAFileError(
+                "This LoRA does not come from CNTLoRA: save it with ComfyUI's Save LoRA Weights."
+            )
         saved = lora.write(free_name(host.lora_path(name)), DTYPES[precision])
-        return io.NodeOutput(host.lora_name(saved), ui={"text": (f"Saved as {host.lora_name(saved)}",)})
+        return io.NodeOutput(
+            host.lora_name(saved), ui={"text": (f"Saved as {host.lora_name(saved)}",)}
+        )

@@ -6,10 +6,8 @@ import hashlib
 
 from torch import Tensor
 
-from ..cntlora_core.checkpoint import MINI_SD_FOLDER
 from ..cntlora_core.config import DataConfig
-from ..cntlora_core.errors import CNTLoRAError, ImageError, SettingError
-from ..cntlora_core.pictures import (
+from ..cntlora_core.data.images import (
     PictureFile,
     check_pictures,
     fill_words,
@@ -17,7 +15,9 @@ from ..cntlora_core.pictures import (
     picture_files,
     with_words,
 )
-from ..cntlora_core.report import contact_sheet
+from ..cntlora_core.errors import CNTLoRAError, ImageError, SettingError
+from ..cntlora_core.model.loader import MINI_SD_FOLDER
+from ..cntlora_core.report.charts import contact_sheet
 from . import host
 from .host import io, ui
 from .paths import inside
@@ -30,14 +30,16 @@ EXAMPLES = {
 
 
 def files_of(name: str) -> list[PictureFile]:
-    """The pictures of a name in the list. Raises SettingError or ImageError; reads nothing outside ComfyUI's input folder."""
+    """The pictures of a name in the list. Raises SettingError or ImageError; reads nothing outside
+    ComfyUI's input folder."""
     if name in EXAMPLES:
         return picture_files(EXAMPLES[name])
     root = host.input_folder()
     folder = inside(root, name)
     if not folder.is_dir():
         raise ImageError(
-            f"The folder 'input/{name}' does not exist. Put 3-20 pictures of the subject there and refresh."
+            f"The folder 'input/{name}' does not exist. Put 3-20 pictures of the subject there and "
+            "refresh."
         )
     try:
         files = picture_files(folder)
@@ -46,7 +48,8 @@ def files_of(name: str) -> list[PictureFile]:
     for path in (p for file in files for p in (file.path, file.caption)):
         if not path.resolve().is_relative_to(root.resolve()):
             raise SettingError(
-                f"'{path.name}' is a link to a place outside ComfyUI's input folder: copy the file there instead."
+                f"'{path.name}' is a link to a place outside ComfyUI's input folder: copy the file "
+                "there instead."
             )
     return files
 
@@ -59,26 +62,29 @@ class SubjectImages(io.ComfyNode):
             display_name="Subject Images (CNTLoRA)",
             category="training/CNTLoRA",
             search_aliases=["dataset", "training images", "dreambooth", "load image folder"],
-            description="The pictures to learn from: a folder under ComfyUI's input folder, or an IMAGE batch.",
+            description="The pictures to learn from: a folder under ComfyUI's input folder, or an "
+            "IMAGE batch.",
             inputs=[
                 io.Combo.Input(
                     "folder",
                     options=[*host.input_subfolders(), *EXAMPLES],
                     default=next(iter(EXAMPLES)),
-                    tooltip="A folder in ComfyUI's input folder with 3-20 pictures (.png .jpg .jpeg .webp). Fewer teach only "
-                    "one view; many near-duplicates teach their background.",
+                    tooltip="A folder in ComfyUI's input folder with 3-20 pictures (.png .jpg "
+                    ".jpeg .webp). Fewer teach only one view; many near-duplicates teach "
+                    "their background.",
                 ),
                 io.String.Input(
                     "trigger",
                     default="sks",
-                    tooltip="The word that will call the subject, e.g. 'sks'. A rare word learns faster; a common one brings "
-                    "its old meaning along.",
+                    tooltip="The word that will call the subject, e.g. 'sks'. A rare word learns "
+                    "faster; a common one brings its old meaning along.",
                 ),
                 io.String.Input(
                     "class_name",
                     default="cat face emoji",
-                    tooltip="What the subject is, in the model's own words, e.g. 'dog', 'woman', 'toy car'. Too vague, and the "
-                    "whole model drifts; too narrow, and less carries over.",
+                    tooltip="What the subject is, in the model's own words, e.g. 'dog', 'woman', "
+                    "'toy car'. Too vague, and the whole model drifts; too narrow, and "
+                    "less carries over.",
                 ),
                 io.Int.Input(
                     "resolution",
@@ -86,8 +92,9 @@ class SubjectImages(io.ComfyNode):
                     min=0,
                     max=4096,
                     step=64,
-                    tooltip="Side of the training square in px; 0 takes the model's own (512, 768 or 1024). Larger shows more "
-                    "detail and costs memory and time; smaller is quick but soft.",
+                    tooltip="Side of the training square in px; 0 takes the model's own (512, 768 "
+                    "or 1024). Larger shows more detail and costs memory and time; smaller "
+                    "is quick but soft.",
                 ),
                 host.advanced(io.String)(
                     "caption",
@@ -103,13 +110,15 @@ class SubjectImages(io.ComfyNode):
                     "keep_shape",
                     default=True,
                     optional=True,
-                    tooltip="Train pictures in their own shape, at the resolution's area. Off: cut out the centred square.",
+                    tooltip="Train pictures in their own shape, at the resolution's area. Off: cut "
+                    "out the centred square.",
                 ),
                 host.advanced(io.Boolean)(
                     "flip",
                     default=False,
                     optional=True,
-                    tooltip="Mirrored pictures too. Not for faces, writing or anything with a left and right.",
+                    tooltip="Mirrored pictures too. Not for faces, writing or anything with a left "
+                    "and right.",
                 ),
                 host.advanced(io.Boolean)(
                     "random_crop",
@@ -121,17 +130,25 @@ class SubjectImages(io.ComfyNode):
                     "masked",
                     default=False,
                     optional=True,
-                    tooltip="Learn only what a picture's transparency shows. Off: transparent parts are white and are learnt.",
+                    tooltip="Learn only what a picture's transparency shows. Off: transparent "
+                    "parts are white and are learnt.",
                 ),
             ],
             outputs=[
-                SubjectPictures.Output(display_name="subject", tooltip="For Calibrate LoRA and Train LoRA."),
-                io.Image.Output(display_name="contact_sheet", tooltip="What was found, with names, to check by eye."),
+                SubjectPictures.Output(
+                    display_name="subject", tooltip="For Calibrate LoRA and Train LoRA."
+                ),
+                io.Image.Output(
+                    display_name="contact_sheet",
+                    tooltip="What was found, with names, to check by eye.",
+                ),
             ],
         )
 
     @classmethod
-    def validate_inputs(cls, folder: str) -> bool | str:  # only what it judges: the host repeats it for every argument
+    def validate_inputs(
+        cls, folder: str
+    ) -> bool | str:  # only what it judges: the host repeats it for every argument
         try:
             files_of(folder)
         except CNTLoRAError as error:
@@ -141,11 +158,15 @@ class SubjectImages(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder: str, **others: object) -> str:
         try:
-            paths = [p for file in files_of(folder) for p in (file.path, file.caption) if p.is_file()]
+            paths = [
+                p for file in files_of(folder) for p in (file.path, file.caption) if p.is_file()
+            ]
             seen: list[object] = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
         except CNTLoRAError as error:
             seen = [str(error)]
-        return hashlib.sha256(repr((folder, seen, sorted((k, str(v)) for k, v in others.items()))).encode()).hexdigest()
+        return hashlib.sha256(
+            repr((folder, seen, sorted((k, str(v)) for k, v in others.items()))).encode()
+        ).hexdigest()
 
     @classmethod
     def execute(
@@ -162,20 +183,32 @@ class SubjectImages(io.ComfyNode):
         images: Tensor | None = None,
     ) -> io.NodeOutput:
         if not f"{trigger}{class_name}".strip():
-            raise SettingError("trigger and class_name are empty: say what the pictures show, e.g. 'sks' and 'dog'.")
+            raise SettingError(
+                "trigger and class_name are empty: say what the pictures show, e.g. 'sks' and "
+                "'dog'."
+            )
         notices: list[str] = []
         if images is None:
-            pictures = open_pictures(files_of(folder), lambda event: notices.append(getattr(event, "text", "")))
+            pictures = open_pictures(
+                files_of(folder), lambda event: notices.append(getattr(event, "text", ""))
+            )
         else:
             pictures = from_batch(images)
         pictures = with_words(pictures, trigger, class_name)
         notices += check_pictures(pictures, resolution)
         prompt = fill_words(caption, trigger, class_name)
         data = DataConfig(
-            resolution=resolution or None, buckets=keep_shape, random_crop=random_crop, flip=flip, masked=masked
+            resolution=resolution or None,
+            buckets=keep_shape,
+            random_crop=random_crop,
+            flip=flip,
+            masked=masked,
         )
         sizes = sorted(min(p.image.size) for p in pictures)
-        text = f"{len(pictures)} pictures, shorter sides {sizes[0]}-{sizes[-1]} px. Prompt: '{prompt}'."
+        text = (
+            f"{len(pictures)} pictures, shorter sides {sizes[0]}-{sizes[-1]} px. "
+            f"Prompt: '{prompt}'."
+        )
         sheet = to_image([contact_sheet([p.image for p in pictures], [p.name for p in pictures])])
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (" ".join([text, *notices]),)}
         return io.NodeOutput(Pictures(tuple(pictures), prompt, data), sheet, ui=shown)

@@ -7,7 +7,7 @@ from typing import Any
 from ..cntlora_core.config import OPTIMIZERS, SCHEDULES, TrainConfig
 from . import host
 from .host import io
-from .types import Extras, Settings
+from .types import ExtraSettings, Settings
 
 PRIOR_LOSSES = ("class images", "base prediction")
 DEFAULT = TrainConfig()
@@ -21,26 +21,30 @@ class TrainingSettings(io.ComfyNode):
             display_name="Training Settings (CNTLoRA)",
             category="training/CNTLoRA",
             search_aliases=["optimizer", "scheduler", "min snr", "early stopping"],
-            description="More settings for Train LoRA. The defaults are those of Train LoRA without this node.",
+            description="More settings for Train LoRA. The defaults are those of Train LoRA "
+            "without this node.",
             inputs=[
                 io.Boolean.Input(
                     "keep_best",
                     default=DEFAULT.keep_best,
-                    tooltip="Give out the weights of the lowest validation loss, not the last: more steps than needed do no harm.",
+                    tooltip="Give out the weights of the lowest validation loss, not the last: "
+                    "more steps than needed do no harm.",
                 ),
                 io.Int.Input(
                     "patience",
                     default=DEFAULT.patience,
                     min=0,
                     max=10_000,
-                    tooltip="Stop after so many validations without a better one; 0: never. 5 is sensible with validation pictures.",
+                    tooltip="Stop after so many validations without a better one; 0: never. 5 is "
+                    "sensible with validation pictures.",
                 ),
                 io.Int.Input(
                     "accumulation",
                     default=DEFAULT.accumulation,
                     min=1,
                     max=1024,
-                    tooltip="Batches a step: a larger batch in the same memory, and as much slower.",
+                    tooltip="Batches a step: a larger batch in the same memory, and as much "
+                    "slower.",
                 ),
                 io.Combo.Input(
                     "schedule",
@@ -59,8 +63,9 @@ class TrainingSettings(io.ComfyNode):
                     "prior_loss",
                     options=list(PRIOR_LOSSES),
                     default=PRIOR_LOSSES[0],
-                    tooltip="With a prior connected to Train LoRA: train its pictures beside the subject's (DreamBooth), or hold "
-                    "the model to its own prediction under the class prompt, which needs no pictures.",
+                    tooltip="With a prior connected to Train LoRA: train its pictures beside the "
+                    "subject's (DreamBooth), or hold the model to its own prediction under "
+                    "the class prompt, which needs no pictures.",
                 ),
                 io.Float.Input(
                     "prior_weight",
@@ -68,13 +73,15 @@ class TrainingSettings(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="Of the prior loss. Lower it when the subject is not learnt, raise it when the class changes.",
+                    tooltip="Of the prior loss. Lower it when the subject is not learnt, raise it "
+                    "when the class changes.",
                 ),
                 host.advanced(io.Combo)(
                     "optimizer",
                     options=list(OPTIMIZERS),
                     default=DEFAULT.optimizer,
-                    tooltip="adamw8bit and prodigy need their packages (bitsandbytes, prodigyopt); prodigy wants learning rate 1.",
+                    tooltip="adamw8bit and prodigy need their packages (bitsandbytes, prodigyopt); "
+                    "prodigy wants learning rate 1.",
                 ),
                 host.advanced(io.Float)(
                     "min_snr_gamma",
@@ -90,7 +97,8 @@ class TrainingSettings(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Lets pictures become darker or brighter as a whole: 0.03 to 0.1, 0: off.",
+                    tooltip="Lets pictures become darker or brighter as a whole: 0.03 to 0.1, 0: "
+                    "off.",
                 ),
                 host.advanced(io.Float)(
                     "caption_dropout",
@@ -98,7 +106,8 @@ class TrainingSettings(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of pictures trained without words. For styles 0.05 to 0.1; more loosens the trigger.",
+                    tooltip="Share of pictures trained without words. For styles 0.05 to 0.1; more "
+                    "loosens the trigger.",
                 ),
             ],
             outputs=[Settings.Output(display_name="settings", tooltip="For Train LoRA.")],
@@ -107,4 +116,4 @@ class TrainingSettings(io.ComfyNode):
     @classmethod
     def execute(cls, prior_loss: str, **fields: Any) -> io.NodeOutput:
         TrainConfig(**fields)  # says what is wrong with a value before anything is trained
-        return io.NodeOutput(Extras(fields, prior_loss))
+        return io.NodeOutput(ExtraSettings(fields, prior_loss))

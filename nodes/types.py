@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..cntlora_core.calibration import Calibration
-from ..cntlora_core.checkpoint import StableDiffusion
+from ..cntlora_core.calibration.calibrate import Calibration
 from ..cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
+from ..cntlora_core.data.dataset import EncodedImages, encode_subject
+from ..cntlora_core.data.images import Picture
 from ..cntlora_core.events import Observer
-from ..cntlora_core.lora import LoRA
-from ..cntlora_core.lora_file import to_state_dict
-from ..cntlora_core.pictures import Picture
-from ..cntlora_core.runs import write
-from ..cntlora_core.subject import Subject, encode_subject
+from ..cntlora_core.lora.adapter import LoRA
+from ..cntlora_core.lora.file import to_state_dict
+from ..cntlora_core.model.loader import StableDiffusion
+from ..cntlora_core.run import save_run
 from .host import io
 
 SDModel = io.Custom("CNTLORA_SD_MODEL")
@@ -39,20 +39,21 @@ class Pictures:
     prompt: str
     data: DataConfig
 
-    def encode(self, model: StableDiffusion, observer: Observer) -> Subject:
+    def encode(self, model: StableDiffusion, observer: Observer) -> EncodedImages:
         return encode_subject(model, self.pictures, self.prompt, self.data, observer=observer)
 
 
 @dataclass(frozen=True)
-class Extras:
-    """Settings of a training beside those on the Train node: TrainConfig's fields, and the kind of prior loss."""
+class ExtraSettings:
+    """Settings of a training beside those on the Train node: TrainConfig's fields, and the kind of
+    prior loss."""
 
     fields: dict[str, Any]
     prior_loss: str
 
 
 @dataclass(frozen=True)
-class Start:
+class CalibratedStart:
     """A LoRA to train from, and how it was made."""
 
     calibration: Calibration
@@ -60,7 +61,8 @@ class Start:
 
 
 class LoRAModel(dict[str, Tensor]):
-    """ComfyUI's LORA_MODEL, a state dict in kohya's names, that can also write itself with its whole story."""
+    """ComfyUI's LORA_MODEL, a state dict in kohya's names, that can also write itself with its
+    whole story."""
 
     write: Callable[..., Path]
 
@@ -68,7 +70,7 @@ class LoRAModel(dict[str, Tensor]):
 def lora_model(
     lora: LoRA,
     model: StableDiffusion,
-    subject: Subject,
+    subject: EncodedImages,
     config: CalibrationConfig,
     training: TrainConfig | None = None,
     steps: int = 0,
@@ -77,7 +79,16 @@ def lora_model(
 
     def save(path: Path, dtype: torch.dtype = torch.float32) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return write(path, lora, model, subject, steps=steps, calibration=config, training=training, dtype=dtype)
+        return save_run(
+            path,
+            lora,
+            model,
+            subject,
+            steps=steps,
+            calibration=config,
+            training=training,
+            dtype=dtype,
+        )
 
     state.write = save
     return state
@@ -85,7 +96,9 @@ def lora_model(
 
 def to_image(pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures of one size as ComfyUI's IMAGE: `[n, h, w, 3]` fp32, 0 to 1."""
-    return torch.from_numpy(np.stack([np.asarray(p.convert("RGB"), dtype=np.float32) / 255 for p in pictures]))
+    return torch.from_numpy(
+        np.stack([np.asarray(p.convert("RGB"), dtype=np.float32) / 255 for p in pictures])
+    )
 
 
 def from_image(batch: Tensor) -> list[Image.Image]:

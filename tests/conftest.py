@@ -1,4 +1,5 @@
-"""Make the repository's packages importable without letting `nodes/` and `tests/` shadow ComfyUI's modules of those names."""
+"""Make the repository's packages importable without letting `nodes/` and `tests/` shadow ComfyUI's
+modules of those names."""
 
 import importlib.util
 import sys
@@ -15,7 +16,8 @@ if importlib.util.find_spec("hypothesis"):  # a ComfyUI's environment may lack i
     settings.register_profile("same", derandomize=True)
     settings.load_profile("same")
 
-# `python -m pytest` puts the root on sys.path; `import nodes` would then find ours instead of ComfyUI's.
+# `python -m pytest` puts the root on sys.path; `import nodes` would then find ours instead of
+# ComfyUI's.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
@@ -38,7 +40,7 @@ _load("cntlora_core", ROOT / "cntlora_core")
 @pytest.fixture(scope="session")
 def mini_sd():
     """The embedded model, fp32 on the CPU. Shared: a test that changes it must put it back."""
-    from cntlora_core.checkpoint import load_checkpoint
+    from cntlora_core.model.loader import load_checkpoint
 
     return load_checkpoint("mini-sd")
 
@@ -46,8 +48,8 @@ def mini_sd():
 @pytest.fixture(scope="session")
 def subject(mini_sd):
     """The sample subject's latents and conditioning."""
-    from cntlora_core.checkpoint import MINI_SD_FOLDER
-    from cntlora_core.runs import read_subject
+    from cntlora_core.data.dataset import read_subject
+    from cntlora_core.model.loader import MINI_SD_FOLDER
 
     return read_subject(mini_sd, MINI_SD_FOLDER / "subject", "a sks cat face emoji")
 
@@ -55,7 +57,7 @@ def subject(mini_sd):
 @pytest.fixture(scope="session")
 def held_out(mini_sd):
     """Pictures of the sample subject that nothing trains on."""
-    from cntlora_core.checkpoint import MINI_SD_FOLDER
-    from cntlora_core.runs import read_subject
+    from cntlora_core.data.dataset import read_subject
+    from cntlora_core.model.loader import MINI_SD_FOLDER
 
     return read_subject(mini_sd, MINI_SD_FOLDER / "heldout", "a sks cat face emoji")

@@ -14,24 +14,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SIZE = 64  # px
-SCALING = 0.5  # of the latents; not 1, so that code which forgets the VAE's scaling factor fails visibly
+SCALING = (
+    0.5  # of the latents; not 1, so that code which forgets the VAE's scaling factor fails visibly
+)
 BUILD = Path("mini-sd-build")
 
 
-def arguments(description: str | None, output: Path, steps: int | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(
+    description: str | None, output: Path, steps: int | None = None
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=BUILD / "data", help="made by prepare_data.py")
     parser.add_argument("--output", type=Path, default=output)
     if steps is not None:
         parser.add_argument("--steps", type=int, default=steps)
         parser.add_argument("--seed", type=int, default=0)
-        # Beside another busy process two threads were 20 times slower than one; and sums depend on the number of threads.
+        # Beside another busy process two threads were 20 times slower than one; and sums depend on
+        # the number of threads.
         parser.add_argument("--threads", type=int, default=2, help="1 when the machine is shared")
     return parser
 
 
 def start(args: argparse.Namespace) -> None:
-    """Equal seeds and threads give equal weights on one machine: no learning rate reads the clock."""
+    """Equal seeds and threads give equal weights on one machine: no learning rate reads the
+    clock."""
     for name in ("steps", "threads"):
         if (value := getattr(args, name, 1)) < 1:
             raise SystemExit(f"--{name} is {value}: give at least 1.")
@@ -52,7 +60,9 @@ def load(data: Path, name: str) -> tuple[np.ndarray, list[dict]]:
         images = np.load(data / f"{name}.npz")["images"]
         lines = (data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
-        raise SystemExit(f"'{error.filename}' is missing. Run prepare_data.py first, or give its --data.") from error
+        raise SystemExit(
+            f"'{error.filename}' is missing. Run prepare_data.py first, or give its --data."
+        ) from error
     return images, [json.loads(line) for line in lines]
 
 
@@ -62,7 +72,8 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 
 def move(x: Tensor, zoom: Tensor, turn: Tensor, shift: Tensor) -> Tensor:
-    """Resample pictures `[n, 3, h, w]` on white: `zoom`, `turn` (radians) `[n]`, `shift` `[n, 2]` (half a side is 1)."""
+    """Resample pictures `[n, 3, h, w]` on white: `zoom`, `turn` (radians) `[n]`, `shift` `[n, 2]`
+    (half a side is 1)."""
     rows = [zoom * turn.cos(), -zoom * turn.sin(), zoom * turn.sin(), zoom * turn.cos()]
     matrix = torch.cat([torch.stack(rows, 1).view(-1, 2, 2), shift.unsqueeze(2)], 2)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
@@ -70,7 +81,8 @@ def move(x: Tensor, zoom: Tensor, turn: Tensor, shift: Tensor) -> Tensor:
 
 
 def shade(x: Tensor, darkest: float = 0.4, brightest: float = 1.3) -> Tensor:
-    """Half of the pictures get a smooth light where they are not white, so that not all of them are flat."""
+    """Half of the pictures get a smooth light where they are not white, so that not all of them are
+    flat."""
     n = len(x)
     light = torch.rand(n, 1, 3, 3) * (brightest - darkest) + darkest
     light = F.interpolate(light, size=x.shape[-2:], mode="bicubic", align_corners=True)

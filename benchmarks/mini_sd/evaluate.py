@@ -1,4 +1,5 @@
-"""Measure a saved pipeline: the VAE's fidelity, the use of the caption, and the gap between the drawing styles.
+"""Measure a saved pipeline: the VAE's fidelity, the use of the caption, and the gap between the
+drawing styles.
 
 python benchmarks/mini_sd/evaluate.py cntlora_core/mini_sd/model --data DIR
 """
@@ -32,9 +33,14 @@ def picture_names(rows: list[dict]) -> dict[str, dict[str, int]]:
 
 
 @torch.no_grad()
-def epsilon_mse(pipe: StableDiffusionPipeline, latents: Tensor, captions: list[str], seed: int) -> dict[int, float]:
-    """Error by timestep for scaled latents `[n, 4, 16, 16]`, with the same noise for equal seeds."""
-    ids = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+def epsilon_mse(
+    pipe: StableDiffusionPipeline, latents: Tensor, captions: list[str], seed: int
+) -> dict[int, float]:
+    """Error by timestep for scaled latents `[n, 4, 16, 16]`, with the same noise for equal
+    seeds."""
+    ids = pipe.tokenizer(
+        captions, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
     text = pipe.text_encoder(ids)[0]
     generator = torch.Generator().manual_seed(seed)
     errors = {}
@@ -48,7 +54,8 @@ def epsilon_mse(pipe: StableDiffusionPipeline, latents: Tensor, captions: list[s
 
 
 def measure(pipe: StableDiffusionPipeline, images: np.ndarray, rows: list[dict], seed: int) -> dict:
-    """`images` uint8 `[n, 64, 64, 3]` of all vendors; the same emoji are measured in every vendor's drawing."""
+    """`images` uint8 `[n, 64, 64, 3]` of all vendors; the same emoji are measured in every vendor's
+    drawing."""
     common = [v for v in picture_names(rows).values() if len(v) == len(VENDORS)]
     chosen = random.Random(seed).sample(common, min(COUNT, len(common)))
     gap, errors, scale = {}, {}, pipe.vae.config.scaling_factor
@@ -68,7 +75,9 @@ def measure(pipe: StableDiffusionPipeline, images: np.ndarray, rows: list[dict],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--data", type=Path, default=BUILD / "data", help="made by prepare_data.py")
     parser.add_argument("--seed", type=int, default=0, help="of the emoji and of the noise")
@@ -76,8 +85,12 @@ def main() -> None:
     args = parser.parse_args()
     start(args)
     images, rows = zip(load(args.data, "pretrain"), load(args.data, "fluent"), strict=True)
-    pipe = StableDiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=torch.float32, local_files_only=True)
-    print(json.dumps(measure(pipe, np.concatenate(images), [*rows[0], *rows[1]], args.seed), indent=1))
+    pipe = StableDiffusionPipeline.from_pretrained(
+        args.pipeline, torch_dtype=torch.float32, local_files_only=True
+    )
+    print(
+        json.dumps(measure(pipe, np.concatenate(images), [*rows[0], *rows[1]], args.seed), indent=1)
+    )
 
 
 if __name__ == "__main__":

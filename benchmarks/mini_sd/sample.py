@@ -46,20 +46,30 @@ def sheet(pictures: list[Image.Image], columns: int = COLUMNS) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--output", type=Path, default=Path("grid.png"))
-    parser.add_argument("--prompt", action="append", help="instead of the built-in prompts; may be repeated")
+    parser.add_argument(
+        "--prompt", action="append", help="instead of the built-in prompts; may be repeated"
+    )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the others count up")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first picture; the others count up"
+    )
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     start(args)
     prompts = args.prompt or PROMPTS
-    pipe = StableDiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=torch.float32, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        args.pipeline, torch_dtype=torch.float32, local_files_only=True
+    )
     seeds = [torch.Generator().manual_seed(args.seed + i) for i in range(len(prompts))]
-    pictures = pipe(prompts, num_inference_steps=args.steps, guidance_scale=args.guidance, generator=seeds).images
+    pictures = pipe(
+        prompts, num_inference_steps=args.steps, guidance_scale=args.guidance, generator=seeds
+    ).images
     args.output.parent.mkdir(parents=True, exist_ok=True)
     sheet(pictures).save(args.output)
 

@@ -2,9 +2,10 @@
 
     python benchmarks/mini_sd/train_encoder.py --steps 1100 --data DIR --output encoder.safetensors
 
-It measures on 64 px emoji what DINO measures on photographs: how alike the subjects of two pictures are. It learns from pairs of
-Twitter's and Google's drawings of one emoji; Fluent 3D is kept out of the training, and only the retrieval at the end reads it.
-`--unseen 0.1` leaves a tenth of the emoji out of the training too (for choosing settings without looking at Fluent 3D).
+It measures on 64 px emoji what DINO measures on photographs: how alike the subjects of two pictures
+are. It learns from pairs of Twitter's and Google's drawings of one emoji; Fluent 3D is kept out of
+the training, and only the retrieval at the end reads it. `--unseen 0.1` leaves a tenth of the emoji
+out of the training too (for choosing settings without looking at Fluent 3D).
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import BUILD, SIZE, arguments, learning_rate, load, move, report_due, shade, start, to_tensor
+from common import (
+    BUILD,
+    SIZE,
+    arguments,
+    learning_rate,
+    load,
+    move,
+    report_due,
+    shade,
+    start,
+    to_tensor,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from subjects import SUBJECTS, choose
@@ -43,7 +55,8 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures `[n, 3, 64, 64]` in [-1, 1] -> features `[n, 128]` of length one: their products are cosines."""
+    """Pictures `[n, 3, 64, 64]` in [-1, 1] -> features `[n, 128]` of length one: their products are
+    cosines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,13 +75,17 @@ def load_encoder(file: Path) -> Encoder:
     encoder = Encoder()
     with safe_open(file, "pt") as stored:
         state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
-    encoder.load_state_dict({name: v.float() if v.is_floating_point() else v for name, v in state.items()})
+    encoder.load_state_dict(
+        {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
+    )
     return encoder.eval()
 
 
 def save(encoder: Encoder, file: Path, about: dict) -> None:
     """fp16; `about` goes into the metadata."""
-    state = {name: v.half() if v.is_floating_point() else v for name, v in encoder.state_dict().items()}
+    state = {
+        name: v.half() if v.is_floating_point() else v for name, v in encoder.state_dict().items()
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in state.items()}, file, {"about": json.dumps(about)})
 
@@ -80,8 +97,8 @@ def embed(encoder: Encoder, images: np.ndarray) -> Tensor:
 
 
 def augment(x: Tensor) -> Tensor:
-    """What differs between vendors and not between emoji: place and size, light and shading, tint, sharpness. No flips and no
-    exchange of colours: they tell some emoji apart."""
+    """What differs between vendors and not between emoji: place and size, light and shading, tint,
+    sharpness. No flips and no exchange of colours: they tell some emoji apart."""
     n = len(x)
     zoom, turn = 0.85 + 0.35 * torch.rand(n), (torch.rand(n) - 0.5) * 0.4
     x = shade(move(x, zoom, turn, (torch.rand(n, 2) - 0.5) * 0.2))
@@ -95,14 +112,16 @@ def augment(x: Tensor) -> Tensor:
 
 
 def contrast(a: Tensor, b: Tensor) -> Tensor:
-    """Each row of `a` shall be nearest to the same row of `b`, and the other way round. `[n, 128]` each."""
+    """Each row of `a` shall be nearest to the same row of `b`, and the other way round. `[n, 128]`
+    each."""
     logits = a @ b.T / TEMPERATURE
     right = torch.arange(len(a))
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
 
 def find_pairs(rows: list[dict]) -> Tensor:
-    """Indices of Twitter's and Google's drawing of every emoji that both have, `[n, 2]`; skin tones left out."""
+    """Indices of Twitter's and Google's drawing of every emoji that both have, `[n, 2]`; skin tones
+    left out."""
     found: dict[str, dict[str, int]] = defaultdict(dict)
     for i, row in enumerate(rows):
         if not row["skin"]:
@@ -114,7 +133,9 @@ def train(images: np.ndarray, pairs: Tensor, *, steps: int, seed: int = 0) -> En
     """`images` uint8 `[n, 64, 64, 3]`, `pairs` of their indices `[m, 2]`."""
     pixels = to_tensor(images)
     encoder = Encoder().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(encoder.parameters(), weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        encoder.parameters(), weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98)
+    )
     generator = torch.Generator().manual_seed(seed)
     started, n = time.monotonic(), min(PAIRS, len(pairs))
     for step in range(steps):
@@ -129,12 +150,18 @@ def train(images: np.ndarray, pairs: Tensor, *, steps: int, seed: int = 0) -> En
         loss.backward()
         optimizer.step()
         if report_due(step, steps):
-            print(f"{time.monotonic() - started:.0f} s, step {step + 1}: loss {loss.item():.4f}", flush=True)
+            print(
+                f"{time.monotonic() - started:.0f} s, step {step + 1}: loss {loss.item():.4f}",
+                flush=True,
+            )
     return encoder.eval()
 
 
-def retrieval(queries: Tensor, asked: list[str], gallery: Tensor, held: list[str]) -> dict[str, float]:
-    """Share of the queries whose own emoji comes first, or among the first five, in the gallery. Queries without one are left out.
+def retrieval(
+    queries: Tensor, asked: list[str], gallery: Tensor, held: list[str]
+) -> dict[str, float]:
+    """Share of the queries whose own emoji comes first, or among the first five, in the gallery.
+    Queries without one are left out.
 
     Features `[n, f]` and `[m, f]` of length one, and the emoji each row shows.
     """
@@ -143,11 +170,15 @@ def retrieval(queries: Tensor, asked: list[str], gallery: Tensor, held: list[str
     likeness = queries[rows] @ gallery.T
     own = likeness[torch.arange(len(rows)), torch.tensor([place[asked[i]] for i in rows])]
     rank = (likeness > own[:, None]).sum(1)
-    return {"top1": round((rank < 1).float().mean().item(), 3), "top5": round((rank < 5).float().mean().item(), 3)}
+    return {
+        "top1": round((rank < 1).float().mean().item(), 3),
+        "top5": round((rank < 5).float().mean().item(), 3),
+    }
 
 
 def own_subject(features: Tensor, rows: list[dict]) -> dict[str, str]:
-    """Held-out pictures of each subject that are nearer, on average, to its own training pictures than to any other subject's.
+    """Held-out pictures of each subject that are nearer, on average, to its own training pictures
+    than to any other subject's.
 
     `features` `[n, f]` of the Fluent 3D drawings in `rows`.
     """
@@ -155,7 +186,9 @@ def own_subject(features: Tensor, rows: list[dict]) -> dict[str, str]:
     found = {}
     for place, (name, part) in enumerate(parts.items()):
         held_out = features[part["heldout"]]
-        likeness = torch.stack([(held_out @ features[p["train"]].T).mean(1) for p in parts.values()], 1)
+        likeness = torch.stack(
+            [(held_out @ features[p["train"]].T).mean(1) for p in parts.values()], 1
+        )
         found[name] = f"{int((likeness.argmax(1) == place).sum())}/{len(held_out)}"
     return found
 
@@ -165,8 +198,11 @@ def flat(images: np.ndarray) -> Tensor:
     return F.normalize(1 - to_tensor(images).flatten(1), dim=1)
 
 
-def measure(encoder: Encoder, images: np.ndarray, pairs: Tensor, rows: list[dict], data: Path) -> dict[str, dict]:
-    """Retrieval in galleries of one vendor: of the other vendor's drawings, and of Fluent 3D's; and the subjects told apart."""
+def measure(
+    encoder: Encoder, images: np.ndarray, pairs: Tensor, rows: list[dict], data: Path
+) -> dict[str, dict]:
+    """Retrieval in galleries of one vendor: of the other vendor's drawings, and of Fluent 3D's; and
+    the subjects told apart."""
     fluent, fluent_rows = load(data, "fluent")
     names = [rows[i]["unified"] for i in pairs[:, 0].tolist()]
     results = {}
@@ -184,7 +220,9 @@ def measure(encoder: Encoder, images: np.ndarray, pairs: Tensor, rows: list[dict
 
 def main() -> None:
     parser = arguments(__doc__, BUILD / "encoder.safetensors", steps=1100)
-    parser.add_argument("--unseen", type=float, default=0.0, help="share of the emoji kept out of the training")
+    parser.add_argument(
+        "--unseen", type=float, default=0.0, help="share of the emoji kept out of the training"
+    )
     args = parser.parse_args()
     start(args)
     images, rows = load(args.data, "pretrain")

@@ -1,13 +1,17 @@
-"""Train the text encoder and the UNet together on cached latents; save the averaged weights as a diffusers pipeline (fp16).
+"""Train the text encoder and the UNet together on cached latents; save the averaged weights as a
+diffusers pipeline (fp16).
 
     python benchmarks/mini_sd/train_unet.py --phase 1 --steps 2848 --output DIR/phase1
-    python benchmarks/mini_sd/train_unet.py --phase 2 --steps 7685 --init DIR/phase1 --output DIR/model
+    python benchmarks/mini_sd/train_unet.py --phase 2 --steps 7685 --init DIR/phase1 --output
+    DIR/model
 
-`--width 0.5` gives the UNet half the channels: a second size of model, for what should carry over between sizes. With
-`--vae cntlora_core/mini_sd/model/vae --tokenizer cntlora_core/mini_sd/model/tokenizer` it reads the embedded model's latents and words.
+`--width 0.5` gives the UNet half the channels: a second size of model, for what should carry over
+between sizes. With `--vae cntlora_core/mini_sd/model/vae --tokenizer
+cntlora_core/mini_sd/model/tokenizer` it reads the embedded model's latents and words.
 
-Phase 1 weights the loss by min-SNR-5; phase 2 divides the loss of each of 32 timestep strata by its running mean, so that every
-noise level counts alike, and draws rarely the categories of least interest.
+Phase 1 weights the loss by min-SNR-5; phase 2 divides the loss of each of 32 timestep strata by its
+running mean, so that every noise level counts alike, and draws rarely the categories of least
+interest.
 """
 
 from __future__ import annotations
@@ -21,7 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import BUILD, EMA, SIZE, arguments, learning_rate, load, record, report_due, start
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from train_vae import encode
@@ -33,7 +43,8 @@ GAMMA, EMPTY_CAPTIONS, HIDDEN = 5.0, 0.10, 128
 
 @dataclass(frozen=True)
 class Phase:
-    """Peak learning rates, and the sampling weights of skin tones and of the `RARE` categories (all others: 1)."""
+    """Peak learning rates, and the sampling weights of skin tones and of the `RARE` categories (all
+    others: 1)."""
 
     lr: float
     text_lr: float
@@ -79,7 +90,8 @@ SCHEDULE = {
 
 
 def caption(row: dict, rng: random.Random) -> str:
-    """One of several ways to say what a drawing shows; a tenth of all captions are empty, for guidance."""
+    """One of several ways to say what a drawing shows; a tenth of all captions are empty, for
+    guidance."""
     if rng.random() < EMPTY_CAPTIONS:
         return ""
     text = row["name"] if rng.random() < 0.8 else row["short"]
@@ -96,8 +108,8 @@ def caption(row: dict, rng: random.Random) -> str:
 class Losses:
     """Weights of the per-sample losses: min-SNR, or one over the running mean of each stratum."""
 
-    def __init__(self, min_snr: bool, abar: Tensor) -> None:
-        snr = abar / (1 - abar)
+    def __init__(self, min_snr: bool, alphas_cumprod: Tensor) -> None:
+        snr = alphas_cumprod / (1 - alphas_cumprod)
         self.min_snr = (snr.clamp(max=GAMMA) / snr).float() if min_snr else None
         self.mean: Tensor | None = None
         self.steps = 0
@@ -108,14 +120,17 @@ class Losses:
             return (losses * self.min_snr[t]).mean()
         seen = losses.detach()
         self.steps += 1
-        self.mean = seen.clone() if self.mean is None else self.mean.lerp(seen, max(0.01, 1 / self.steps))
+        self.mean = (
+            seen.clone() if self.mean is None else self.mean.lerp(seen, max(0.01, 1 / self.steps))
+        )
         return (losses * 0.1 / self.mean).mean()
 
 
 def build(
     tokenizer_folder: Path, vae_folder: Path, init: Path | None = None, width: float = 1.0
 ) -> StableDiffusionPipeline:
-    """fp32, with fresh weights unless `init` is a saved pipeline; `width` times the embedded UNet's channels."""
+    """fp32, with fresh weights unless `init` is a saved pipeline; `width` times the embedded UNet's
+    channels."""
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     if init:
         unet = UNet2DConditionModel.from_pretrained(
@@ -152,11 +167,19 @@ def parameter_groups(pipe: StableDiffusionPipeline, phase: Phase) -> list[dict]:
 
 
 def step_losses(
-    pipe: StableDiffusionPipeline, latents: Tensor, captions: list[str], t: Tensor, abar: Tensor, noise: Tensor
+    pipe: StableDiffusionPipeline,
+    latents: Tensor,
+    captions: list[str],
+    t: Tensor,
+    alphas_cumprod: Tensor,
+    noise: Tensor,
 ) -> Tensor:
-    """Epsilon-MSE of every sample `[n]`, for scaled latents and noise `[n, 4, 16, 16]` and timesteps `[n]`."""
-    ids = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    level = abar[t].view(-1, 1, 1, 1)
+    """Epsilon-MSE of every sample `[n]`, for scaled latents and noise `[n, 4, 16, 16]` and
+    timesteps `[n]`."""
+    ids = pipe.tokenizer(
+        captions, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+    level = alphas_cumprod[t].view(-1, 1, 1, 1)
     noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
     with torch.autocast("cpu", torch.bfloat16):
         predicted = pipe.unet(noisy, t, pipe.text_encoder(ids)[0], return_dict=False)[0]
@@ -164,21 +187,34 @@ def step_losses(
 
 
 def stratified_timesteps(n: int, generator: torch.Generator) -> Tensor:
-    """One in each of n equal strata, in order: less noise in the gradient, the same expectation. `[n]`."""
-    return ((torch.arange(n) + torch.rand(n, generator=generator)) * (1000 / n)).long().clamp(max=999)
+    """One in each of n equal strata, in order: less noise in the gradient, the same expectation.
+    `[n]`."""
+    return (
+        ((torch.arange(n) + torch.rand(n, generator=generator)) * (1000 / n)).long().clamp(max=999)
+    )
 
 
 def train(
-    pipe: StableDiffusionPipeline, latents: Tensor, rows: list[dict], phase: Phase, *, steps: int, seed: int = 0
+    pipe: StableDiffusionPipeline,
+    latents: Tensor,
+    rows: list[dict],
+    phase: Phase,
+    *,
+    steps: int,
+    seed: int = 0,
 ) -> float:
     """Train the pipeline's UNet and text encoder in place, up to their averaged weights.
 
-    `latents` `[n, 2, 4, 16, 16]`: mean and standard deviation. Returns the mean epsilon-MSE of the last 250 steps.
+    `latents` `[n, 2, 4, 16, 16]`: mean and standard deviation. Returns the mean epsilon-MSE of the
+    last 250 steps.
     """
-    weights = [phase.skin_tones if r["skin"] else phase.rare if r["category"] in RARE else 1.0 for r in rows]
+    weights = [
+        phase.skin_tones if r["skin"] else phase.rare if r["category"] in RARE else 1.0
+        for r in rows
+    ]
     chances = torch.tensor(weights, dtype=torch.float64)
-    abar = DDPMScheduler(**SCHEDULE).alphas_cumprod
-    losses = Losses(phase.min_snr, abar)
+    alphas_cumprod = DDPMScheduler(**SCHEDULE).alphas_cumprod
+    losses = Losses(phase.min_snr, alphas_cumprod)
     modules = nn.ModuleDict({"unet": pipe.unet, "text": pipe.text_encoder})
     ema = EMA(modules, EMA_DECAY)
     optimizer = torch.optim.AdamW(parameter_groups(pipe, phase), betas=(0.9, 0.99))
@@ -192,7 +228,9 @@ def train(
         x = mean + std * torch.randn(mean.shape, generator=generator)
         t = stratified_timesteps(BATCH, generator)
         noise = torch.randn(x.shape, generator=generator)
-        each = step_losses(pipe, x, [caption(rows[i], rng) for i in index.tolist()], t, abar, noise)
+        each = step_losses(
+            pipe, x, [caption(rows[i], rng) for i in index.tolist()], t, alphas_cumprod, noise
+        )
         losses.weigh(each, t).backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
@@ -201,7 +239,10 @@ def train(
         seen.append(each.detach().mean().item())
         if report_due(step, steps):
             last, seen = sum(seen) / len(seen), []
-            print(f"{time.monotonic() - started:.0f} s, step {step + 1}: epsilon-MSE {last:.4f}", flush=True)
+            print(
+                f"{time.monotonic() - started:.0f} s, step {step + 1}: epsilon-MSE {last:.4f}",
+                flush=True,
+            )
     ema.swap()
     return last
 
@@ -219,13 +260,17 @@ def read_latents(vae_folder: Path, images: np.ndarray) -> Tensor:
     """Those that train_vae.py left beside the VAE, or made now. Scaled, `[n, 2, 4, 16, 16]`."""
     if (file := vae_folder / "latents.safetensors").is_file():
         return load_file(file)["latents"]
-    vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32, local_files_only=True)
+    vae = AutoencoderKL.from_pretrained(
+        vae_folder, torch_dtype=torch.float32, local_files_only=True
+    )
     return encode(vae.eval(), images) * vae.config.scaling_factor
 
 
 def main() -> None:
     parser = arguments(__doc__, BUILD / "model", steps=2848)
-    parser.add_argument("--width", type=float, default=1.0, help="of the UNet, where none is given by --init")
+    parser.add_argument(
+        "--width", type=float, default=1.0, help="of the UNet, where none is given by --init"
+    )
     parser.add_argument("--phase", type=int, choices=tuple(PHASES), default=1)
     parser.add_argument("--init", type=Path, help="a saved pipeline to go on from")
     parser.add_argument("--tokenizer", type=Path, default=BUILD / "tokenizer")

@@ -1,8 +1,10 @@
-"""Train the AutoencoderKL (4 times smaller, 4 channels) on the pre-training drawings, and cache their latents.
+"""Train the AutoencoderKL (4 times smaller, 4 channels) on the pre-training drawings, and cache
+their latents.
 
     python benchmarks/mini_sd/train_vae.py --steps 2824 --data DIR --output DIR
 
-Writes a diffusers folder and, in it, latents.safetensors: the posterior's mean and standard deviation, scaled, `[n, 2, 4, 16, 16]`.
+Writes a diffusers folder and, in it, latents.safetensors: the posterior's mean and standard
+deviation, scaled, `[n, 2, 4, 16, 16]`.
 """
 
 from __future__ import annotations
@@ -46,10 +48,15 @@ CONFIG = {
 
 
 def augment(x: Tensor) -> Tensor:
-    """Flips for all; half of the batch is also zoomed, turned, shifted and shaded, and has colour channels permuted."""
+    """Flips for all; half of the batch is also zoomed, turned, shifted and shaded, and has colour
+    channels permuted."""
     n, half = len(x), len(x) // 2
     x = torch.where((torch.rand(n) < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)
-    zoom, turn, shift = 0.75 + 0.6 * torch.rand(half), (torch.rand(half) - 0.5) * 0.6, (torch.rand(half, 2) - 0.5) * 0.3
+    zoom, turn, shift = (
+        0.75 + 0.6 * torch.rand(half),
+        (torch.rand(half) - 0.5) * 0.6,
+        (torch.rand(half, 2) - 0.5) * 0.3,
+    )
     moved = move(x[:half], zoom, turn, shift)
     moved[::2] = torch.stack([picture[torch.randperm(3)] for picture in moved[::2]])
     return torch.cat([shade(moved), x[half:]])
@@ -84,7 +91,10 @@ def train(images: np.ndarray, rows: list[dict], *, steps: int, seed: int = 0) ->
         optimizer.zero_grad(set_to_none=True)
         ema.update()
         if report_due(step, steps):
-            print(f"{time.monotonic() - started:.0f} s, step {step + 1}: loss {loss.item():.5f}", flush=True)
+            print(
+                f"{time.monotonic() - started:.0f} s, step {step + 1}: loss {loss.item():.5f}",
+                flush=True,
+            )
     ema.swap()
     return vae.eval()
 
@@ -100,14 +110,17 @@ def psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: np.ndarray) -> Tensor:
     """Posterior mean and standard deviation, `[n, 2, 4, 16, 16]`, not scaled."""
-    parts = [vae.encode(to_tensor(images[i : i + 64])).latent_dist for i in range(0, len(images), 64)]
+    parts = [
+        vae.encode(to_tensor(images[i : i + 64])).latent_dist for i in range(0, len(images), 64)
+    ]
     return torch.cat([torch.stack([p.mean, p.std], 1) for p in parts])
 
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, means: Tensor) -> None:
-    """Fold a shift and scale per channel into the two 1x1 convolutions beside the latents, so that latents * scaling_factor have
-    mean 0 and variance 1: the pipeline knows only the scalar. `means` `[n, 4, h, w]`."""
+    """Fold a shift and scale per channel into the two 1x1 convolutions beside the latents, so that
+    latents * scaling_factor have mean 0 and variance 1: the pipeline knows only the scalar. `means`
+    `[n, 4, h, w]`."""
     shift, scale = means.mean((0, 2, 3)), means.std((0, 2, 3)) * SCALING
     into, out = vae.quant_conv, vae.post_quant_conv
     out.bias += out.weight[:, :, 0, 0] @ shift
@@ -127,9 +140,14 @@ def main() -> None:
     base = np.array([r["skin"] is None for r in rows])
     whiten(vae, encode(vae, images[base])[:, 0])
     vae.save_pretrained(args.output)
-    save_file({"latents": (encode(vae, images) * SCALING).half()}, args.output / "latents.safetensors")
+    save_file(
+        {"latents": (encode(vae, images) * SCALING).half()}, args.output / "latents.safetensors"
+    )
     rng = np.random.default_rng(0)
-    picked = {k: v[rng.choice(len(v), 64, replace=False)] for k, v in (("pretrain", images), ("fluent", fluent))}
+    picked = {
+        k: v[rng.choice(len(v), 64, replace=False)]
+        for k, v in (("pretrain", images), ("fluent", fluent))
+    }
     results = {f"psnr_{k}_db": round(psnr(vae, v), 2) for k, v in picked.items()}
     record(args.output, args, **results)
     print(results)

@@ -28,17 +28,21 @@ def bench(monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", ["gaussian", "pissa", "eva", "corda", "lora_ga"])
 def test_a_peers_start_leaves_the_models_function_as_it_is(bench, mini_sd, subject, method):
-    from cntlora_core.lora import attached
-    from cntlora_core.runs import validation_loss
+    from cntlora_core.lora.adapter import attached_lora
+    from cntlora_core.training.validation import validation_loss
 
     peers = bench.peer_starts
     validate = validation_loss(mini_sd, subject.only([0]), 8)
     before, weights = validate(), {k: v.clone() for k, v in mini_sd.unet.state_dict().items()}
     start = peers.peer_start(mini_sd, subject, method, 2, 0, passes=1)
-    with peers.without(mini_sd, start.residuals), attached(mini_sd.unet, start.lora):
+    with peers.without(mini_sd, start.residuals), attached_lora(mini_sd.unet, start.lora):
         assert validate() == pytest.approx(before, rel=1e-4)
     assert bool(start.residuals) == (method in ("pissa", "corda", "lora_ga"))
-    assert (start.forward, start.backward) == {"eva": (4, 0), "corda": (4, 0), "lora_ga": (4, 4)}.get(method, (0, 0))
+    assert (start.forward, start.backward) == {
+        "eva": (4, 0),
+        "corda": (4, 0),
+        "lora_ga": (4, 4),
+    }.get(method, (0, 0))
     assert all(torch.equal(weights[k], v) for k, v in mini_sd.unet.state_dict().items())
 
 
@@ -53,7 +57,12 @@ def test_cost_to_a_goal(bench):
 
 def row(subject, method, lr, seed, losses, start=0):
     curve = [(start + 10 * i, loss, float(i)) for i, loss in enumerate(losses)]
-    return {"key": [subject, method, lr, seed, 20, 4], "start": start, "step0": losses[0], "curve": curve}
+    return {
+        "key": [subject, method, lr, seed, 20, 4],
+        "start": start,
+        "step0": losses[0],
+        "curve": curve,
+    }
 
 
 def test_the_best_rate_is_interior_only_between_tried_ones(bench):
@@ -61,7 +70,10 @@ def test_the_best_rate_is_interior_only_between_tried_ones(bench):
     chosen = bench.convergence_report.chosen
     assert chosen(rows, ["s"], "m") == (0.2, True)
     assert chosen(rows[:2], ["s"], "m") == (0.2, False)
-    other = [row("t", "m", 0.1, 0, [1.0, 0.0]), row("s", "m", 0.1, 1, [1.0, 0.0])]  # another subject, another seed
+    other = [
+        row("t", "m", 0.1, 0, [1.0, 0.0]),
+        row("s", "m", 0.1, 1, [1.0, 0.0]),
+    ]  # another subject, another seed
     assert chosen(rows + other, ["s"], "m") == (0.2, True)
 
 
@@ -76,7 +88,9 @@ def test_the_table_counts_calibration_and_names_what_never_arrives(bench):
             ("eva", [1.0, 0.9, 0.7], 4),
         )
     ]
-    text = bench.convergence_report.report(rows, ["s"], ["t"], baselines=["gaussian"], peers=["eva"])
+    text = bench.convergence_report.report(
+        rows, ["s"], ["t"], baselines=["gaussian"], peers=["eva"]
+    )
     assert text.count("0.800 / 0.500 / 15 | 0.75 (0.75-0.75)") == 2  # 15 steps of the baseline's 20
     assert text.count("1.000 / 0.700 / never") == 2
     assert "Not used for any choice" in text
@@ -84,8 +98,8 @@ def test_the_table_counts_calibration_and_names_what_never_arrives(bench):
 
 
 def test_permuted_ranks_keep_the_parameters(bench, mini_sd):
-    from cntlora_core.lora import default_init, parameter_count
-    from cntlora_core.projections import find_projections
+    from cntlora_core.lora.adapter import default_init, parameter_count
+    from cntlora_core.lora.targets import find_projections
 
     projections = find_projections(mini_sd.unet, "attention+ff")
     generator = torch.Generator().manual_seed(0)
@@ -97,22 +111,24 @@ def test_permuted_ranks_keep_the_parameters(bench, mini_sd):
 
 
 def test_random_directions_answer_the_subject_with_unit_power(bench, mini_sd, subject):
-    from cntlora_core.projections import find_projections
-    from cntlora_core.statistics import record
-    from cntlora_core.triples import draw_triples
+    from cntlora_core.calibration.moments import record
+    from cntlora_core.data.batches import draw_noised
+    from cntlora_core.lora.targets import find_projections
 
     lora = bench.starts._random(mini_sd, subject, 2, 0).lora
-    triples = draw_triples(subject, 32, 1000, torch.Generator().manual_seed(0))
+    triples = draw_noised(subject, 32, 1000, torch.Generator().manual_seed(0))
     projections = find_projections(mini_sd.unet)
     with record(mini_sd.unet, projections, backward=False) as moments, torch.no_grad():
         triples.sizes[0].loss(mini_sd)
     for p in projections[:8]:
         down = lora[p.name].down
-        torch.testing.assert_close(((down @ moments.C(p)) * down).sum(1), torch.ones(2), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(
+            ((down @ moments.C(p)) * down).sum(1), torch.ones(2), rtol=1e-2, atol=1e-2
+        )
 
 
 def test_refinement_is_watched_on_the_way(bench, mini_sd, subject, held_out):
-    from cntlora_core.runs import validation_loss
+    from cntlora_core.training.validation import validation_loss
 
     watch = bench.starts.Stopwatch(validation_loss(mini_sd, held_out, 16))
     begin, path = bench.starts.make_start(mini_sd, subject, "target balanced", 4, 0, watch)
@@ -129,14 +145,27 @@ def test_what_an_ordinary_lora_pays(monkeypatch):
     assert tradeoff.at(ordinary, 0.8) == pytest.approx(1.2)
     assert tradeoff.at(ordinary, 0.6) is None
     way = [(1.0, 1.0), (0.8, 1.1), (0.6, 1.3), (0.7, 1.9)]  # the last look is past its best
-    assert [tradeoff.compared(x, way, min) for x in (0.9, 0.7, 0.5)] == pytest.approx([1.05, 1.2, 1.3])
+    assert [tradeoff.compared(x, way, min) for x in (0.9, 0.7, 0.5)] == pytest.approx(
+        [1.05, 1.2, 1.3]
+    )
     assert tradeoff.compared(1.1, way, min) is None
     assert tradeoff.compared(0.9, [(0.2, 0.9), (0.6, 0.7)], max) == 0.7
     assert tradeoff.compared(0.1, [(0.2, 0.9), (0.6, 0.7)], max) is None
     rows = [
-        {"subject": "s", "seed": 0, "contestant": c, "when": "w", "loss": x, "forgetting": f, "subject_fidelity": s, "class": 1, "unrelated": u}
+        {
+            "subject": "s",
+            "seed": 0,
+            "contestant": c,
+            "when": "w",
+            "loss": x,
+            "forgetting": f,
+            "subject_fidelity": s,
+            "class": 1,
+            "unrelated": u,
+        }
         for c, x, f, s, u in (("gaussian", 0.8, 1.2, 0.5, 0.7), ("ours", 0.9, 1.02, 0.5, 0.8))
-    ]  # fmt: skip
-    assert "| ours | w | 0.900 | 1.020 | 0.500 | 1.000 | 0.800 | 0.20 (1 of 1) | +0.100 (1 of 1) |" in tradeoff.report(
-        rows
+    ]
+    assert (
+        "| ours | w | 0.900 | 1.020 | 0.500 | 1.000 | 0.800 | 0.20 (1 of 1) | +0.100 (1 of 1) |"
+        in tradeoff.report(rows)
     )

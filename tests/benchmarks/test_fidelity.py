@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from cntlora_core.checkpoint import MINI_SD_FOLDER
-from cntlora_core.lora import Factors, attached
-from cntlora_core.lora_file import save_lora
-from cntlora_core.pictures import find_pictures
-from cntlora_core.projections import find_projections
+from cntlora_core.data.images import find_pictures
+from cntlora_core.lora.adapter import Factors, attached_lora
+from cntlora_core.lora.file import save_lora
+from cntlora_core.lora.targets import find_projections
+from cntlora_core.model.loader import MINI_SD_FOLDER
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 PROMPTS = "a sks cat face emoji", "a cat face emoji"
@@ -21,7 +21,8 @@ PROMPTS = "a sks cat face emoji", "a cat face emoji"
 
 @pytest.fixture
 def script(monkeypatch):
-    """The script under a name of its own; it and its siblings, whose names are common, are forgotten afterwards."""
+    """The script under a name of its own; it and its siblings, whose names are common, are
+    forgotten afterwards."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     spec = importlib.util.spec_from_file_location("benchmarks_fidelity", FOLDER / "fidelity.py")
     module = importlib.util.module_from_spec(spec)
@@ -44,7 +45,9 @@ def fidelity(script, monkeypatch):
 
 @pytest.fixture
 def pictures():
-    return [[p.image for p in find_pictures(MINI_SD_FOLDER / part)] for part in ("subject", "heldout")]
+    return [
+        [p.image for p in find_pictures(MINI_SD_FOLDER / part)] for part in ("subject", "heldout")
+    ]
 
 
 @pytest.fixture
@@ -53,7 +56,8 @@ def damage(mini_sd):
     draw = torch.Generator().manual_seed(0)
     return {
         p.name: Factors(
-            torch.randn(p.out_features, 1, generator=draw), 0.3 * torch.randn(1, p.in_features, generator=draw)
+            torch.randn(p.out_features, 1, generator=draw),
+            0.3 * torch.randn(1, p.in_features, generator=draw),
         )
         for p in find_projections(mini_sd.unet)
     }
@@ -63,7 +67,14 @@ def damage(mini_sd):
 def data(tmp_path):
     """240 emoji of 8 categories by two vendors, and one with a skin tone."""
     rows = [
-        {"name": f"thing {i}", "short": "t", "vendor": v, "category": f"{i // 30}", "unified": f"{i:03}", "skin": None}
+        {
+            "name": f"thing {i}",
+            "short": "t",
+            "vendor": v,
+            "category": f"{i // 30}",
+            "unified": f"{i:03}",
+            "skin": None,
+        }
         for v in ("twitter", "google")
         for i in range(240)
     ]
@@ -76,7 +87,13 @@ def data(tmp_path):
 
 def made_up(fidelity, **parts):
     e = torch.eye(4)
-    given = {"train": e[:1], "held_out": e[:2], "drawn": e, "asked": ("c", "c", "u", "u"), "seeds": (0, 1, 2, 2)}
+    given = {
+        "train": e[:1],
+        "held_out": e[:2],
+        "drawn": e,
+        "asked": ("c", "c", "u", "u"),
+        "seeds": (0, 1, 2, 2),
+    }
     return fidelity.Reference(encoder=None, prompt="s", **given | parts)
 
 
@@ -100,7 +117,9 @@ def test_prompt_scores_keep_class_and_unrelated_apart(fidelity):
     assert leaked == {"class": 0.5, "unrelated": 1, "leak": 0.5}
 
 
-def test_the_base_model_keeps_everything_and_a_damaged_one_does_not(fidelity, mini_sd, pictures, damage):
+def test_the_base_model_keeps_everything_and_a_damaged_one_does_not(
+    fidelity, mini_sd, pictures, damage
+):
     to = fidelity.reference(mini_sd, *pictures, *PROMPTS)
     base = fidelity.prompt_fidelity(mini_sd, to)
     assert base["class"] == pytest.approx(1, abs=1e-5)
@@ -110,7 +129,7 @@ def test_the_base_model_keeps_everything_and_a_damaged_one_does_not(fidelity, mi
     own = fidelity.subject_scores(to.train, to)
     assert own["subject"] > subject["subject"] + 0.2
     assert own["copying"] == pytest.approx(1, abs=1e-5)
-    with attached(mini_sd.unet, damage):
+    with attached_lora(mini_sd.unet, damage):
         damaged = fidelity.prompt_fidelity(mini_sd, to)
         assert fidelity.subject_fidelity(mini_sd, to) != subject
     assert damaged["class"] < 0.7
@@ -119,7 +138,10 @@ def test_the_base_model_keeps_everything_and_a_damaged_one_does_not(fidelity, mi
 
 @pytest.mark.parametrize(
     ("class_prompt", "asked"),
-    [("a cat face emoji", ["a red heart emoji", "a taxi emoji"]), ("a heart emoji", ["a taxi emoji"])],
+    [
+        ("a cat face emoji", ["a red heart emoji", "a taxi emoji"]),
+        ("a heart emoji", ["a taxi emoji"]),
+    ],
 )
 def test_the_subjects_own_class_is_not_unrelated(fidelity, mini_sd, pictures, class_prompt, asked):
     to = fidelity.reference(mini_sd, *pictures, "a sks emoji", class_prompt)
@@ -141,18 +163,22 @@ def test_pictures_of_the_domain_are_spread_and_disjoint(fidelity, data):
     for part in (measured, prior):
         assert {int(p.name.split()[0]) // 30 for p in part} == set(range(8))
         assert {sum(v in p.name for p in part) for v in ("twitter", "google")} == {len(part) // 2}
-        assert all(p.caption == f"thing {int(p.name[:3])} emoji, {p.name.split()[1]} style" for p in part)
+        assert all(
+            p.caption == f"thing {int(p.name[:3])} emoji, {p.name.split()[1]} style" for p in part
+        )
     again = fidelity.domain_pictures(data)
     assert [p.digest for p in again[0]] == [p.digest for p in measured]
 
 
-def test_forgetting_is_one_for_the_base_model_and_more_when_damaged(fidelity, mini_sd, data, damage, monkeypatch):
+def test_forgetting_is_one_for_the_base_model_and_more_when_damaged(
+    fidelity, mini_sd, data, damage, monkeypatch
+):
     monkeypatch.setattr(fidelity, "MEASURED", 3)
     monkeypatch.setattr(fidelity, "PRIOR", 2)
     of = fidelity.domain(mini_sd, data)
     assert len(of.triples) == 3 * 8
     assert fidelity.forgetting(mini_sd, of) == 1
-    with attached(mini_sd.unet, damage):
+    with attached_lora(mini_sd.unet, damage):
         assert fidelity.forgetting(mini_sd, of) > 1.1
 
 
@@ -165,7 +191,9 @@ def test_the_prior_has_each_of_its_pictures_once_with_its_own_caption(fidelity, 
     assert torch.diff(batch.timesteps.sort().values).max() < 2 * 1000 / 32 + 1
 
 
-def test_a_file_is_measured_from_the_command_line(fidelity, mini_sd, data, damage, tmp_path, monkeypatch, capsys):
+def test_a_file_is_measured_from_the_command_line(
+    fidelity, mini_sd, data, damage, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(fidelity, "MEASURED", 3)
     monkeypatch.setattr(fidelity, "PRIOR", 2)
     file = save_lora(tmp_path / "lora.safetensors", damage, mini_sd.family, {})
@@ -183,8 +211,12 @@ def test_a_file_is_measured_from_the_command_line(fidelity, mini_sd, data, damag
 
 
 def test_a_folder_without_prompts_is_refused(fidelity, tmp_path):
-    with pytest.raises(SystemExit, match=r"has no train/metadata\.jsonl with prompt and class_prompt"):
+    with pytest.raises(
+        SystemExit, match=r"has no train/metadata\.jsonl with prompt and class_prompt"
+    ):
         fidelity.prompts_of(tmp_path)
     (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps({"prompt": "a", "class_prompt": "b"}) + "\n")
+    (tmp_path / "train" / "metadata.jsonl").write_text(
+        json.dumps({"prompt": "a", "class_prompt": "b"}) + "\n"
+    )
     assert fidelity.prompts_of(tmp_path) == ("a", "b")

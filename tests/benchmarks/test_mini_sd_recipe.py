@@ -1,4 +1,5 @@
-"""The recipe of the embedded model, on arrays made here: each script's core runs and does its job."""
+"""The recipe of the embedded model, on arrays made here: each script's core runs and does its
+job."""
 
 import argparse
 import importlib
@@ -21,7 +22,8 @@ MODULES = {file.stem for file in FOLDER.glob("*.py")}
 
 @pytest.fixture
 def script(monkeypatch):
-    """Import a script as it is run, with its folder first on the path; forget it afterwards, for its siblings' names are common."""
+    """Import a script as it is run, with its folder first on the path; forget it afterwards, for
+    its siblings' names are common."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
     for name in MODULES:
@@ -72,7 +74,10 @@ def test_a_damaged_tarball_is_refused(script, tmp_path):
         prepare.archive(package, tmp_path)
 
 
-HEARTS = [f"{c} heart" for c in ("blue", "green", "pink", "brown", "white", "purple", "black", "grey", "orange")]
+HEARTS = [
+    f"{c} heart"
+    for c in ("blue", "green", "pink", "brown", "white", "purple", "black", "grey", "orange")
+]
 
 
 def test_subjects_keep_their_held_out_pictures_apart(script, tmp_path):
@@ -81,22 +86,31 @@ def test_subjects_keep_their_held_out_pictures_apart(script, tmp_path):
     images = np.zeros((len(names), 64, 64, 3), np.uint8)
     hearts = subjects.SUBJECTS["hearts"]
     for _ in range(2):  # again into the same folder changes nothing
-        assert subjects.make_subject(images, [{"name": n} for n in names], hearts, tmp_path) == (6, 3)
-    train, held = ({p.name for p in (tmp_path / part).glob("*.png")} for part in ("train", "heldout"))
+        assert subjects.make_subject(images, [{"name": n} for n in names], hearts, tmp_path) == (
+            6,
+            3,
+        )
+    train, held = (
+        {p.name for p in (tmp_path / part).glob("*.png")} for part in ("train", "heldout")
+    )
     assert held == {"black_heart.png", "grey_heart.png", "orange_heart.png"}
     assert not train & held
     assert '"prompt": "a sks heart emoji", "class_prompt": "a heart emoji"' in (
         (tmp_path / "train" / "metadata.jsonl").read_text()
     )
     changed = subjects.Subject("heart", hearts.pattern, "blue|green|pink")
-    with pytest.raises(ValueError, match=r"already holds 3 other pictures, such as 'blue_heart\.png'"):
+    with pytest.raises(
+        ValueError, match=r"already holds 3 other pictures, such as 'blue_heart\.png'"
+    ):
         subjects.make_subject(images, [{"name": n} for n in names], changed, tmp_path)
 
 
 def test_too_few_pictures_for_a_subject_are_told(script, tmp_path):
     subjects = script("subjects")
     with pytest.raises(ValueError, match="leave 2 pictures for heldout, fewer than 3"):
-        subjects.choose([{"name": n} for n in HEARTS], subjects.Subject("heart", ".* heart", "black|grey"))
+        subjects.choose(
+            [{"name": n} for n in HEARTS], subjects.Subject("heart", ".* heart", "black|grey")
+        )
 
 
 @pytest.mark.parametrize("part", ["train", "heldout"])
@@ -107,7 +121,9 @@ def test_the_embedded_subject_is_the_recipes(script, part):
     chosen = subjects.choose(
         [{"name": n} for n in [*names, "cat face", "smiling face"]], subjects.SUBJECTS["cat_faces"]
     )
-    assert [names[i].replace(" ", "_") for i in chosen[part]] == files["subject" if part == "train" else "heldout"]
+    assert [names[i].replace(" ", "_") for i in chosen[part]] == files[
+        "subject" if part == "train" else "heldout"
+    ]
 
 
 def test_the_tokenizer_round_trips(tokenizer):
@@ -158,7 +174,9 @@ def test_a_unet_step_trains_saves_and_samples(script, data, tokenizer, tmp_path)
     module = script("train_unet")
     rows = data[1] * 2
     latents = torch.randn(len(rows), 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    script("train_vae").AutoencoderKL(**script("train_vae").CONFIG).save_pretrained(tmp_path / "vae")
+    script("train_vae").AutoencoderKL(**script("train_vae").CONFIG).save_pretrained(
+        tmp_path / "vae"
+    )
     torch.manual_seed(0)
     pipe = module.build(tmp_path / "tokenizer", tmp_path / "vae")
     fresh = [parameters(part) for part in (pipe.unet, pipe.text_encoder)]
@@ -181,18 +199,20 @@ def test_captions_and_loss_weights(script):
     texts = {module.caption(row, random.Random(i)) for i in range(200)}
     assert "" in texts
     assert "cat face emoji, google style" in texts
-    abar = torch.linspace(0.999, 0.01, 1000)
+    alphas_cumprod = torch.linspace(0.999, 0.01, 1000)
     t = module.stratified_timesteps(32, torch.Generator().manual_seed(0))
     assert torch.equal(t * 32 // 1000, torch.arange(32))
     each = torch.linspace(0.3, 0.01, 32)
-    assert float(module.Losses(False, abar).weigh(each, t)) == pytest.approx(0.1)
-    assert float(module.Losses(True, abar).weigh(each, t)) < float(each.mean())
+    assert float(module.Losses(False, alphas_cumprod).weigh(each, t)) == pytest.approx(0.1)
+    assert float(module.Losses(True, alphas_cumprod).weigh(each, t)) < float(each.mean())
 
 
 def test_the_encoder_learns_pairs_and_is_stored_small(script, data, tmp_path):
     module = script("train_encoder")
     images, rows = data
-    pairs = module.find_pairs([*rows, dict(rows[0], skin="dark"), dict(rows[0], unified="only one vendor")])
+    pairs = module.find_pairs(
+        [*rows, dict(rows[0], skin="dark"), dict(rows[0], unified="only one vendor")]
+    )
     assert pairs.tolist() == [[i, i + 12] for i in range(12)]
     torch.manual_seed(0)
     encoder = module.train(images, pairs, steps=2)
@@ -215,7 +235,9 @@ def test_retrieval_counts_the_own_emoji(script):
 
 def test_subjects_are_told_apart_by_their_features(script, monkeypatch):
     module = script("train_encoder")
-    kinds = {kind: script("subjects").Subject(kind, f"{kind} .*", "[6-9]") for kind in ("red", "blue")}
+    kinds = {
+        kind: script("subjects").Subject(kind, f"{kind} .*", "[6-9]") for kind in ("red", "blue")
+    }
     monkeypatch.setattr(module, "SUBJECTS", kinds)
     rows = [{"name": f"{kind} {i}"} for kind in kinds for i in range(10)]
     features = torch.eye(2).repeat_interleave(10, 0)

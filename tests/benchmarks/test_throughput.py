@@ -11,7 +11,9 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 def script(name):
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    module = sys.modules[name] = importlib.util.module_from_spec(
+        spec
+    )  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -45,7 +47,11 @@ def test_a_process_that_fails_says_so():
 
 def test_a_summary_compares_pair_by_pair():
     throughput = script("throughput")
-    ours = [throughput.Result(1.0, 2.0, 100.0), throughput.Result(2.0, 2.0, 100.0), throughput.Result(4.0, 2.0, 100.0)]
+    ours = [
+        throughput.Result(1.0, 2.0, 100.0),
+        throughput.Result(2.0, 2.0, 100.0),
+        throughput.Result(4.0, 2.0, 100.0),
+    ]
     theirs = [
         throughput.Result(2.0, 4.0, 200.0),
         throughput.Result(3.0, 4.0, 200.0),

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cntlora_core.config import CalibrationConfig, TrainConfig, from_dict, to_dict
-from cntlora_core.defaults import targets_for
 from cntlora_core.errors import SettingError
+from cntlora_core.lora.targets import targets_for
 
 
 @pytest.mark.parametrize("config", [CalibrationConfig(), TrainConfig()])
@@ -62,7 +62,12 @@ def test_real_models_learn_more_slowly_and_calibrated_starts_faster_than_ordinar
     from cntlora_core.defaults import default_lr, default_steps
 
     assert default_lr("mini-sd", "target") == TrainConfig.lr
-    assert default_lr("sd15.safetensors", "gaussian") == 1e-4 < default_lr("sd15.safetensors", "target") < 3e-3
+    assert (
+        default_lr("sd15.safetensors", "gaussian")
+        == 1e-4
+        < default_lr("sd15.safetensors", "target")
+        < 3e-3
+    )
     assert default_steps("sd15.safetensors", "gaussian", 5) == 500
     assert default_steps("sd15.safetensors", "target", 5) == 250
     assert default_steps("sd15.safetensors", "target", 30) == 600
@@ -80,5 +85,10 @@ def test_real_models_learn_more_slowly_and_calibrated_starts_faster_than_ordinar
         ("target", "data", "sd1", "attention", "attention"),
     ],
 )
-def test_feed_forward_layers_take_part_where_data_ranks_find_them_room(init, rule, family, targets, expected):
-    assert targets_for(family, CalibrationConfig(init=init, rank_rule=rule, targets=targets)) == expected
+def test_feed_forward_layers_take_part_where_data_ranks_find_them_room(
+    init, rule, family, targets, expected
+):
+    assert (
+        targets_for(family, CalibrationConfig(init=init, rank_rule=rule, targets=targets))
+        == expected
+    )

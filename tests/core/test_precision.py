@@ -1,16 +1,19 @@
-"""Reduced precision of the frozen model, on the CPU: adapters stay fp32, the loss falls as it does in fp32."""
+"""Reduced precision of the frozen model, on the CPU: adapters stay fp32, the loss falls as it does
+in fp32."""
 
 import pytest
 import torch
 
-from cntlora_core.checkpoint import MINI_SD_FOLDER, load_checkpoint
+from cntlora_core.calibration.measure import measure
 from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.data.batches import draw_noised
+from cntlora_core.data.dataset import read_subject
 from cntlora_core.distributed import ALONE
 from cntlora_core.events import ignore
-from cntlora_core.projections import find_projections
-from cntlora_core.runs import personalise, read_subject, validation_loss
-from cntlora_core.sweep import measure
-from cntlora_core.triples import draw_triples
+from cntlora_core.lora.targets import find_projections
+from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
+from cntlora_core.run import run_training
+from cntlora_core.training.validation import validation_loss
 
 
 def test_the_scale_of_fp16_gradients_is_gone_from_what_is_measured():
@@ -19,13 +22,22 @@ def test_the_scale_of_fp16_gradients_is_gone_from_what_is_measured():
     for dtype in (torch.float32, torch.float16):
         model = load_checkpoint("mini-sd", dtype=dtype)
         subject = read_subject(model, MINI_SD_FOLDER / "subject", "a sks cat face emoji")
-        triples = draw_triples(subject, 2, len(model.schedule), torch.Generator().manual_seed(0))
+        triples = draw_noised(subject, 2, len(model.schedule), torch.Generator().manual_seed(0))
         projections = find_projections(model.unet)
         moments, _ = measure(
-            model, projections, triples,
-            batch_size=2, backward=True, gradient_checkpointing=False, phase="", observer=ignore, group=ALONE,
-        )  # fmt: skip
-        measured.append([torch.stack([f(p).norm() for p in projections]).sum() for f in (moments.G, moments.S)])
+            model,
+            projections,
+            triples,
+            batch_size=2,
+            backward=True,
+            gradient_checkpointing=False,
+            phase="",
+            observer=ignore,
+            group=ALONE,
+        )
+        measured.append(
+            [torch.stack([f(p).norm() for p in projections]).sum() for f in (moments.G, moments.S)]
+        )
     torch.testing.assert_close(measured[1], measured[0], rtol=0.1, atol=0.0)
 
 
@@ -37,7 +49,11 @@ def test_calibrating_and_training_in_half_precision(dtype):
     validate = validation_loss(model, subject, 8)
     base = validate()
     training = TrainConfig(steps=6, lr=3e-3, validate_every=6)
-    run = personalise(model, subject, CalibrationConfig(effort="quick"), training, validate=validate)
+    run = run_training(
+        model, subject, CalibrationConfig(effort="quick"), training, validate=validate
+    )
     assert run.validations[0][1] < 0.97 * base
     assert run.validations[-1][1] < run.validations[0][1]
-    assert all(f.up.dtype == torch.float32 and torch.isfinite(f.up).all() for f in run.lora.values())
+    assert all(
+        f.up.dtype == torch.float32 and torch.isfinite(f.up).all() for f in run.lora.values()
+    )

@@ -1,4 +1,5 @@
-"""A real ComfyUI in CPU mode on a free port, with only this pack, and the few calls a client makes."""
+"""A real ComfyUI in CPU mode on a free port, with only this pack, and the few calls a client
+makes."""
 
 from __future__ import annotations
 
@@ -17,22 +18,46 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Server:
-    """Base folder (input, output, models, custom_nodes) of its own, so nothing is left in the checkout."""
+    """Base folder (input, output, models, custom_nodes) of its own, so nothing is left in the
+    checkout."""
 
     def __init__(self, comfyui: Path, base: Path) -> None:
         self.base, self.log = base, base / "server.log"
-        for name in ("input", "output", "temp", "user", "custom_nodes", "models/loras", "models/checkpoints"):
+        for name in (
+            "input",
+            "output",
+            "temp",
+            "user",
+            "custom_nodes",
+            "models/loras",
+            "models/checkpoints",
+        ):
             (base / name).mkdir(parents=True)
         (base / "custom_nodes" / "CNTLoRA").symlink_to(ROOT)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base)]
+        command = [
+            sys.executable,
+            "main.py",
+            "--cpu",
+            "--port",
+            str(self.port),
+            "--base-directory",
+            str(base),
+        ]
         command += ["--disable-api-nodes", *os.environ.get("COMFYUI_ARGS", "").split()]
-        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+            "HF_HUB_OFFLINE": "1",
+        }
         environment.pop("PYTHONPATH", None)
         self.process = subprocess.Popen(
-            command, cwd=comfyui, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT
+            command,
+            cwd=comfyui,
+            env=environment,
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
         )
 
     @property
@@ -86,7 +111,10 @@ class Server:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             history = self.get(f"/history/{prompt_id}")
-            if prompt_id in history and history[prompt_id]["status"]["status_str"] in ("success", "error"):
+            if prompt_id in history and history[prompt_id]["status"]["status_str"] in (
+                "success",
+                "error",
+            ):
                 return history[prompt_id]
             time.sleep(0.1)
         raise TimeoutError(self.text()[-3000:])

@@ -22,7 +22,8 @@ def workflow(name):
 
 
 def short(name="train_a_subject", **train):
-    """The same graph in a few steps, with a seed of its own so that ComfyUI's cache does not answer."""
+    """The same graph in a few steps, with a seed of its own so that ComfyUI's cache does not
+    answer."""
     graph = workflow(name)
     graph["4"]["inputs"].update(
         {"steps": 6, "sample_every": 3, "validate_every": 3, "seed": time.time_ns() % 2**31} | train
@@ -32,12 +33,18 @@ def short(name="train_a_subject", **train):
 
 def pictures(comfyui, outputs):
     for image in outputs["images"]:
-        raw = comfyui.raw(f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}")
+        raw = comfyui.raw(
+            f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}"
+        )
         yield np.asarray(Image.open(BytesIO(raw)).convert("RGB"), dtype=float)
 
 
 def failure(result):
-    return next(m[1] for m in result["status"]["messages"] if m[0] in ("execution_error", "execution_interrupted"))
+    return next(
+        m[1]
+        for m in result["status"]["messages"]
+        if m[0] in ("execution_error", "execution_interrupted")
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,7 +64,9 @@ def test_the_saved_file_is_listed_and_tells_its_story(comfyui):
     result = comfyui.run(graph)
     (text,) = result["outputs"]["5"]["text"]
     name = text.removeprefix("Saved as ")
-    listed = comfyui.get("/object_info/LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"][0]
+    listed = comfyui.get("/object_info/LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"][
+        0
+    ]
     assert name == "people/anna.safetensors"
     assert name in [n.replace("\\", "/") for n in listed]
     with safe_open(comfyui.base / "models/loras" / name, framework="pt") as file:
@@ -82,7 +91,10 @@ def test_comfyuis_own_nodes_take_our_outputs(comfyui):
     graph = short()
     saver = next(n for n in ("SaveLoRA", "SaveLoRANode") if comfyui.get(f"/object_info/{n}"))
     graph["9"] = {"class_type": saver, "inputs": {"lora": ["4", 0], "prefix": "loras/core"}}
-    graph["10"] = {"class_type": "LossGraphNode", "inputs": {"loss": ["4", 1], "filename_prefix": "loss"}}
+    graph["10"] = {
+        "class_type": "LossGraphNode",
+        "inputs": {"loss": ["4", 1], "filename_prefix": "loss"},
+    }
     result = comfyui.run(graph)
     assert result["status"]["status_str"] == "success", result["status"]
     assert list((comfyui.base / "output/loras").glob("core*.safetensors"))

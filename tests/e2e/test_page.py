@@ -1,7 +1,9 @@
-"""The page itself, in a real browser: the template opens, the panel shows the run live, and again after a reload.
+"""The page itself, in a real browser: the template opens, the panel shows the run live, and again
+after a reload.
 
-Needs playwright and a Chromium (CHROMIUM_PATH, or Debian's). Screenshots land in E2E_OUTPUT, when it is set.
-E2E_RENDERER=vue runs everything in the Vue renderer (frontend 1.35 or later), otherwise it is the canvas.
+Needs playwright and a Chromium (CHROMIUM_PATH, or Debian's). Screenshots land in E2E_OUTPUT, when
+it is set. E2E_RENDERER=vue runs everything in the Vue renderer (frontend 1.35 or later), otherwise
+it is the canvas.
 """
 
 import json
@@ -26,11 +28,18 @@ def page(comfyui):
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1440, "height": 900}, locale="en-US")
         page.errors = []
-        page.on("console", lambda m: page.errors.append(f"{m.text} {m.location}") if m.type == "error" else None)
-        comfyui.post("/settings/Comfy.TutorialCompleted", True)  # else the template browser lies over the graph
+        page.on(
+            "console",
+            lambda m: page.errors.append(f"{m.text} {m.location}") if m.type == "error" else None,
+        )
+        comfyui.post(
+            "/settings/Comfy.TutorialCompleted", True
+        )  # else the template browser lies over the graph
         comfyui.post("/settings/Comfy.VueNodes.Enabled", os.environ.get("E2E_RENDERER") == "vue")
         page.goto(comfyui.url)
-        page.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=90_000)
+        page.wait_for_function(
+            "() => window.app?.graph && window.app.extensionManager", timeout=90_000
+        )
         page.wait_for_timeout(3000)
         yield page
         browser.close()
@@ -57,18 +66,22 @@ def test_every_template_opens_without_missing_nodes(page, name):
 
 def text(page, part):
     return page.evaluate(
-        f"() => [...document.querySelectorAll('.cntlora-{part}')].map((e) => e.textContent).join(' | ')"
+        f"() => [...document.querySelectorAll('.cntlora-{part}')].map((e) => e.textContent).join(' "
+        "| ')"
     )
 
 
 def queue(page, **values):
-    """Press Run, every train node set to `values`, and all with seeds of their own, so that no cache answers."""
+    """Press Run, every train node set to `values`, and all with seeds of their own, so that no
+    cache answers."""
     page.evaluate(
         """([values, seed]) => {
-            const all = [window.app.graph, ...(window.app.graph.subgraphs?.values() ?? [])].flatMap((g) => g.nodes);
-            for (const node of all.filter((n) => ['CNTLoRATrain', 'CNTLoRACalibrate'].includes(n.comfyClass))) {
-                const settings = { seed: seed++, ...(node.comfyClass === 'CNTLoRATrain' ? values : {}) };
-                for (const w of node.widgets) if (w.name in settings) w.value = settings[w.name];
+            const all = [window.app.graph, ...(window.app.graph.subgraphs?.values() ??
+            [])].flatMap((g) => g.nodes); for (const node of all.filter((n) => ['CNTLoRATrain',
+            'CNTLoRACalibrate'].includes(n.comfyClass))) {
+                const settings = { seed: seed++, ...(node.comfyClass === 'CNTLoRATrain' ? values :
+                {}) }; for (const w of node.widgets) if (w.name in settings) w.value =
+                settings[w.name];
             }
             window.app.queuePrompt(0);
         }""",
@@ -80,8 +93,9 @@ def wait_for(page, part, pattern, seconds=60):
     """Until every such text of the panels fits."""
     page.wait_for_function(
         """([part, pattern]) => {
-            const found = [...document.querySelectorAll(`.cntlora-${part}`)].map((e) => e.textContent);
-            return found.length > 0 && found.every((text) => new RegExp(pattern).test(text));
+            const found = [...document.querySelectorAll(`.cntlora-${part}`)].map((e) =>
+            e.textContent); return found.length > 0 && found.every((text) => new
+            RegExp(pattern).test(text));
         }""",
         arg=[part, pattern],
         timeout=seconds * 1000,
@@ -97,7 +111,9 @@ def test_the_panel_lives_and_survives_a_reload(page):
     queue(page, steps=400, sample_every=100)
     page.wait_for_function("() => document.querySelector('.cntlora-chart canvas')", timeout=60_000)
     page.wait_for_function(
-        "() => /step [1-9]\\d\\d?\\/400/.test([...document.querySelectorAll('.cntlora-numbers')].map((e) => e.textContent).join())",
+        "() => /step "
+        "[1-9]\\d\\d?\\/400/.test([...document.querySelectorAll('.cntlora-numbers')].map((e) => "
+        "e.textContent).join())",
         timeout=120_000,
     )
     shot(page, "during")
@@ -125,12 +141,15 @@ def test_two_train_nodes_each_show_their_own_run(page):
     queue(page, **SHORT)
     wait_for(page, "headline", "^Done$")
     trained = page.evaluate(
-        """() => [...document.querySelectorAll('.cntlora-panel')].filter((p) => p.querySelector('.cntlora-chart'))
+        """() => [...document.querySelectorAll('.cntlora-panel')].filter((p) =>
+        p.querySelector('.cntlora-chart'))
                  .map((p) => p.querySelector('.cntlora-numbers').textContent)"""
     )
     assert len(trained) == 2
     assert all("step 8/8" in numbers for numbers in trained)
-    assert trained[0] != trained[1]  # the ordinary start's losses are others than the calibrated start's
+    assert (
+        trained[0] != trained[1]
+    )  # the ordinary start's losses are others than the calibrated start's
     shot(page, "two_runs")
 
 
@@ -149,8 +168,9 @@ def test_the_panel_in_a_subgraph(page):
     open_example(page, "train_a_subject")
     page.evaluate(
         """() => {
-            const chosen = window.app.graph.nodes.filter((n) => ['CNTLoRATrain', 'CNTLoRACalibrate'].includes(n.comfyClass));
-            const { node } = window.app.graph.convertToSubgraph(new Set(chosen));
+            const chosen = window.app.graph.nodes.filter((n) => ['CNTLoRATrain',
+            'CNTLoRACalibrate'].includes(n.comfyClass)); const { node } =
+            window.app.graph.convertToSubgraph(new Set(chosen));
             window.app.canvas.openSubgraph(node.subgraph, node);
         }"""
     )
@@ -162,7 +182,9 @@ def test_the_panel_in_a_subgraph(page):
 
 
 def test_the_panel_can_be_read_in_the_light_theme(page):
-    page.evaluate("async () => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
+    page.evaluate(
+        "async () => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'light')"
+    )
     try:
         open_example(page, "train_a_subject")
         queue(page, **SHORT)
@@ -173,12 +195,14 @@ def test_the_panel_can_be_read_in_the_light_theme(page):
             """() => {
                 const light = (color) => {
                     const parts = color.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255);
-                    return 0.05 + parts.map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+                    return 0.05 + parts.map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055)
+                    ** 2.4)
                         .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
                 };
                 const behind = (e) => {
                     const color = getComputedStyle(e).backgroundColor;
-                    return /, 0\\)$/.test(color) && e.parentElement ? behind(e.parentElement) : color;
+                    return /, 0\\)$/.test(color) && e.parentElement ? behind(e.parentElement) :
+                    color;
                 };
                 const text = document.querySelector('.cntlora-headline');
                 const [a, b] = [light(getComputedStyle(text).color), light(behind(text))];
@@ -187,19 +211,23 @@ def test_the_panel_can_be_read_in_the_light_theme(page):
         )
         assert ratio >= 4.5  # WCAG AA
     finally:
-        page.evaluate("async () => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+        page.evaluate(
+            "async () => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')"
+        )
 
 
 def test_a_wrong_input_is_a_red_node_with_a_sentence(page):
     open_example(page, "train_a_subject")
     page.evaluate(
         """() => {
-            const subject = window.app.graph.nodes.find((n) => n.comfyClass === 'CNTLoRASubjectImages');
-            subject.widgets.find((w) => w.name === 'folder').value = '../../etc';
-            window.app.queuePrompt(0);
+            const subject = window.app.graph.nodes.find((n) => n.comfyClass ===
+            'CNTLoRASubjectImages'); subject.widgets.find((w) => w.name === 'folder').value =
+            '../../etc'; window.app.queuePrompt(0);
         }"""
     )
-    page.wait_for_function("() => Object.keys(window.app.lastNodeErrors ?? {}).length > 0", timeout=20_000)
+    page.wait_for_function(
+        "() => Object.keys(window.app.lastNodeErrors ?? {}).length > 0", timeout=20_000
+    )
     errors = page.evaluate("() => JSON.stringify(window.app.lastNodeErrors)")
     assert "is not a name inside 'input'" in errors
     shot(page, "red_node")

@@ -1,4 +1,5 @@
-"""The pack loaded beside small stand-ins for ComfyUI, written by hand: only what nodes/host.py asks for."""
+"""The pack loaded beside small stand-ins for ComfyUI, written by hand: only what nodes/host.py asks
+for."""
 
 import importlib.util
 import sys
@@ -17,7 +18,14 @@ class Field:
 
 
 def kind(name):
-    return type(name, (), {"Input": type("Input", (Field,), {"io_type": name}), "Output": type("Output", (Field,), {})})
+    return type(
+        name,
+        (),
+        {
+            "Input": type("Input", (Field,), {"io_type": name}),
+            "Output": type("Output", (Field,), {}),
+        },
+    )
 
 
 class NodeOutput:
@@ -28,12 +36,15 @@ class NodeOutput:
 def stand_ins(base):
     """The modules by name, with their folders under `base`."""
     kinds = {
-        k: kind(k.upper()) for k in ("Combo", "String", "Int", "Float", "Boolean", "Image", "LoraModel", "LossMap")
+        k: kind(k.upper())
+        for k in ("Combo", "String", "Int", "Float", "Boolean", "Image", "LoraModel", "LossMap")
     }
     io = SimpleNamespace(
         **kinds,
         Custom=kind,
-        Schema=lambda **values: SimpleNamespace(**({"is_output_node": False, "hidden": []} | values)),
+        Schema=lambda **values: SimpleNamespace(
+            **({"is_output_node": False, "hidden": []} | values)
+        ),
         ComfyNode=object,
         NodeOutput=NodeOutput,
         Hidden=SimpleNamespace(unique_id="UNIQUE_ID", extra_pnginfo="EXTRA_PNGINFO"),
@@ -42,7 +53,9 @@ def stand_ins(base):
     ui = SimpleNamespace(PreviewImage=lambda *a, **k: preview)
     modules = {
         "comfy": {"__path__": [str(base / "comfy")]},
-        "comfy.utils": {"ProgressBar": lambda *a, **k: SimpleNamespace(update_absolute=lambda *a: None)},
+        "comfy.utils": {
+            "ProgressBar": lambda *a, **k: SimpleNamespace(update_absolute=lambda *a: None)
+        },
         "comfy.model_management": {
             "get_torch_device": lambda: torch.device("cpu"),
             "is_device_cpu": lambda device: True,

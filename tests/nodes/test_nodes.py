@@ -1,4 +1,5 @@
-"""The nodes themselves beside stand-ins: what is refused before a run, what makes them run again, and a whole short run."""
+"""The nodes themselves beside stand-ins: what is refused before a run, what makes them run again,
+and a whole short run."""
 
 import json
 from types import SimpleNamespace
@@ -9,8 +10,15 @@ from PIL import Image
 
 FOLDER = "example: cat faces (embedded)"
 SUBJECT = {"trigger": "sks", "class_name": "cat face emoji", "resolution": 0}
-TRAIN = {"learning_rate": 3e-3, "seed": 0, "batch_size": 2, "validate_every": 0, "weight_decay": 0.01,
-         "gradient_checkpointing": False, "sample_prompt": ""}  # fmt: skip
+TRAIN = {
+    "learning_rate": 3e-3,
+    "seed": 0,
+    "batch_size": 2,
+    "validate_every": 0,
+    "weight_decay": 0.01,
+    "gradient_checkpointing": False,
+    "sample_prompt": "",
+}
 
 
 @pytest.fixture
@@ -99,7 +107,9 @@ def test_a_run_tells_everything_in_order_and_leaves_the_model_as_it_was(pack, mo
     after = model.unet.state_dict()
     assert set(after) == set(before)
     assert all(torch.equal(after[k], v) for k, v in before.items())
-    first, second = (run(pack.SaveLoRA, lora=lora, name="runs/a", precision="fp16").values[0] for _ in range(2))
+    first, second = (
+        run(pack.SaveLoRA, lora=lora, name="runs/a", precision="fp16").values[0] for _ in range(2)
+    )
     assert (first, second) == ("runs/a.safetensors", "runs/a_2.safetensors")
 
 
@@ -115,14 +125,19 @@ def test_cancel_leaves_within_one_step_and_keeps_the_work(pack, model, pictures,
     with pytest.raises(pack.host.Cancelled):
         run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=1000, sample_every=0, **TRAIN)
     assert len(calls) == 8
-    events = [json.loads(x) for x in (pack.base / "temp/cntlora/12_5/events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(x)
+        for x in (pack.base / "temp/cntlora/12_5/events.jsonl").read_text().splitlines()
+    ]
     (saved,) = [e["path"] for e in events if e["type"] == "saved"]
     assert (pack.base / "loras" / saved).is_file()
     assert events[-1]["text"] == "Cancelled; what was trained is kept"
 
 
-def test_running_out_of_memory_says_what_to_try_and_where_the_work_is(pack, model, pictures, monkeypatch):
-    from cntlora_pack.cntlora_core import runs
+def test_running_out_of_memory_says_what_to_try_and_where_the_work_is(
+    pack, model, pictures, monkeypatch
+):
+    from cntlora_pack.cntlora_core import run as runs
 
     def fail(model, subject, state, *args, observer, **options):
         state.step = 1
@@ -130,7 +145,9 @@ def test_running_out_of_memory_says_what_to_try_and_where_the_work_is(pack, mode
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(runs, "train", fail)
-    with pytest.raises(ValueError, match=r"gradient checkpointing on, batch size.*What was trained is in loras/"):
+    with pytest.raises(
+        ValueError, match=r"gradient checkpointing on, batch size.*What was trained is in loras/"
+    ):
         run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=5, sample_every=0, **TRAIN)
 
 

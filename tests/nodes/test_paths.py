@@ -19,9 +19,31 @@ def test_plain_names_are_taken(paths, tmp_path, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "a/../../x", "/etc", "\\\\server\\share", "C:\\x", "c:x", "CON", "aux.safetensors", "lpt1",
-     "a//b", "a/", "x\0", "a\nb", "name.", " lead", "trail ", "a:b", "a|b", "con .txt"],
-)  # fmt: skip
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/../../x",
+        "/etc",
+        "\\\\server\\share",
+        "C:\\x",
+        "c:x",
+        "CON",
+        "aux.safetensors",
+        "lpt1",
+        "a//b",
+        "a/",
+        "x\0",
+        "a\nb",
+        "name.",
+        " lead",
+        "trail ",
+        "a:b",
+        "a|b",
+        "con .txt",
+    ],
+)
 def test_names_that_lead_elsewhere_are_refused(paths, tmp_path, name):
     with pytest.raises(paths.SettingError, match="use a file or folder name"):
         paths.inside(tmp_path, name)

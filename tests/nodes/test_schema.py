@@ -1,4 +1,5 @@
-"""What every node promises the person who drags it: a tooltip on each input, a help page, an example, few inputs."""
+"""What every node promises the person who drags it: a tooltip on each input, a help page, an
+example, few inputs."""
 
 import json
 import os
@@ -18,7 +19,9 @@ IDS = [
     "SaveLoRA",
     "PreviewLoRA",
 ]
-UPDATE = bool(os.environ.get("UPDATE_NODE_TEXTS"))  # `make node-texts`: write the texts below instead of checking them
+UPDATE = bool(
+    os.environ.get("UPDATE_NODE_TEXTS")
+)  # `make node-texts`: write the texts below instead of checking them
 
 
 @pytest.fixture(params=[f"CNTLoRA{name}" for name in IDS])
@@ -44,13 +47,19 @@ def test_at_most_eight_inputs_are_visible_and_the_node_describes_itself(schema):
 
 def test_every_node_is_in_an_example_in_both_forms(schema):
     examples = list((ROOT / "example_workflows").glob("*.json"))
-    assert any(n["type"] == schema.node_id for e in examples for n in json.loads(e.read_text())["nodes"])
+    assert any(
+        n["type"] == schema.node_id for e in examples for n in json.loads(e.read_text())["nodes"]
+    )
     api = (ROOT / "tests/e2e/workflows").glob("*.json")
-    assert any(n["class_type"] == schema.node_id for e in api for n in json.loads(e.read_text()).values())
+    assert any(
+        n["class_type"] == schema.node_id for e in api for n in json.loads(e.read_text()).values()
+    )
 
 
 def test_the_examples_name_only_inputs_there_are(pack):
-    fields = {s.node_id: {f.id for f in s.inputs} for s in (node.define_schema() for node in pack.NODES)}
+    fields = {
+        s.node_id: {f.id for f in s.inputs} for s in (node.define_schema() for node in pack.NODES)
+    }
     for example in (ROOT / "tests/e2e/workflows").glob("*.json"):
         for node in json.loads(example.read_text()).values():
             if node["class_type"] in fields:
@@ -58,7 +67,8 @@ def test_the_examples_name_only_inputs_there_are(pack):
 
 
 def test_graphs_made_before_an_input_existed_still_run(pack):
-    """What came after the first release's inputs is optional: an API graph without it is not an error."""
+    """What came after the first release's inputs is optional: an API graph without it is not an
+    error."""
     fields = {f.id: f for f in pack.SubjectImages.define_schema().inputs}
     for name in ("keep_shape", "flip", "random_crop", "masked", "images"):
         assert fields[name].options["optional"], name
@@ -67,9 +77,15 @@ def test_graphs_made_before_an_input_existed_still_run(pack):
 def _table(schema):
     rows = ["| input | what it does |", "|---|---|"]
     for field in schema.inputs:
-        rows.append(f"| `{field.id}`{' (advanced)' if field.advanced else ''} | {field.options['tooltip']} |")
+        rows.append(
+            f"| `{field.id}`{' (advanced)' if field.advanced else ''} | {field.options['tooltip']} "
+            "|"
+        )
     rows += ["", "| output | what it is |", "|---|---|"]
-    rows += [f"| `{field.options['display_name']}` | {field.options['tooltip']} |" for field in schema.outputs]
+    rows += [
+        f"| `{field.options['display_name']}` | {field.options['tooltip']} |"
+        for field in schema.outputs
+    ]
     return "\n".join(rows) + "\n"
 
 
@@ -90,7 +106,10 @@ def test_the_english_locale_says_what_the_schema_says(pack):
 
     def outputs(schema):
         fields = enumerate(schema.outputs)
-        return {str(i): {"name": f.options["display_name"], "tooltip": f.options["tooltip"]} for i, f in fields}
+        return {
+            str(i): {"name": f.options["display_name"], "tooltip": f.options["tooltip"]}
+            for i, f in fields
+        }
 
     expected = {
         s.node_id: {

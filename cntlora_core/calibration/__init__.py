@@ -1,0 +1,1 @@
+"""Activations and gradients -> a LoRA that already fits."""

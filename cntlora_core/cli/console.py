@@ -1,0 +1,140 @@
+"""Observers for the command line: progress bars, and a JSON-lines file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from tqdm import tqdm
+
+from ..events import (
+    Base,
+    Calibrated,
+    Event,
+    Notice,
+    Observer,
+    Progress,
+    Saved,
+    Status,
+    Step,
+    Training,
+    Validation,
+)
+
+
+class Console:
+    """Shows a run on stderr: one bar per phase, one line per result. Use as a context manager."""
+
+    def __init__(self, total_steps: int = 0) -> None:
+        self.total_steps = total_steps
+        self.bar: tqdm | None = None
+        self.phase = ""
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Progress):
+            self._advance(event.phase, event.done, event.total)
+        elif isinstance(event, Step):
+            self._advance("training", event.step, self.total_steps, f"loss {event.loss:.4f}")
+        elif isinstance(event, Validation) and event.step % self.total_steps_shown == 0:
+            self._line(f"  step {event.step}: held-out loss {event.loss:.5f}")
+        elif isinstance(event, Status):
+            self._close()
+            self._line(event.text)
+        elif isinstance(event, Training):
+            self._close()
+            self._line(
+                f"Training {event.steps} steps"
+                + (f", going on after {event.done}" if event.done else "")
+            )
+        elif isinstance(event, Notice):
+            self._line(f"Note: {event.text}")
+        elif isinstance(event, Base):
+            self._line(f"  base model: held-out loss {event.loss:.5f}")
+        elif (
+            isinstance(event, Calibrated) and event.loss is not None and event.base_loss is not None
+        ):
+            self._close()
+            change = 100 * (event.loss / event.base_loss - 1)
+            self._line(
+                f"calibrated in {event.seconds:.1f} s: loss on the calibration set {change:+.1f} %"
+            )
+        elif isinstance(event, Saved):
+            self._close()
+            self._line(f"Wrote {event.path}")
+
+    @property
+    def total_steps_shown(self) -> int:
+        """Validation losses are printed a handful of times, not at every validation."""
+        return max(1, self.total_steps // 2)
+
+    def _advance(self, phase: str, done: int, total: int, note: str = "") -> None:
+        if self.bar is None or self.phase != phase:
+            self._close()
+            self.phase = phase
+            self.bar = tqdm(
+                total=total, desc=phase, file=sys.stderr, leave=False, dynamic_ncols=True
+            )
+        if note:
+            self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def _line(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar, self.phase = None, ""
+
+
+class EventFile:
+    """Appends events to a file, one JSON object a line; progress ticks are left out. The file is
+    made at the first event."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.file: TextIO | None = None
+
+    def __enter__(self) -> EventFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Progress):
+            return
+        if self.file is None:
+            self.file = self.path.open("w", encoding="utf-8")
+        self.file.write(event.to_json() + "\n")
+        self.file.flush()
+
+
+def broadcast(*observers: Observer) -> Observer:
+    """An observer that tells all of `observers`, in order."""
+
+    def tell(event: Event) -> None:
+        for observer in observers:
+            observer(event)
+
+    return tell

@@ -1,0 +1,253 @@
+"""The command line: `python -m cntlora_core demo|train|calibrate|check|sample|inspect|info`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from ..errors import CNTLoRAError, Interrupted, SettingError
+from .console import Console
+from .options import add_arguments
+from .train import run_train
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..model.loader import StableDiffusion
+
+log = logging.getLogger("cntlora")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"Error: {message}. See `{self.prog} --help`.\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0 done, 1 a user's error (one sentence on stderr),
+    130 interrupted."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if args.debug else logging.WARNING, format="%(message)s"
+    )
+    try:
+        args.command(args)
+    except Interrupted as error:
+        return _fail(str(error), args.debug, error.status)
+    except CNTLoRAError as error:
+        return _fail(str(error), args.debug)
+    except KeyboardInterrupt:
+        return _fail("Interrupted.", False, 130)
+    except OSError as error:
+        where = f" '{error.filename}'" if error.filename else ""
+        return _fail(
+            f"{error.strerror or error}{where}. Check the path and the free space.", args.debug
+        )
+    return 0
+
+
+def _fail(message: str, debug: bool, status: int = 1) -> int:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"Error: {message}\n")
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="cntlora",
+        description="Personal LoRAs for Stable Diffusion: calibrate in closed form, then train.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(command=run)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    demo = command(
+        "demo", _demo, "calibrate and train on the embedded model and pictures; draws what it did"
+    )
+    demo.add_argument(
+        "--output",
+        default="demo-output",
+        metavar="DIR",
+        help="folder for the results (default: %(default)s)",
+    )
+    for name, what in (
+        ("train", "pictures in, a calibrated and trained LoRA out"),
+        ("calibrate", "the LoRA at step 0 alone: calibrated, not trained"),
+    ):
+        run = command(name, _train, what)
+        _model_arguments(run)
+        add_arguments(run, training=name == "train")
+    check = command(
+        "check", _check, "look at the pictures before training: sizes, captions, near-duplicates"
+    )
+    check.add_argument("--images", required=True, metavar="DIR")
+    check.add_argument(
+        "--resolution", type=int, default=512, metavar="PX", help="planned (default: %(default)s)"
+    )
+    check.add_argument("--sheet", metavar="FILE.png", help="draw a contact sheet")
+    check.add_argument("--overwrite", action="store_true")
+    _sample_arguments(
+        command("sample", _sample, "draw pictures with a checkpoint, with or without a LoRA")
+    )
+    inspect = command("inspect", _inspect, "ranks, sizes and metadata of a LoRA file")
+    inspect.add_argument("file")
+    command("info", _info, "versions, devices, tokenizer")
+    return parser
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH|mini-sd",
+        help="checkpoint file or diffusers folder; mini-sd is the embedded model",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, mps, cuda:1 ... (default: the best there is)"
+    )
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("fp32", "bf16", "fp16"),
+        help="of the frozen model; adapters are fp32",
+    )
+    parser.add_argument(
+        "--vae", metavar="FILE", help="another VAE than the one in a single-file checkpoint"
+    )
+    parser.add_argument(
+        "--prediction-type",
+        choices=("epsilon", "v_prediction"),
+        help="of a single-file checkpoint, where its weights do not tell",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _sample_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    parser.add_argument(
+        "--resolution", type=int, metavar="PX", help="side of the pictures (default: the model's)"
+    )
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--negative", default="", help="what the pictures should not show")
+    parser.add_argument("--lora", metavar="FILE", help="a LoRA file made for this model")
+    parser.add_argument("--strength", type=float, default=1.0)
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=4,
+        help="number of pictures, seeds counting up (default: %(default)s)",
+    )
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE.png",
+        help="one picture with all samples side by side",
+    )
+    parser.add_argument("--overwrite", action="store_true")
+
+
+def _load(args: argparse.Namespace, device: torch.device | None = None) -> StableDiffusion:
+    from ..devices import DTYPES, pick_device
+    from ..model.loader import load_checkpoint
+
+    return load_checkpoint(
+        args.checkpoint,
+        device=device or pick_device(args.device),
+        dtype=DTYPES[args.precision],
+        vae=args.vae,
+        prediction_type=args.prediction_type,
+    )
+
+
+def _train(args: argparse.Namespace) -> None:
+    run_train(args, _load)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from ..data.images import check_pictures, find_pictures
+    from ..report.charts import contact_sheet
+
+    said: list[str] = []
+    pictures = find_pictures(args.images, lambda event: said.append(getattr(event, "text", "")))
+    said += check_pictures(pictures, args.resolution)
+    if args.sheet:
+        from ..lora.file import check_output
+
+        sheet = check_output(args.sheet, overwrite=args.overwrite, suffix=".png")
+        contact_sheet([p.image for p in pictures], [p.name for p in pictures]).save(sheet)
+    found = [
+        {"name": p.name, "size": list(p.image.size), "caption": p.caption, "repeats": p.repeats}
+        for p in pictures
+    ]
+    sys.stdout.write(
+        json.dumps({"pictures": found, "findings": said}, indent=2, ensure_ascii=False) + "\n"
+    )
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    result = run_demo(Path(args.output))
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+def _sample(args: argparse.Namespace) -> None:
+    if not 1 <= args.count <= 64:
+        raise SettingError(f"count is {args.count}: draw between 1 and 64 pictures.")
+    if not 1 <= args.steps <= 1000:
+        raise SettingError(f"steps is {args.steps}: it must be between 1 and 1000.")
+    from ..data.dataset import check_resolution
+    from ..lora.adapter import attached_lora
+    from ..lora.file import check_output, load_lora
+    from ..lora.targets import ALL, find_projections
+    from ..model.sampling import sample
+    from ..report.charts import sample_sheet
+
+    output = check_output(args.output, overwrite=args.overwrite, suffix=".png")
+    model = _load(args)
+    side = check_resolution(model, args.resolution)
+    lora = {}
+    if args.lora:
+        factors, _ = load_lora(args.lora, find_projections(model.unet, ALL), model.family)
+        lora = {name: f.scaled(args.strength) for name, f in factors.items()}
+    seeds = range(args.seed, args.seed + args.count)
+    with Console() as observer, attached_lora(model.unet, lora):
+        pictures = sample(
+            model,
+            [args.prompt] * args.count,
+            seeds,
+            steps=args.steps,
+            guidance=args.guidance,
+            negative=args.negative,
+            size=(side, side),
+            observer=observer,
+        )
+    sample_sheet(
+        [(Path(args.lora).stem if args.lora else "base", pictures)], title=args.prompt
+    ).save(output)
+    sys.stdout.write(json.dumps({"picture": str(output), "seeds": list(seeds)}) + "\n")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from ..lora.summary import inspect_file
+
+    sys.stdout.write(json.dumps(inspect_file(args.file), indent=2, ensure_ascii=False) + "\n")
+
+
+def _info(args: argparse.Namespace) -> None:
+    from .info import environment
+
+    sys.stdout.write(json.dumps(environment(), indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""Pictures and words -> what a pass of the model reads."""

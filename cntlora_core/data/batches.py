@@ -1,0 +1,171 @@
+"""(picture, timestep, noise) triples: drawn for a calibration or a training step, fixed for a
+validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..distributed import ALONE, Group
+from ..model.denoising_loss import denoising_loss
+from ..model.noise_schedule import bin_centres, stratified_timesteps
+
+if TYPE_CHECKING:
+    from ..model.conditioning import Conditioning
+    from ..model.loader import StableDiffusion
+    from .dataset import EncodedImages
+
+VALIDATION_TIMESTEPS = 8
+VALIDATION_SEED = 20250709  # one noise for every run of everybody, whatever its own seed
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n triples of one size: `latents` and `noise` `[n, c, h, w]`, `timesteps` `[n]`,
+    `conditioning` of n rows, and what counts of each picture, `mask` `[n, 1, h, w]` (None:
+    everything)."""
+
+    latents: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    conditioning: Conditioning
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def __getitem__(self, part: slice) -> Batch:
+        mask = None if self.mask is None else self.mask[part]
+        return Batch(
+            self.latents[part],
+            self.timesteps[part],
+            self.noise[part],
+            self.conditioning[part],
+            mask,
+        )
+
+    def split(self, size: int) -> Iterator[Batch]:
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def loss(self, model: StableDiffusion) -> Tensor:
+        """The denoising loss of each triple `[n]`, in one pass."""
+        return denoising_loss(
+            model, self.latents, self.timesteps, self.noise, self.conditioning, mask=self.mask
+        )
+
+
+@dataclass(frozen=True)
+class NoisedSet:
+    """Triples of any sizes: one `Batch` for each size."""
+
+    sizes: tuple[Batch, ...]
+
+    def __len__(self) -> int:
+        return sum(len(batch) for batch in self.sizes)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        for batch in self.sizes:
+            yield from batch.split(size)
+
+    def share(self, group: Group) -> NoisedSet:
+        """What this process works on: every `group.size`-th."""
+        return NoisedSet(tuple(batch[group.rank :: group.size] for batch in self.sizes))
+
+
+def shuffled_cycle(count: int, of: int, generator: torch.Generator) -> Tensor:
+    """`count` indices below `of`: whole shuffled passes one after another, so that each appears
+    equally often."""
+    passes = -(-count // of)
+    return torch.cat([torch.randperm(of, generator=generator) for _ in range(passes)])[:count]
+
+
+def batch_order(
+    subject: EncodedImages, size: int, count: int, generator: torch.Generator
+) -> list[Tensor]:
+    """`count` batches of `size` views, each of one picture size. Shuffled passes one after another;
+    a view waits until its size has a full batch, so that each appears equally often, times its
+    repeats."""
+    views = [i for i, times in enumerate(subject.repeats) for _ in range(times)]
+    waiting: dict[torch.Size, list[int]] = {}
+    order: list[Tensor] = []
+    while len(order) < count:
+        for n in torch.randperm(len(views), generator=generator).tolist():
+            same = waiting.setdefault(subject.mean[views[n]].shape, [])
+            same.append(views[n])
+            if len(same) == size:
+                order.append(torch.tensor(same))
+                same.clear()
+    return order[:count]
+
+
+def draw_batch(
+    subject: EncodedImages, index: Tensor, timesteps: int, generator: torch.Generator
+) -> Batch:
+    """The views at `index` (of one size) at stratified timesteps with fresh noise."""
+    latents = subject.sample_latents(index, generator)
+    t = stratified_timesteps(len(index), timesteps, generator)
+    return _batch(subject, index, latents, t, generator)
+
+
+def draw_noised(
+    subject: EncodedImages, count: int, timesteps: int, generator: torch.Generator
+) -> NoisedSet:
+    """`count` triples: views equally often, timesteps stratified over the whole schedule, fresh
+    noise."""
+    index = shuffled_cycle(count, len(subject), generator)
+    t = stratified_timesteps(count, timesteps, generator)
+    sizes = []
+    for rows in _by_size(subject, index):
+        latents = subject.sample_latents(index[rows], generator)
+        sizes.append(_batch(subject, index[rows], latents, t[rows], generator))
+    return NoisedSet(tuple(sizes))
+
+
+def fixed_noised(subject: EncodedImages, timesteps: int) -> NoisedSet:
+    """Every view at the centres of 8 equal timestep bins, with a noise that is the same in every
+    run."""
+    centres = bin_centres(VALIDATION_TIMESTEPS, timesteps)
+    index = torch.arange(len(subject)).repeat_interleave(len(centres))
+    t = centres.repeat(len(subject))
+    generator = torch.Generator().manual_seed(VALIDATION_SEED)
+    sizes = []
+    for rows in _by_size(subject, index):
+        latents = torch.stack([subject.mean[i] for i in index[rows].tolist()])
+        sizes.append(_batch(subject, index[rows], latents, t[rows], generator))
+    return NoisedSet(tuple(sizes))
+
+
+def _by_size(subject: EncodedImages, index: Tensor) -> Sequence[Tensor]:
+    """Positions in `index`, grouped by the size of the view there."""
+    groups: dict[torch.Size, list[int]] = {}
+    for position, view in enumerate(index.tolist()):
+        groups.setdefault(subject.mean[view].shape, []).append(position)
+    return [torch.tensor(rows) for rows in groups.values()]
+
+
+def _batch(
+    subject: EncodedImages, index: Tensor, latents: Tensor, t: Tensor, generator: torch.Generator
+) -> Batch:
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    mask = (
+        None if subject.masks is None else torch.stack([subject.masks[i] for i in index.tolist()])
+    )
+    return Batch(latents, t.to(latents.device), noise, subject.conditioning[index], mask)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: StableDiffusion, triples: NoisedSet, batch_size: int, group: Group = ALONE
+) -> float:
+    """Mean denoising loss over all triples, forward passes only; the processes of `group` share the
+    work."""
+    total = torch.zeros(1, dtype=torch.float64)
+    for batch in triples.share(group).batches(batch_size):
+        total += batch.loss(model).double().sum().cpu()
+    group.sum_([total])
+    return float(total) / len(triples)

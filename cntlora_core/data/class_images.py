@@ -1,0 +1,81 @@
+"""What the model should go on knowing: pictures of the class, drawn by the model itself."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..events import Observer, Status, ignore
+from ..model.conditioning import encode_prompts
+from ..model.sampling import sample_latents
+from .batches import NoisedSet, draw_noised
+from .dataset import EncodedImages, check_resolution
+from .latent_cache import LatentCache
+
+if TYPE_CHECKING:
+    from ..model.loader import StableDiffusion
+
+PRIOR_PICTURES = 8
+PRIOR_STEPS = 12  # enough for activations; nobody looks at these latents
+PRIOR_SEED = 1000
+
+
+def class_images(
+    model: StableDiffusion,
+    prompt: str,
+    resolution: int | None = None,
+    *,
+    count: int = PRIOR_PICTURES,
+    steps: int = PRIOR_STEPS,
+    guidance: float = 1.0,
+    folder: Path | None = None,
+    observer: Observer = ignore,
+) -> EncodedImages:
+    """What the model itself draws for the class prompt, as a subject: for the prior loss and for
+    C_p.
+
+    With `folder` the latents are kept there, under a hash of the model and the request, and found
+    again.
+    """
+    side = check_resolution(model, resolution)
+    cache = LatentCache(folder, model.unet) if folder else None
+    keys = [("class", prompt, side, steps, guidance, PRIOR_SEED + n) for n in range(count)]
+    held = [found[0].to(model.device) for key in keys if cache and (found := cache.get(key))]
+    if len(held) < count:
+        observer(Status(f"Drawing {count} pictures of '{prompt}' to preserve"))
+        latents = sample_latents(
+            model,
+            [prompt] * count,
+            range(PRIOR_SEED, PRIOR_SEED + count),
+            steps=steps,
+            guidance=guidance,
+            size=(side, side),
+            observer=observer,
+        )
+        held = list(latents.float())
+        for key, latent in zip(keys, held, strict=True) if cache else ():
+            cache.put(key, latent, torch.zeros_like(latent))  # type: ignore[union-attr]
+    rows = torch.zeros(count, dtype=torch.long)
+    return EncodedImages(
+        names=tuple(f"drawn {n}" for n in range(count)),
+        pictures=tuple(range(count)),
+        mean=tuple(held),
+        std=tuple(torch.zeros_like(latent) for latent in held),
+        masks=None,
+        repeats=(1,) * count,
+        conditioning=encode_prompts(model, [prompt], size=(side, side))[rows],
+        empty_prompt=encode_prompts(model, [""], size=(side, side)),
+        prompt=prompt,
+        resolution=side,
+        digest=hashlib.sha256(repr(keys).encode()).hexdigest(),
+    )
+
+
+def class_noised(model: StableDiffusion, pictures: EncodedImages) -> NoisedSet:
+    """Class pictures at stratified timesteps, each once: their activations give the preservation
+    constraint's C_p."""
+    generator = torch.Generator().manual_seed(PRIOR_SEED)
+    return draw_noised(pictures, len(pictures), len(model.schedule), generator)

@@ -1,0 +1,64 @@
+"""Encoded pictures on disk, found again by what went into them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import SettingError
+
+
+class LatentCache:
+    """A folder of small safetensors files. The name is a SHA-256 over the VAE's weights and dtype
+    and the picture's view, so a file is never wrong, only missing; a damaged one counts as
+    missing."""
+
+    def __init__(self, folder: str | os.PathLike[str], vae: nn.Module) -> None:
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingError(
+                f"The cache folder '{folder}' cannot be made ({error.strerror})."
+            ) from error
+        self.model = _digest(vae)
+
+    def get(self, key: tuple[object, ...]) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation, if this view was encoded before."""
+        try:
+            held = load_file(self._path(key))
+            return held["mean"], held["std"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def put(self, key: tuple[object, ...], mean: Tensor, std: Tensor) -> None:
+        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file({"mean": mean.cpu().contiguous(), "std": std.cpu().contiguous()}, name)
+            os.replace(name, self._path(key))
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+    def _path(self, key: tuple[object, ...]) -> Path:
+        return (
+            self.folder
+            / f"{hashlib.sha256(repr((self.model, key)).encode()).hexdigest()}.safetensors"
+        )
+
+
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The adapter, which layers get one, and its file."""

@@ -1,0 +1,218 @@
+"""The LoRA file: kohya's key names, one alpha per module, written atomically and read back before
+it counts.
+
+Per projection: `<name>.lora_down.weight` `[r, d]`, `<name>.lora_up.weight` `[m, r]`, `<name>.alpha`
+(scalar fp32), and the update is alpha / r * up @ down. No other tensors: a loader would call them
+unknown keys.
+
+All modules carry one and the same alpha, and `up` holds the rest of the scale. With equal ranks
+alpha = r, scale 1. With variable ranks one alpha per rank would be the obvious form, but diffusers
+(0.42.1) loses the alphas of attention modules when they differ and applies the most common one to
+all; a common alpha is read rightly by every loader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from ..errors import LoRAFileError
+from ..model.ldm_names import unet_name
+from .adapter import Factors, LoRA
+from .targets import Projection
+
+_SUFFIXES = ("lora_down.weight", "lora_up.weight", "alpha")
+
+
+def kohya_name(name: str, family: str) -> str:
+    """The module's name in the file: diffusers' path for SD 1 and 2, the original (sgm) path for
+    SDXL."""
+    if family == "sdxl":
+        name = unet_name(name)
+    return "lora_unet_" + name.replace(".", "_")
+
+
+def common_alpha(lora: Mapping[str, Factors]) -> int:
+    """The alpha of every module in the file: the mean rank, rounded; the rank itself where all are
+    equal."""
+    return max(1, round(sum(f.rank for f in lora.values()) / max(1, len(lora))))
+
+
+def to_state_dict(
+    lora: Mapping[str, Factors], family: str, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The tensors of the file, on the CPU. Raises LoRAFileError when a factor is not finite or
+    overflows `dtype`."""
+    state: dict[str, Tensor] = {}
+    alpha = common_alpha(lora)
+    for name, factors in lora.items():
+        key = kohya_name(name, family)
+        scaled_up = factors.up * (factors.rank / alpha)
+        down, up = (t.detach().cpu().to(dtype).contiguous() for t in (factors.down, scaled_up))
+        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+            raise LoRAFileError(
+                f"The LoRA's weights of '{name}' are not finite in {dtype}: nothing was written."
+            )
+        state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"] = down, up
+        state[f"{key}.alpha"] = torch.tensor(float(alpha))
+    return state
+
+
+def from_state_dict(
+    state: Mapping[str, Tensor], projections: Sequence[Projection], family: str
+) -> LoRA:
+    """Factors by projection name, alpha folded into `up`. Raises LoRAFileError for keys or shapes
+    that do not fit the model."""
+    lora: LoRA = {}
+    known: set[str] = set()
+    for p in projections:
+        key = kohya_name(p.name, family)
+        down, up, alpha = (state.get(f"{key}.{suffix}") for suffix in _SUFFIXES)
+        if down is None and up is None:
+            continue
+        if down is None or up is None:
+            raise LoRAFileError(f"The LoRA has only one half of '{key}'.")
+        rank = down.shape[0]
+        if tuple(down.shape) != (rank, p.in_features) or tuple(up.shape) != (p.out_features, rank):
+            raise LoRAFileError(
+                f"'{key}' has shapes {tuple(down.shape)} and {tuple(up.shape)}; this model's layer "
+                f"is {p.in_features} -> {p.out_features}. The LoRA was made for another model."
+            )
+        scale = 1.0 if alpha is None else float(alpha) / rank
+        lora[p.name] = Factors(up.float() * scale, down.float())
+        known.update(f"{key}.{suffix}" for suffix in _SUFFIXES)
+    foreign = sorted(set(state) - known)
+    if foreign:
+        raise LoRAFileError(
+            f"{len(foreign)} of {len(state)} tensors do not belong to this model's attention and "
+            f"feed-forward layers, e.g. '{foreign[0]}'. The LoRA was made for another model or by "
+            "another trainer."
+        )
+    return lora
+
+
+def check_output(
+    path: str | os.PathLike[str], *, overwrite: bool = False, suffix: str = ".safetensors"
+) -> Path:
+    """The output path, known to be writable before any work is done. Raises LoRAFileError."""
+    target = Path(path)
+    folder = target.parent
+    if suffix and target.suffix != suffix:
+        raise LoRAFileError(f"The output '{target}' must end in {suffix}.")
+    if not folder.is_dir():
+        raise LoRAFileError(
+            f"The output folder '{folder}' does not exist. Create it or choose another."
+        )
+    if target.is_dir():
+        raise LoRAFileError(f"The output '{target}' is a folder. Give a file name.")
+    if target.exists() and not overwrite:
+        raise LoRAFileError(
+            f"The output '{target}' exists. Choose another name, or say --overwrite."
+        )
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise LoRAFileError(
+            f"The output folder '{folder}' is not writable ({error.strerror})."
+        ) from error
+    return target
+
+
+def save_lora(
+    path: str | os.PathLike[str],
+    lora: Mapping[str, Factors],
+    family: str,
+    metadata: Mapping[str, str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+) -> Path:
+    """Write, read back, then rename into place; a failure leaves neither a partial file nor a
+    changed old one.
+
+    Equal weights and metadata give equal bytes. Raises LoRAFileError.
+    """
+    target = check_output(path, overwrite=overwrite)
+    state = to_state_dict(lora, family, dtype)
+    payload = _canonical(serialize(state, metadata=dict(metadata)))
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        _verify(temporary, state)
+        os.chmod(temporary, 0o644)
+        check_output(
+            target, overwrite=overwrite
+        )  # again: somebody may have made the file meanwhile
+        os.replace(temporary, target)
+    except OSError as error:
+        raise LoRAFileError(
+            f"'{target}' could not be written ({error.strerror or error})."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _canonical(payload: bytes) -> bytes:
+    """The same file with its metadata in alphabetical order (the library writes it in random
+    order), and the data's SHA-256 as `sshs_model_hash`."""
+    (length,) = struct.unpack("<Q", payload[:8])
+    header, data = json.loads(payload[8 : 8 + length]), payload[8 + length :]
+    metadata = header.pop("__metadata__", {}) | {
+        "sshs_model_hash": hashlib.sha256(data).hexdigest()
+    }
+    ordered = {"__metadata__": dict(sorted(metadata.items())), **header}
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def _verify(path: Path, state: Mapping[str, Tensor]) -> None:
+    with safe_open(path, framework="pt") as file:
+        same = set(file.keys()) == set(state) and all(
+            torch.equal(file.get_tensor(k), v) for k, v in state.items()
+        )
+    if not same:
+        raise LoRAFileError(
+            f"'{path.parent}' gave back other bytes than were written: check the disk."
+        )
+
+
+def read_lora(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a LoRA file. Raises LoRAFileError when it is missing or not a
+    safetensors file."""
+    if not Path(path).is_file():
+        raise LoRAFileError(f"The LoRA file '{path}' does not exist.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise LoRAFileError(f"'{path}' is not a readable safetensors file ({error}).") from error
+
+
+def load_lora(
+    path: str | os.PathLike[str], projections: Sequence[Projection], family: str
+) -> tuple[LoRA, dict[str, str]]:
+    """A LoRA file as factors for this model, and its metadata."""
+    state, metadata = read_lora(path)
+    lora = from_state_dict(state, projections, family)
+    if not lora:
+        raise LoRAFileError(
+            f"'{path}' holds no LoRA for the UNet's attention or feed-forward layers."
+        )
+    return lora, metadata

@@ -1,0 +1,1 @@
+"""A checkpoint on disk -> a frozen Stable Diffusion, and what it computes."""

@@ -1,0 +1,99 @@
+"""Prompts -> what the UNet's cross-attention reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .loader import StableDiffusion, temporarily_on
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """n prompts: token embeddings `[n, L, D]`; SDXL adds `pooled` `[n, P]` and `time_ids` `[n, 6]`
+    (original height and width, crop top and left, target height and width, in px)."""
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice | Tensor) -> Conditioning:
+        return self._each(lambda t: t[rows.to(t.device) if isinstance(rows, Tensor) else rows])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Conditioning:
+        return self._each(lambda t: t.to(device, dtype))
+
+    def with_sizes(self, sizes: Sequence[tuple[int, ...]]) -> Conditioning:
+        """The same words with other `time_ids`, a row each; as it is for models that take none."""
+        if self.time_ids is None:
+            return self
+        return Conditioning(self.tokens, self.pooled, torch.tensor(sizes).to(self.time_ids))
+
+    def replaced(self, rows: Tensor, by: Conditioning) -> Conditioning:
+        """The same with the words of `by` (one row) where `rows` `[n]` is true; sizes stay."""
+        chosen = rows.to(self.tokens.device)
+        tokens = torch.where(chosen[:, None, None], by.tokens, self.tokens)
+        pooled = self.pooled
+        if pooled is not None and by.pooled is not None:
+            pooled = torch.where(chosen[:, None], by.pooled, pooled)
+        return Conditioning(tokens, pooled, self.time_ids)
+
+    def unet_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of diffusers' UNet."""
+        kwargs: dict[str, Any] = {"encoder_hidden_states": self.tokens}
+        if self.pooled is not None:
+            kwargs["added_cond_kwargs"] = {"text_embeds": self.pooled, "time_ids": self.time_ids}
+        return kwargs
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        def join(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return None if values[0] is None else torch.cat(values)
+
+        tokens = join("tokens")
+        assert tokens is not None
+        return Conditioning(tokens, join("pooled"), join("time_ids"))
+
+    def _each(self, change: Any) -> Conditioning:
+        pooled = None if self.pooled is None else change(self.pooled)
+        time_ids = None if self.time_ids is None else change(self.time_ids)
+        return Conditioning(change(self.tokens), pooled, time_ids)
+
+
+@torch.no_grad()
+def encode_prompts(
+    model: StableDiffusion, prompts: Sequence[str], *, size: tuple[int, int] | None = None
+) -> Conditioning:
+    """Run the text encoders on n prompts. `size` (height, width) in px fills SDXL's size
+    conditioning: no crop, the model's resolution when None."""
+    if model.family != "sdxl":
+        hidden = _encode(model, 0, prompts).last_hidden_state
+        return Conditioning(hidden).to(model.device, model.dtype)
+    first = _encode(model, 0, prompts, hidden_states=True)
+    second = _encode(model, 1, prompts, hidden_states=True)
+    # SDXL was trained on the last layer but one of both encoders, without their final layer norm.
+    tokens = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+    height, width = size or (model.resolution, model.resolution)
+    time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).repeat(
+        len(prompts), 1
+    )
+    return Conditioning(tokens, second.text_embeds, time_ids).to(model.device, model.dtype)
+
+
+def _encode(
+    model: StableDiffusion, which: int, prompts: Sequence[str], *, hidden_states: bool = False
+) -> Any:
+    tokenizer, encoder = model.tokenizers[which], model.text_encoders[which]
+    ids = tokenizer(
+        list(prompts), padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+    with temporarily_on(encoder, model.device):
+        return encoder(ids.to(model.device), output_hidden_states=hidden_states)

@@ -1,0 +1,95 @@
+"""The noise schedule, the training target and stratified timesteps.
+
+Notation (Ho et al. 2020): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. `alphas_cumprod` is
+`alphas_cumprod`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """`abar[t]`, fp32 on the CPU, for t = 0 (clean) .. T - 1 (noise), and what the UNet
+    predicts."""
+
+    alphas_cumprod: Tensor
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise CheckpointError(
+                f"The checkpoint's prediction type is {self.prediction_type!r}: "
+                f"CNTLoRA trains {' and '.join(PREDICTION_TYPES)} models."
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """From a diffusers scheduler configuration; a missing key takes Stable Diffusion 1's
+        value."""
+        steps = int(config.get("num_train_timesteps", 1000))
+        start, end = float(config.get("beta_start", 0.00085)), float(config.get("beta_end", 0.012))
+        kind = config.get("beta_schedule", "scaled_linear")
+        if kind == "scaled_linear":
+            betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+        elif kind == "linear":
+            betas = torch.linspace(start, end, steps, dtype=torch.float64)
+        else:
+            raise CheckpointError(
+                f"Unknown beta schedule {kind!r}: expected scaled_linear or linear."
+            )
+        return cls(
+            torch.cumprod(1 - betas, 0).float(), str(config.get("prediction_type") or "epsilon")
+        )
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply `like` `[n, ...]`."""
+        alphas_cumprod = self.alphas_cumprod.to(like.device)[t.to(like.device)].view(
+            -1, *[1] * (like.ndim - 1)
+        )
+        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        signal, sigma = self.coefficients(t, x0)
+        return signal * x0 + sigma * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the UNet should predict: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans &
+        Ho 2022)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        signal, sigma = self.coefficients(t, x0)
+        return signal * noise - sigma * x0
+
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        """min(SNR_t, gamma) / SNR_t for epsilon, / (SNR_t + 1) for v, `[n]` (Hang et al. 2023,
+        section 3.4)."""
+        alphas_cumprod = self.alphas_cumprod.to(t.device)[t]
+        snr = alphas_cumprod / (1 - alphas_cumprod)
+        return snr.clamp_max(gamma) / (snr + (self.prediction_type == "v_prediction"))
+
+
+def stratified_timesteps(count: int, steps: int, generator: torch.Generator) -> Tensor:
+    """`count` timesteps, one uniform draw from each of `count` equal bins of [0, steps), in random
+    order."""
+    draws = (torch.arange(count) + torch.rand(count, generator=generator)) * (steps / count)
+    return draws.long().clamp_(max=steps - 1)[torch.randperm(count, generator=generator)]
+
+
+def bin_centres(count: int, steps: int) -> Tensor:
+    """The centres of `count` equal bins of [0, steps), rounded down: `[62, 187, ...]` for 8 bins of
+    1000."""
+    return ((torch.arange(count) + 0.5) * (steps / count)).long()

@@ -1,0 +1,167 @@
+"""Tensors of a file on disk, one at a time: headers first, weights only when asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+MAX_HEADER = 100_000_000  # bytes, the format's own limit
+STARTS = (
+    (b"<", "a web page saved under a model's name"),
+    (b"version https://git-lfs", "a Git LFS pointer: the real file was not downloaded"),
+    (b"GGUF", "a GGUF file, which is quantised and cannot be trained"),
+    (b"PK\x03\x04", "a pickled checkpoint or zip archive under another ending"),
+    (b"\x80\x02", "a pickled checkpoint under another ending"),
+    (b"{", "a JSON file"),
+)
+
+
+class TensorSource(Protocol):
+    """A file of named tensors."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor on the CPU, in `dtype` or the file's own."""
+        ...
+
+
+class SafetensorsFile:
+    """A .safetensors file. A tensor wanted as it is stored is mapped: no copy, and nothing is read
+    before it is used. One that must be converted is read plainly, because the pages of a map would
+    stay in memory beside the copy.
+
+    Raises CheckpointError for a file that is none, or not whole."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            start = file.read(64)
+            self._refuse_foreign(start)
+            (length,) = struct.unpack("<Q", start[:8])
+            if not 2 <= length <= min(MAX_HEADER, self.size - 8):
+                raise CheckpointError(
+                    f"'{self.path.name}' is not a safetensors file, or it is cut off: its header "
+                    "is damaged."
+                )
+            file.seek(8)
+            self._parse(file.read(length))
+        self.data = 8 + length
+        needed = self.data + max(
+            (entry["data_offsets"][1] for entry in self.header.values()), default=0
+        )
+        if self.size < needed:
+            raise CheckpointError(
+                f"'{self.path.name}' is cut off: {self.size:,} of {needed:,} bytes. Download it "
+                "again."
+            )
+        try:
+            self.mapped = safe_open(self.path, framework="pt")
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"'{self.path.name}' is not a safetensors file: {error}."
+            ) from error
+
+    def _refuse_foreign(self, start: bytes) -> None:
+        if len(start) < 10:
+            raise CheckpointError(
+                f"'{self.path.name}' is empty ({self.size} bytes). Download it again."
+            )
+        for magic, what in STARTS:
+            if start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(magic) and start[8:9] != b"{":
+                raise CheckpointError(f"'{self.path.name}' is {what}.")
+
+    def _parse(self, raw: bytes) -> None:
+        try:
+            header = json.loads(raw)
+            header.pop("__metadata__", None)
+            self.header: dict[str, dict] = header
+            self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+            if not all(
+                len(entry["data_offsets"]) == 2 and entry["dtype"] in DTYPES
+                for entry in header.values()
+            ):
+                raise ValueError("unknown dtype or offsets")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"'{self.path.name}' is not a safetensors file: its header is damaged."
+            ) from error
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        entry = self.header[name]
+        if dtype in (None, DTYPES[entry["dtype"]]):
+            return self.mapped.get_tensor(name)
+        start, end = entry["data_offsets"]
+        buffer = torch.empty(end - start, dtype=torch.uint8)
+        with self.path.open("rb") as file:
+            file.seek(self.data + start)
+            file.readinto(buffer.numpy().data)
+        return buffer.view(DTYPES[entry["dtype"]]).reshape(entry["shape"]).to(dtype)
+
+
+class PickledFile:
+    """A .ckpt or .pt file, read by torch's restricted unpickler: weights, never code."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except (
+            pickle.UnpicklingError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+            AttributeError,
+            KeyError,
+        ) as error:
+            raise CheckpointError(
+                f"'{self.path.name}' cannot be read without running code it holds, or it is "
+                "damaged. Use a .safetensors file instead."
+            ) from error
+        state = content.get("state_dict", content) if isinstance(content, dict) else {}
+        self.tensors = {
+            k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)
+        }
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.tensors[name].to(dtype)
+
+
+def open_tensors(path: str | os.PathLike[str]) -> TensorSource:
+    """The file's tensors by its ending. Raises CheckpointError."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if suffix in (".ckpt", ".pt", ".pth"):
+        return PickledFile(path)
+    raise CheckpointError(
+        f"'{Path(path).name}' ends in '{suffix}': a checkpoint is a .safetensors (or .ckpt) file "
+        "or a diffusers folder."
+    )

@@ -1,0 +1,79 @@
+"""Where a CLIP tokenizer can be had without a network. All Stable Diffusions use one vocabulary of
+49408 entries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+LENGTH = 77  # tokens of a prompt, start and end included
+
+
+def _hugging_face_cache() -> Path:
+    home = os.environ.get("HF_HOME")
+    return Path(
+        os.environ.get("HF_HUB_CACHE", Path(home or Path.home() / ".cache" / "huggingface") / "hub")
+    )
+
+
+def _places(folders: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
+    yield from (Path(folder) for folder in folders)
+    comfyui = os.environ.get("COMFYUI_PATH")
+    if comfyui:
+        yield Path(comfyui) / "comfy" / "sd1_tokenizer"
+    cache = _hugging_face_cache()
+    yield from sorted(cache.glob("models--openai--clip-vit-large-patch14/snapshots/*"))
+    yield from sorted(cache.glob("models--*/snapshots/*/tokenizer"))
+
+
+def find_tokenizer(folders: Sequence[str | os.PathLike[str]] = ()) -> Path | None:
+    """The first folder with CLIP's vocab.json and merges.txt: those given, ComfyUI's own
+    (COMFYUI_PATH), the Hugging Face cache."""
+    return next(
+        (
+            p
+            for p in _places(folders)
+            if (p / "vocab.json").is_file() and (p / "merges.txt").is_file()
+        ),
+        None,
+    )
+
+
+def load_tokenizers(family: str, folders: Sequence[str | os.PathLike[str]] = ()) -> tuple[Any, ...]:
+    """One CLIP tokenizer, or SDXL's two. OpenCLIP encoders (SD 2, SDXL's second) were trained with
+    prompts padded by id 0, "!".
+
+    Raises CheckpointError when none is found on this machine.
+    """
+    from transformers import CLIPTokenizer
+
+    folder = find_tokenizer(folders)
+    if folder is None:
+        raise CheckpointError(
+            "No CLIP tokenizer was found on this machine. Set COMFYUI_PATH to a ComfyUI folder (it "
+            "has one in comfy/sd1_tokenizer), or put vocab.json and merges.txt of "
+            "openai/clip-vit-large-patch14 into a folder 'tokenizer' beside the checkpoint."
+        )
+
+    def load(pad: str) -> Any:
+        return CLIPTokenizer.from_pretrained(
+            folder, model_max_length=LENGTH, pad_token=pad, local_files_only=True
+        )
+
+    if family == "sdxl":
+        return load("<|endoftext|>"), load("!")
+    return (load("<|endoftext|>" if family == "sd1" else "!"),)
+
+
+def describe_tokenizer() -> str:
+    """For `info`: the folder of the tokenizer that single-file checkpoints would use."""
+    found = find_tokenizer()
+    return (
+        str(found)
+        if found
+        else "none (diffusers folders bring their own; for single files set COMFYUI_PATH)"
+    )

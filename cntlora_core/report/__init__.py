@@ -1,0 +1,1 @@
+"""PNGs of losses, ranks and samples."""

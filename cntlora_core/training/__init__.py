@@ -1,0 +1,1 @@
+"""The DreamBooth loop, its state, and what it takes."""

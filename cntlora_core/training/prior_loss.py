@@ -1,0 +1,74 @@
+"""Prior preservation: what else a training step should not change (DreamBooth, Ruiz et al. 2023,
+section 3.3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from ..data.batches import Batch, batch_order, draw_batch
+from ..lora.adapter import Adapters
+from ..model.conditioning import Conditioning
+from ..model.denoising_loss import predict
+
+if TYPE_CHECKING:
+    from ..data.dataset import EncodedImages
+    from ..model.loader import StableDiffusion
+
+
+class PriorLoss(Protocol):
+    """A second loss beside the subject's."""
+
+    def prepare(self, size: int, steps: int, generator: torch.Generator) -> None:
+        """Called once before training: `steps` steps of `size` pictures will be asked for."""
+
+    def draw(self, step: int, batch: Batch, timesteps: int, generator: torch.Generator) -> Batch:
+        """The prior's batch for a step, as large as the subject's `batch`; the schedule has so many
+        timesteps."""
+
+    def loss(self, model: StableDiffusion, adapters: Adapters, batch: Batch) -> Tensor:
+        """Of each picture of (a part of) that batch, `[n]`."""
+
+
+class ClassImages:
+    """DreamBooth's own: pictures of the class under the class prompt, denoised as well as
+    before."""
+
+    def __init__(self, pictures: EncodedImages) -> None:
+        self.pictures = pictures
+        self.order: list[Tensor] = []
+
+    def prepare(self, size: int, steps: int, generator: torch.Generator) -> None:
+        self.order = batch_order(self.pictures, size, steps, generator)
+
+    def draw(self, step: int, batch: Batch, timesteps: int, generator: torch.Generator) -> Batch:
+        return draw_batch(self.pictures, self.order[step - 1], timesteps, generator)
+
+    def loss(self, model: StableDiffusion, adapters: Adapters, batch: Batch) -> Tensor:
+        return batch.loss(model)
+
+
+class BasePrediction:
+    """Without any class pictures: under the class prompt, the noised subject is predicted as the
+    base model predicts it."""
+
+    def __init__(self, class_prompt: Conditioning) -> None:
+        self.class_prompt = class_prompt  # one row
+
+    def prepare(self, size: int, steps: int, generator: torch.Generator) -> None:
+        pass
+
+    def draw(self, step: int, batch: Batch, timesteps: int, generator: torch.Generator) -> Batch:
+        rows = torch.zeros(len(batch), dtype=torch.long)
+        words = self.class_prompt[rows]
+        if batch.conditioning.time_ids is not None:  # the same size and crop as the picture's
+            words = Conditioning(words.tokens, words.pooled, batch.conditioning.time_ids)
+        return Batch(batch.latents, batch.timesteps, batch.noise, words)
+
+    def loss(self, model: StableDiffusion, adapters: Adapters, batch: Batch) -> Tensor:
+        arguments = (model, batch.latents, batch.timesteps, batch.noise, batch.conditioning)
+        with torch.no_grad(), adapters.bypassed():
+            target = predict(*arguments)
+        return (predict(*arguments) - target).square().mean(dim=(1, 2, 3))

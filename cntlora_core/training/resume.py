@@ -1,0 +1,181 @@
+"""A training on disk: written while it runs, read to go on to the bit-identical end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from ..errors import SettingError
+from ..lora.adapter import Factors, LoRA
+from .state import Best, TrainState
+
+VERSION = 2
+SUFFIX = ".state.safetensors"
+
+
+def state_path(output: Path) -> Path:
+    """Where the checkpoint of a LoRA file lies: beside it, `cat.safetensors` ->
+    `cat.state.safetensors`."""
+    return output.with_name(output.stem + SUFFIX)
+
+
+@dataclass(frozen=True)
+class RunSnapshots:
+    """Where and how often a run is written. `identity`: what it was made from and with; a run goes
+    on only from a file of the same.
+
+    `every`: steps, 0 for only when the run is stopped. `resume`: go on from `path` where it exists.
+    """
+
+    path: Path
+    identity: Mapping[str, Any]
+    every: int = 0
+    resume: bool = False
+
+    def due(self, step: int) -> bool:
+        return bool(self.every) and step % self.every == 0
+
+    def write(self, state: TrainState) -> None:
+        """Atomic: a process killed at any moment leaves this file or the one before."""
+        tensors, story = _pack(state)
+        story["identity"] = dict(self.identity)
+        payload = serialize(tensors, metadata={"cntlora.state": json.dumps(story)})
+        partial = self.path.with_name(
+            f".{self.path.name}.partial"
+        )  # one name: what a kill leaves is overwritten
+        try:
+            with partial.open("wb") as file:
+                file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path)
+        except OSError as error:
+            raise SettingError(
+                f"The checkpoint '{self.path}' could not be written ({error.strerror})."
+            ) from error
+
+    def read(self) -> Saved | None:
+        """The file to go on from; None when there is none or none is wanted. Raises SettingError
+        when it is of another run."""
+        if not self.resume or not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                story = json.loads((file.metadata() or {})["cntlora.state"])
+                # Copies: in the file's buffer they are not aligned, and vectorised arithmetic then
+                # rounds otherwise.
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            if story["version"] != VERSION:
+                raise SettingError(
+                    f"'{self.path}' was written by another version of CNTLoRA: start without "
+                    "--resume."
+                )
+            saved = Saved(tensors, story)
+            lora = saved.lora
+        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            raise SettingError(
+                f"'{self.path}' is not a readable checkpoint ({error}): delete it to start afresh."
+            ) from error
+        if not lora:
+            raise SettingError(f"'{self.path}' holds no adapters: delete it to start afresh.")
+        for name, value in json.loads(json.dumps(dict(self.identity))).items():
+            if story["identity"].get(name) != value:
+                raise SettingError(
+                    f"'{self.path}' is of another run: its {name} is "
+                    f"{story['identity'].get(name)!r}, now it is {value!r}. Use the same settings, "
+                    "or start without --resume."
+                )
+        return saved
+
+    def remove(self) -> None:
+        """A run that ended needs no checkpoint."""
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read."""
+
+    tensors: dict[str, Tensor]
+    story: dict[str, Any]
+
+    @property
+    def lora(self) -> LoRA:
+        return self._factors("lora")
+
+    def restore(self, state: TrainState) -> None:
+        """Bring a fresh state, whose adapters have this file's ranks, to where the run was."""
+        story, tensors = self.story, self.tensors
+        state.adapters.load(self.lora)
+        state.generator.set_state(tensors["generator"])
+        state.step = story["step"]
+        state.losses = tensors["losses"].tolist()
+        state.validations = [(int(step), loss) for step, loss in story["validations"]]
+        if story["best"]:
+            step, loss = story["best"]
+            state.best = Best(step, loss, self._factors("best"))
+        with torch.no_grad():
+            state.good.copy_(tensors["good"])
+        held = story["optimizer"]
+        for key, tensor in tensors.items():
+            if key.startswith("optimizer."):
+                _, number, name = key.split(".", 2)
+                held["state"].setdefault(number, {})[name] = tensor
+        state.optimizer.load_state_dict(
+            {
+                "param_groups": held["param_groups"],
+                "state": {int(n): values for n, values in held["state"].items()},
+            }
+        )
+        if story["scaler"]:
+            state.scaler.load_state_dict(story["scaler"])
+
+    def _factors(self, part: str) -> LoRA:
+        names = self.story[
+            "names"
+        ]  # in the adapters' order, which the optimiser's numbers follow; the file sorts its keys
+        return {
+            n: Factors(self.tensors[f"{part}.up.{n}"], self.tensors[f"{part}.down.{n}"])
+            for n in names
+        }
+
+
+def _pack(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {
+        "generator": state.generator.get_state(),
+        "losses": torch.tensor(state.losses, dtype=torch.float64),
+    }
+    for part, lora in (
+        ("lora", state.adapters.factors()),
+        ("best", state.best.lora if state.best else {}),
+    ):
+        for name, factors in lora.items():
+            tensors |= {f"{part}.up.{name}": factors.up, f"{part}.down.{name}": factors.down}
+    tensors["good"] = state.good
+    optimizer = state.optimizer.state_dict()
+    plain: dict[str, dict[str, Any]] = {}
+    for n, values in optimizer["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{n}.{name}"] = value
+            else:
+                plain.setdefault(str(n), {})[name] = value
+    story = {
+        "version": VERSION,
+        "names": list(state.adapters.layers),
+        "step": state.step,
+        "validations": state.validations,
+        "best": [state.best.step, state.best.loss] if state.best else None,
+        "optimizer": {"param_groups": optimizer["param_groups"], "state": plain},
+        "scaler": state.scaler.state_dict(),
+    }
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, story

@@ -1,0 +1,22 @@
+"""The loss that says how a run goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..data.batches import fixed_noised, mean_loss
+from ..data.dataset import EncodedImages
+from ..distributed import ALONE, Group
+
+if TYPE_CHECKING:
+    from ..model.loader import StableDiffusion
+
+
+def validation_loss(
+    model: StableDiffusion, subject: EncodedImages, batch_size: int, group: Group = ALONE
+) -> Callable[[], float]:
+    """The loss on the subject's pictures at fixed timesteps and noise, of the model as it stands
+    when called."""
+    triples = fixed_noised(subject, len(model.schedule))
+    return lambda: mean_loss(model, triples, batch_size, group)

@@ -1,0 +1,158 @@
+import dataclasses
+
+import pytest
+import torch
+
+from cntlora_core import config as config_module
+from cntlora_core.calibration import calibrate as calibration_module
+from cntlora_core.calibration.calibrate import calibrate
+from cntlora_core.calibration.moments import record
+from cntlora_core.calibration.ranks import budget_of
+from cntlora_core.config import CalibrationConfig
+from cntlora_core.data.batches import draw_noised, fixed_noised, mean_loss
+from cntlora_core.data.class_images import class_images, class_noised
+from cntlora_core.errors import NonFiniteError
+from cntlora_core.lora.adapter import attached_lora, parameter_count
+from cntlora_core.lora.targets import find_projections
+
+QUICK = CalibrationConfig(effort="quick", batch_size=2, seed=1)
+
+
+@pytest.fixture(scope="module")
+def target(mini_sd, subject):
+    return calibrate(mini_sd, subject, QUICK)
+
+
+def test_target_lowers_the_loss_before_any_training(target):
+    assert target.report.loss < 0.97 * target.report.base_loss
+    assert target.report.backward_passes == 16
+    assert 32 <= target.report.forward_passes <= 48
+
+
+def test_refining_goes_on_where_the_sweep_ends(mini_sd, subject, held_out):
+    """Lower on pictures that calibration never saw, and the cost is told."""
+    losses = {}
+    validate = fixed_noised(held_out, 1000)
+    for effort in ("quick", "balanced", "thorough"):
+        start = calibrate(mini_sd, subject, dataclasses.replace(QUICK, effort=effort, batch_size=4))
+        with attached_lora(mini_sd.unet, start.lora):
+            losses[effort] = mean_loss(mini_sd, validate, 8)
+    assert start.report.backward_passes == (4 + 64) * 4
+    base = mean_loss(mini_sd, validate, 8)
+    assert losses["thorough"] < losses["balanced"] < 0.9 * losses["quick"] < 0.9 * base
+    assert losses["thorough"] < 0.8 * base
+
+
+def test_more_refinement_begins_like_less(mini_sd, subject, monkeypatch):
+    """The batches are drawn as they are asked for, so `thorough` passes through what `balanced`
+    gives."""
+    batches = {}
+    for count in (2, 3):
+        monkeypatch.setitem(config_module.EFFORTS, "quick", (2, count))
+        seen = batches.setdefault(count, [])
+
+        def keep(*args, into=seen, **more):
+            into.extend(batch.noise for batch in args[6])
+            return args[2]
+
+        monkeypatch.setattr(calibration_module, "refine", keep)
+        calibrate(mini_sd, subject, QUICK)
+    assert len(batches[3]) == 3
+    assert all(torch.equal(a, b) for a, b in zip(batches[2], batches[3], strict=False))
+
+
+@pytest.mark.parametrize("init", ["target", "domain"])
+def test_never_worse_than_the_base_on_its_own_set(mini_sd, subject, init):
+    for seed in range(2):
+        config = dataclasses.replace(QUICK, init=init, seed=seed)
+        start = calibrate(mini_sd, subject, config)
+        triples = draw_noised(subject, 16, 1000, torch.Generator().manual_seed(seed))
+        with attached_lora(mini_sd.unet, start.lora):
+            after = mean_loss(mini_sd, triples, 4)
+        assert after == pytest.approx(start.report.loss, rel=1e-4)
+        assert after <= mean_loss(mini_sd, triples, 4) * (1 + 1e-6)
+
+
+def test_data_ranks_use_the_budget_and_differ(mini_sd, target):
+    projections = find_projections(mini_sd.unet)
+    budget = budget_of(projections, 4)
+    smallest = min(p.parameters_per_rank for p in projections)
+    assert (
+        budget - max(p.parameters_per_rank for p in projections)
+        < parameter_count(target.lora)
+        <= budget
+    )
+    assert smallest > 0
+    assert len(set(target.report.ranks.values())) > 3
+
+
+@pytest.mark.parametrize("init", ["target", "domain"])
+def test_unit_response_on_the_subject(mini_sd, subject, init):
+    """a_k^T C a_k = 1 for every row of A, with C measured here by other means."""
+    config = dataclasses.replace(QUICK, init=init, rank_rule="uniform", targets="attention")
+    start = calibrate(mini_sd, subject, config)
+    triples = draw_noised(subject, 16, 1000, torch.Generator().manual_seed(config.seed))
+    projections = find_projections(mini_sd.unet)
+    with record(mini_sd.unet, projections, backward=False) as moments, torch.no_grad():
+        triples.sizes[0].loss(mini_sd)
+    for p in projections:
+        down = start.lora[p.name].down
+        assert len(down) == 4
+        torch.testing.assert_close(
+            ((down @ moments.C(p)) * down).sum(1), torch.ones(4), rtol=2e-2, atol=2e-2
+        )
+
+
+def test_same_seed_same_lora_and_an_untouched_model(mini_sd, subject, target):
+    before = {k: v.clone() for k, v in mini_sd.unet.state_dict().items()}
+    again = calibrate(mini_sd, subject, QUICK)
+    assert again.report.ranks == target.report.ranks
+    for name, factors in target.lora.items():
+        assert torch.equal(factors.up, again.lora[name].up)
+        assert torch.equal(factors.down, again.lora[name].down)
+    assert all(torch.equal(v, before[k]) for k, v in mini_sd.unet.state_dict().items())
+    assert not any(m._forward_hooks for m in mini_sd.unet.modules())
+    assert all(p.grad is None for p in mini_sd.unet.parameters())
+
+
+def test_a_prior_takes_the_update_off_the_class(mini_sd, subject):
+    """More weight on preservation: less change of the outputs on the prior's activations, relative
+    to the subject's."""
+    prior = class_noised(mini_sd, class_images(mini_sd, "a cat face emoji", subject.resolution))
+    projections = find_projections(mini_sd.unet)
+    with record(mini_sd.unet, projections, backward=False) as kept, torch.no_grad():
+        prior.sizes[0].loss(mini_sd)
+    triples = draw_noised(subject, 16, 1000, torch.Generator().manual_seed(1))
+    with record(mini_sd.unet, projections, backward=False) as subjects, torch.no_grad():
+        triples.sizes[0].loss(mini_sd)
+
+    def leak(weight):
+        config = dataclasses.replace(QUICK, preservation=weight, rank_rule="uniform")
+        lora = calibrate(mini_sd, subject, config, prior=prior).lora
+        ratios = []
+        for p in projections:
+            delta = lora[p.name].delta()
+            change = [float(((delta @ moments.C(p)) * delta).sum()) for moments in (kept, subjects)]
+            ratios.append(change[0] / change[1])
+        return sum(ratios) / len(ratios)
+
+    assert leak(16.0) < leak(0.0)
+
+
+def test_damaged_weights_are_named(mini_sd, subject):
+    weight = mini_sd.unet.conv_in.weight
+    original = weight.data.clone()
+    try:
+        weight.data[0, 0, 0, 0] = float("nan")
+        with pytest.raises(NonFiniteError, match=r"conv_in\.weight"):
+            calibrate(mini_sd, subject, QUICK)
+    finally:
+        weight.data.copy_(original)
+
+
+def test_a_rank_larger_than_the_layers_is_clipped_and_said(mini_sd, subject):
+    said = []
+    config = CalibrationConfig(init="gaussian", rank=200, rank_rule="uniform")
+    start = calibrate(mini_sd, subject, config, observer=said.append)
+    assert max(start.report.ranks.values()) == 96
+    assert any("Rank 200" in getattr(event, "text", "") for event in said)

@@ -1,0 +1,275 @@
+"""The closed form against brute force, on small random problems."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cntlora_core.calibration.closed_form import (
+    ROW_DAMPING,
+    Components,
+    cholesky,
+    closed_form,
+    damped,
+    domain_components,
+    moment_matmul,
+    natural_step,
+    parabola_step,
+    solve,
+    svd,
+    target_components,
+    unit_response,
+)
+
+sizes = st.tuples(st.integers(2, 12), st.integers(2, 12), st.integers(1, 30))
+seeds = st.integers(0, 2**31)
+rhos = st.sampled_from([0.01, 0.1, 1.0])
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def problem(m, d, n, seed):
+    """n tokens x and residuals y* - W x, as columns, fp64."""
+    g = generator(seed)
+    X = torch.randn(d, n, dtype=torch.float64, generator=g) * torch.rand(
+        d, 1, dtype=torch.float64, generator=g
+    )
+    residual = torch.randn(m, n, dtype=torch.float64, generator=g)
+    return X, residual
+
+
+def spd(size, seed):
+    root = torch.randn(size, size, dtype=torch.float64, generator=generator(seed))
+    return root @ root.T / size + 0.1 * torch.eye(size, dtype=torch.float64)
+
+
+def svd_of(matrix, rank, seed=0):
+    return svd(
+        lambda X: matrix @ X,
+        lambda Y: matrix.T @ Y,
+        tuple(matrix.shape),
+        rank,
+        generator(seed),
+        matrix,
+    )
+
+
+@settings(deadline=None)
+@given(sizes, seeds, rhos)
+def test_closed_form_is_the_least_squares_solution(size, seed, rho):
+    """Constraints (1) and (2) stacked as one ordinary least-squares problem, solved by LAPACK."""
+    m, d, n = size
+    X, residual = problem(m, d, n, seed)
+    prior = torch.randn(d, 7, dtype=torch.float64, generator=generator(seed + 1))
+    C, C_p, weight = X @ X.T / n, prior @ prior.T / 7, 2.0
+    tau = C.trace() / d
+    solved = closed_form(residual @ X.T / n, damped(C, rho, weight * C_p))
+
+    rows = torch.cat(
+        [
+            X.T / n**0.5,
+            prior.T * (weight / 7) ** 0.5,
+            (rho * tau) ** 0.5 * torch.eye(d, dtype=torch.float64),
+        ]
+    )
+    wanted = torch.cat([residual.T / n**0.5, torch.zeros(7 + d, m, dtype=torch.float64)])
+    expected = torch.linalg.lstsq(rows, wanted).solution.T
+    torch.testing.assert_close(solved, expected, rtol=1e-6, atol=1e-8)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 10), st.integers(2, 10), seeds)
+def test_target_at_full_rank_is_the_natural_gradient(m, d, seed):
+    G = torch.randn(m, d, dtype=torch.float64, generator=generator(seed))
+    S, K = spd(m, seed + 1), spd(d, seed + 2)
+    parts = target_components(G, cholesky(damped(S, 0.1)), cholesky(K), min(m, d), generator())
+    expected = -torch.linalg.solve(damped(S, 0.1), G) @ torch.linalg.inv(K)
+    torch.testing.assert_close(parts.matrix(), expected, rtol=1e-7, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(3, 8), st.integers(3, 8), st.integers(1, 3), seeds)
+def test_target_truncation_keeps_the_largest_predicted_fall(m, d, rank, seed):
+    """fall(D) = -<G, D> - 1/2 tr(P^-1 D K D^T): no other rank-r update found by descent falls
+    more."""
+    G = torch.randn(m, d, dtype=torch.float64, generator=generator(seed))
+    S, K = spd(m, seed + 1), spd(d, seed + 2)
+    metric = damped(S, 0.1)
+
+    def fall(D):
+        return -(G * D).sum() - 0.5 * ((metric @ D @ K) * D).sum()
+
+    parts = target_components(G, cholesky(damped(S, 0.1)), cholesky(K), min(m, d), generator())
+    best = fall(parts.truncated(rank).matrix())
+    assert best == pytest.approx(float(0.5 * parts.score[:rank].sum()), rel=1e-8)
+    up = torch.randn(
+        m, rank, dtype=torch.float64, generator=generator(seed + 3), requires_grad=True
+    )
+    down = torch.randn(
+        rank, d, dtype=torch.float64, generator=generator(seed + 4), requires_grad=True
+    )
+    optimizer = torch.optim.LBFGS([up, down], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = -fall(up @ down)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert float(fall((up @ down).detach())) <= float(best) * (1 + 1e-6) + 1e-9
+
+
+@settings(deadline=None)
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(1, 9), seeds)
+def test_domain_truncation_is_optimal_in_the_output(m, d, rank, seed):
+    """||(D - D_r) C^1/2|| equals the discarded singular values of D C^1/2 (Eckart-Young)."""
+    W = torch.randn(m, d, dtype=torch.float64, generator=generator(seed))
+    C = spd(d, seed + 1)
+    K = damped(C, 0.1)
+    parts = domain_components(W, C, cholesky(K), min(m, d), generator())
+    D = closed_form(W @ C, K)
+    torch.testing.assert_close(parts.matrix(), D, rtol=1e-7, atol=1e-9)
+    root = torch.linalg.cholesky(C)
+    rest = (D - parts.truncated(rank).matrix()) @ root
+    discarded = torch.linalg.svdvals(D @ root)[rank:].square().sum()
+    assert float(rest.square().sum()) == pytest.approx(float(discarded), rel=1e-6, abs=1e-9)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(1, 5), seeds)
+def test_unit_response_keeps_the_update(m, d, rank, seed):
+    g = generator(seed)
+    up, down = torch.randn(m, rank, generator=g), torch.randn(rank, d, generator=g)
+    C = spd(d, seed + 1).float()
+    new_up, new_down = unit_response(up, down, C)
+    torch.testing.assert_close(new_up @ new_down, up @ down, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ((new_down @ C) * new_down).sum(1), torch.ones(rank), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_unit_response_survives_a_direction_without_energy():
+    C = torch.diag(torch.tensor([1.0, 0.0]))
+    up, down = unit_response(torch.ones(3, 1), torch.tensor([[0.0, 1.0]]), C)
+    assert torch.isfinite(up).all()
+    assert torch.isfinite(down).all()
+
+
+def test_singular_moments_are_damped_not_divided():
+    x = torch.ones(6, 1, dtype=torch.float64)
+    parts = target_components(
+        torch.ones(4, 6).double(),
+        cholesky(damped(torch.zeros(4, 4).double(), 0.1)),
+        cholesky(damped(x @ x.T, 0.1)),
+        2,
+        generator(),
+    )
+    assert torch.isfinite(parts.matrix()).all()
+
+
+@pytest.mark.parametrize(("m", "d"), [(600, 700), (700, 600)])
+def test_randomised_svd_agrees_with_the_exact_one(m, d):
+    g = generator(1)
+    spectrum = 1 / torch.arange(1, 601, dtype=torch.float64)
+    left = torch.linalg.qr(torch.randn(m, 600, dtype=torch.float64, generator=g)).Q
+    right = torch.linalg.qr(torch.randn(d, 600, dtype=torch.float64, generator=g)).Q
+    matrix = (left * spectrum) @ right.T
+    U, sigma, Vh = svd_of(matrix, 8, 2)
+    torch.testing.assert_close(sigma, spectrum[:8], rtol=1e-2, atol=0)
+    error = torch.linalg.matrix_norm(matrix - (U * sigma) @ Vh)
+    assert float(error) <= 1.01 * float(spectrum[8:].square().sum().sqrt())
+
+
+def test_svd_signs_are_fixed():
+    matrix = torch.randn(5, 4, generator=generator(3))
+    U, _, _ = svd_of(matrix, 4)
+    assert (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
+    flipped, _, _ = svd_of(-matrix, 4)
+    torch.testing.assert_close(U, flipped)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(1, 4), st.booleans(), st.booleans(), seeds)
+def test_a_natural_step_lands_at_the_models_minimum(m, d, r, thin_in, thin_out, seed):
+    """<G, D> + 1/2 tr(P D K D^T), in the other factor's span: a whole step in B from B = 0 leaves
+    no gradient for B."""
+    g = generator(seed)
+    G = torch.randn(m, d, dtype=torch.float64, generator=g)
+    A = torch.randn(r, d, dtype=torch.float64, generator=g)
+    P, K = spd(m, seed + 1), spd(d, seed + 2)
+    P, K = P.diagonal().clone() if thin_out else P, K.diagonal().clone() if thin_in else K
+    zero = torch.zeros(m, r, dtype=torch.float64)
+    step_up, step_down = natural_step(
+        zero, A, G @ A.T, torch.zeros(r, d, dtype=torch.float64), P, K, cholesky(K)
+    )
+    assert not step_down.any()
+    left = (
+        moment_matmul(P, -step_up @ moment_matmul(K, A.T).T) @ A.T + G @ A.T
+    )  # the model's gradient after it
+    rows = A @ moment_matmul(K, A.T)
+    damping = ROW_DAMPING * rows.diagonal().mean()  # what the rows' own damping leaves, exactly
+    torch.testing.assert_close(left, damping * moment_matmul(P, step_up))
+    assert float(left.norm()) <= float((G @ A.T).norm())
+    if torch.linalg.eigvalsh(rows)[0] >= damping * 100:  # no row nearly depends on the others
+        assert float(left.norm()) <= 0.01 * float((G @ A.T).norm())
+
+
+@settings(deadline=None)
+@given(st.integers(1, 9), st.integers(1, 5), seeds)
+def test_a_diagonal_stands_for_its_matrix(d, k, seed):
+    diagonal = torch.rand(d, dtype=torch.float64, generator=generator(seed)) + 0.1
+    X = torch.randn(d, k, dtype=torch.float64, generator=generator(seed + 1))
+    thin, full = damped(diagonal, 0.3), damped(torch.diag(diagonal), 0.3)
+    torch.testing.assert_close(torch.diag(thin), full)
+    torch.testing.assert_close(moment_matmul(thin, X), moment_matmul(full, X))
+    torch.testing.assert_close(solve(cholesky(thin), X), solve(cholesky(full), X))
+
+
+def parabola(optimum, curvature):
+    return lambda step: curvature * (step - optimum) ** 2
+
+
+@settings(deadline=None)
+@given(
+    st.floats(-3, 3).filter(lambda x: abs(x) > 1e-3),
+    st.floats(0.01, 3),
+    st.floats(1e-3, 10),
+    st.booleans(),
+)
+def test_parabola_step_is_never_worse_than_standing_still(optimum, curvature, first, known):
+    loss = parabola(optimum, curvature)
+    slope = -2 * curvature * optimum if known else None
+    step, value = parabola_step(loss, loss(0.0), first, slope)
+    assert value <= loss(0.0)
+    assert value == loss(step)
+    if abs(optimum) <= 4 * first:
+        assert value <= 0.1 * loss(0.0) + 1e-12
+
+
+def test_parabola_step_asks_little():
+    asked = []
+
+    def loss(step):
+        asked.append(step)
+        return (step - 1.1) ** 2
+
+    assert parabola_step(loss, 1.21, 1.0, -2.2)[0] == 1.0
+    assert asked == [1.0]  # near enough
+    assert parabola_step(loss, 1.21, 0.5, -2.2)[0] == pytest.approx(1.1)
+    assert len(asked) == 3
+
+
+def test_parabola_step_stays_at_zero_when_nothing_helps():
+    assert parabola_step(lambda step: 1 + abs(step), 1.0, 0.1) == (0.0, 1.0)
+    assert parabola_step(lambda step: float("nan"), 1.0, 0.1, -1.0) == (0.0, 1.0)
+    assert parabola_step(lambda step: float("nan"), 1.0, 0.1) == (0.0, 1.0)
+
+
+def test_truncation_keeps_the_first_components():
+    parts = Components(torch.eye(3), torch.tensor([3.0, 2.0, 1.0]), torch.eye(3), torch.ones(3))
+    torch.testing.assert_close(
+        parts.truncated(2).matrix(), torch.diag(torch.tensor([3.0, 2.0, 0.0]))
+    )

@@ -1,0 +1,95 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from cntlora_core.errors import CheckpointError
+from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return shutil.copytree(MINI_SD_FOLDER / "model", tmp_path / "model")
+
+
+def test_the_embedded_model(mini_sd):
+    assert (mini_sd.family, mini_sd.name, mini_sd.resolution, mini_sd.vae_scale) == (
+        "sd1",
+        "mini-sd",
+        64,
+        4,
+    )
+    assert not mini_sd.unet.training
+    assert not any(
+        p.requires_grad
+        for part in (mini_sd.unet, mini_sd.vae, *mini_sd.text_encoders)
+        for p in part.parameters()
+    )
+
+
+def test_its_files_stay_small():
+    size = sum(f.stat().st_size for f in MINI_SD_FOLDER.rglob("*") if f.is_file())
+    assert size < 12_300_000
+
+
+def test_a_folder_loads_like_the_name(copy, mini_sd):
+    loaded = load_checkpoint(copy, dtype=torch.bfloat16)
+    assert loaded.dtype == loaded.unet.dtype == torch.bfloat16
+    weight = "conv_in.weight"
+    assert torch.equal(
+        loaded.unet.state_dict()[weight], mini_sd.unet.state_dict()[weight].bfloat16()
+    )
+
+
+def test_loading_leaves_the_progress_bars_as_they_were(copy):
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    load_checkpoint(copy)
+    assert logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_component_is_named(copy, part):
+    shutil.rmtree(copy / part)
+    with pytest.raises(CheckpointError, match=rf"has no {part}|{part}.*cannot be read"):
+        load_checkpoint(copy)
+
+
+def test_missing_weights_are_named(copy):
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no safetensors weights in unet"):
+        load_checkpoint(copy)
+
+
+def test_truncated_weights(copy):
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100_000])
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_checkpoint(copy)
+
+
+def test_broken_json(copy):
+    (copy / "model_index.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        load_checkpoint(copy)
+    (copy / "model_index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"model_index\.json is missing"):
+        load_checkpoint(copy)
+
+
+def test_paths_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_checkpoint(tmp_path / "none")
+
+
+def test_inpainting_models_are_refused_by_name(copy, monkeypatch):
+    from diffusers import UNet2DConditionModel
+
+    config = json.loads((copy / "unet" / "config.json").read_text())
+    unet = UNet2DConditionModel.from_config(config | {"in_channels": 9})
+    shutil.rmtree(copy / "unet")
+    unet.save_pretrained(copy / "unet")
+    with pytest.raises(CheckpointError, match="9 input channels \\(inpainting"):
+        load_checkpoint(copy)

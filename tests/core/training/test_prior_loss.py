@@ -1,0 +1,125 @@
+"""What a training should leave as it is."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from cntlora_core.cli.main import main
+from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.data.batches import draw_noised
+from cntlora_core.data.class_images import class_images
+from cntlora_core.lora.adapter import attached_lora
+from cntlora_core.model.conditioning import encode_prompts
+from cntlora_core.model.denoising_loss import predict
+from cntlora_core.model.loader import MINI_SD_FOLDER
+from cntlora_core.run import run_training
+from cntlora_core.training.prior_loss import BasePrediction, ClassImages
+
+PLAIN = CalibrationConfig(init="gaussian", rank=4)
+TRAINING = TrainConfig(steps=15, lr=1e-2, validate_every=0, prior_weight=4.0)
+CLASS = "a cat face emoji"
+
+
+@pytest.fixture(scope="module")
+def drawn(mini_sd):
+    return class_images(mini_sd, CLASS, count=4)
+
+
+def drift(model, drawn, lora):
+    """How far the prediction under the class prompt moved."""
+    (batch,) = draw_noised(drawn, 8, 1000, torch.Generator().manual_seed(5)).sizes
+    arguments = (model, batch.latents, batch.timesteps, batch.noise, batch.conditioning)
+    with torch.no_grad():
+        before = predict(*arguments)
+        with attached_lora(model.unet, lora):
+            return float((predict(*arguments) - before).square().mean())
+
+
+def test_both_prior_losses_hold_the_class(mini_sd, subject, drawn):
+    free = drift(mini_sd, drawn, run_training(mini_sd, subject, PLAIN, TRAINING).lora)
+    for prior in (ClassImages(drawn), BasePrediction(encode_prompts(mini_sd, [CLASS]))):
+        held = run_training(mini_sd, subject, PLAIN, TRAINING, prior=prior)
+        assert drift(mini_sd, drawn, held.lora) < 0.8 * free, type(prior).__name__
+
+
+def test_the_base_prediction_of_an_untrained_lora_is_its_own_target(mini_sd, subject):
+    prior = BasePrediction(encode_prompts(mini_sd, [CLASS]))
+    start = run_training(mini_sd, subject, PLAIN, TrainConfig(steps=0, validate_every=0)).lora
+    (batch,) = draw_noised(subject, 2, 1000, torch.Generator().manual_seed(0)).sizes
+    with attached_lora(mini_sd.unet, start, trainable=True) as adapters:
+        others = prior.draw(1, batch, 1000, torch.Generator())
+        assert torch.equal(others.conditioning.tokens[0], others.conditioning.tokens[1])
+        assert prior.loss(mini_sd, adapters, others).abs().max() < 1e-10
+        assert not any(layer.bypassed for layer in adapters.layers.values())
+
+
+def test_drawn_class_pictures_are_found_again(mini_sd, tmp_path, monkeypatch):
+    first = class_images(mini_sd, CLASS, count=2, steps=2, folder=tmp_path)
+    monkeypatch.setattr("cntlora_core.data.class_images.sample_latents", None)
+    again = class_images(mini_sd, CLASS, count=2, steps=2, folder=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(first.mean, again.mean, strict=True))
+
+
+@pytest.mark.parametrize("prior", ["images", "base"])
+def test_from_the_command_line(tmp_path, prior):
+    given = [
+        "train",
+        "--checkpoint",
+        "mini-sd",
+        "--images",
+        str(MINI_SD_FOLDER / "subject"),
+        "--trigger",
+        "sks",
+    ]
+    given += [
+        "--class-name",
+        "cat face emoji",
+        "--prompt",
+        "a {trigger} {class}",
+        "--class-prompt",
+        CLASS,
+    ]
+    given += [
+        "--prior",
+        prior,
+        "--class-count",
+        "4",
+        "--cache",
+        str(tmp_path / "cache"),
+        "--steps",
+        "2",
+    ]
+    assert main([*given, "--output", str(tmp_path / "x.safetensors")]) == 0
+    assert len(list((tmp_path / "cache").iterdir())) >= 6 + 4
+
+
+def test_a_prior_needs_its_class(tmp_path, capsys):
+    given = [
+        "train",
+        "--checkpoint",
+        "mini-sd",
+        "--images",
+        str(MINI_SD_FOLDER / "subject"),
+        "--prompt",
+        "x",
+    ]
+    assert main([*given, "--prior", "base", "--output", str(tmp_path / "x.safetensors")]) == 1
+    assert "needs --class-prompt" in capsys.readouterr().err
+
+
+def test_the_best_weights_are_kept_and_patience_ends_the_run(mini_sd, subject):
+    losses = iter([0.1, 0.9, 0.5, 0.4, 0.6, 0.7, 0.8])  # of the base, then at steps 0, 1, 2, ...
+    training = TrainConfig(steps=20, validate_every=1, patience=3)
+    run = run_training(mini_sd, subject, PLAIN, training, validate=lambda: next(losses))
+    assert (run.kept_step, run.steps) == (2, 5)
+    losses = iter([0.1, 0.9, 0.5, 0.4, *[0.6] * 20])
+    last = run_training(
+        mini_sd,
+        subject,
+        PLAIN,
+        dataclasses.replace(training, keep_best=False),
+        validate=lambda: next(losses),
+    )
+    assert (last.kept_step, last.steps) == (5, 5)
+    assert any(not torch.equal(run.lora[name].up, last.lora[name].up) for name in run.lora)

@@ -1,0 +1,232 @@
+"""A run that is stopped loses nothing: checkpoints, resuming, signals, several processes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from cntlora_core.cli.main import main
+from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.errors import OutOfMemory, SettingError
+from cntlora_core.events import Step, Training
+from cntlora_core.model.loader import MINI_SD_FOLDER
+from cntlora_core.run import run_training
+from cntlora_core.training.resume import RunSnapshots, state_path
+from cntlora_core.training.validation import validation_loss
+
+ROOT = Path(__file__).resolve().parents[3]
+PLAIN = CalibrationConfig(init="gaussian", rank=2)
+
+
+class Cancelled(Exception):
+    pass
+
+
+def cancel_after(step):
+    def observer(event):
+        if isinstance(event, Step) and event.step == step:
+            raise Cancelled
+
+    return observer
+
+
+def same(first, second):
+    return all(
+        torch.equal(first[n].up, second[n].up) and torch.equal(first[n].down, second[n].down)
+        for n in first
+    )
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+@pytest.mark.parametrize(
+    "more", [{}, {"schedule": "cosine", "warmup": 2, "caption_dropout": 0.5, "noise_offset": 0.1}]
+)
+def test_a_resumed_run_ends_bit_identical(mini_sd, subject, tmp_path, stop, more):
+    training = TrainConfig(steps=5, validate_every=2, **more)
+    validate = validation_loss(mini_sd, subject.only([0]), 8)
+    whole = run_training(mini_sd, subject, PLAIN, training, validate=validate)
+    checkpoints = RunSnapshots(state_path(tmp_path / "x.safetensors"), {"seed": 0}, resume=True)
+    kept = []
+    with pytest.raises(Cancelled):
+        run_training(
+            mini_sd,
+            subject,
+            PLAIN,
+            training,
+            validate=validate,
+            checkpoints=checkpoints,
+            on_stop=kept.append,
+            observer=cancel_after(stop),
+        )
+    assert kept[0].steps == stop
+    events = []
+    resumed = run_training(
+        mini_sd,
+        subject,
+        PLAIN,
+        training,
+        validate=validate,
+        checkpoints=checkpoints,
+        observer=events.append,
+    )
+    assert next(e.done for e in events if isinstance(e, Training)) == stop
+    assert same(whole.lora, resumed.lora)
+    assert whole.validations == resumed.validations
+    assert whole.kept_step == resumed.kept_step
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(mini_sd, subject, tmp_path):
+    path = tmp_path / "x.state.safetensors"
+    training = TrainConfig(steps=2, validate_every=0)
+    run_training(
+        mini_sd,
+        subject,
+        PLAIN,
+        training,
+        checkpoints=RunSnapshots(path, {"lr": 0.1, "prompt": "a"}, every=1),
+    )
+    assert not list(tmp_path.glob(".*")), "a partial file was left"
+    assert RunSnapshots(path, {"lr": 0.1, "prompt": "a"}).read() is None  # nobody asked to resume
+    with pytest.raises(SettingError, match=r"its lr is 0\.1, now it is 0\.2"):
+        RunSnapshots(path, {"lr": 0.2, "prompt": "a"}, resume=True).read()
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(SettingError, match="not a readable checkpoint"):
+        RunSnapshots(path, {"lr": 0.1}, resume=True).read()
+
+
+def test_no_memory_is_a_sentence_and_the_work_is_kept(mini_sd, subject):
+    def no_memory(event):
+        if isinstance(event, Step) and event.step == 2:
+            raise torch.OutOfMemoryError
+
+    kept = []
+    advice = r"gradient checkpointing on, batch size 2 with accumulation 2, precision bf16"
+    with pytest.raises(OutOfMemory, match=advice):
+        run_training(
+            mini_sd,
+            subject,
+            PLAIN,
+            TrainConfig(steps=4, validate_every=0),
+            on_stop=kept.append,
+            observer=no_memory,
+        )
+    assert kept[0].steps == 2
+    assert any(f.up.any() for f in kept[0].lora.values())
+    assert all(p.grad is None for p in mini_sd.unet.parameters())
+
+
+def command(out, *more):
+    given = [
+        "train",
+        "--checkpoint",
+        "mini-sd",
+        "--images",
+        str(MINI_SD_FOLDER / "subject"),
+        "--prompt",
+        "a sks cat",
+    ]
+    return [*given, "--init", "gaussian", "--validate-every", "0", "--output", str(out), *more]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_within_a_step_and_resume_goes_on(tmp_path, number, status):
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "x.safetensors"
+    goal = ["--steps", "16"]
+    log = tmp_path / "log.jsonl"
+    started = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "cntlora_core",
+            *command(out, *goal, "--resume", "--events", str(log)),
+        ],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while not (log.exists() and '"step"' in log.read_text()):
+        assert started.poll() is None, started.stderr.read()
+    started.send_signal(number)
+    error = started.communicate(timeout=60)[1]
+    assert started.returncode == status
+    assert "--resume goes on" in error
+    with safe_open(out, "pt") as file:
+        steps = int(file.metadata()["ss_steps"])
+    assert log.read_text().count('"type": "step"') == steps
+    assert main(command(out, *goal)) == 1  # the file exists
+    assert main(command(out, *goal, "--resume")) == 0
+    assert main(command(whole, *goal)) == 0
+    assert not state_path(out).exists()
+    with safe_open(out, "pt") as first, safe_open(whole, "pt") as second:
+        threads = torch.get_num_threads()
+        for key in first.keys():  # noqa: SIM118
+            tolerance = 0 if threads == 1 else 1e-4  # the child ran on one thread
+            assert (first.get_tensor(key) - second.get_tensor(key)).abs().max() <= tolerance, key
+
+
+@pytest.mark.parametrize(("effort", "steps"), [("quick", "4"), ("balanced", "0")])
+def test_two_processes_at_half_the_batch_are_one_process(tmp_path, effort, steps):
+    alone, together = tmp_path / "alone.safetensors", tmp_path / "together.safetensors"
+    settings = [
+        "--steps",
+        steps,
+        "--init",
+        "target",
+        "--effort",
+        effort,
+        "--validate-every",
+        "2",
+        "--train-on-all",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for launch, out, batch in (
+        ([sys.executable, "-m"], alone, "4"),
+        (
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+                "-m",
+            ],
+            together,
+            "2",
+        ),
+    ):
+        done = subprocess.run(
+            [*launch, "cntlora_core", *command(out, "--batch-size", batch, *settings)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+    with safe_open(alone, "pt") as first, safe_open(together, "pt") as second:
+        assert set(first.keys()) == set(second.keys())
+        for key in first.keys():  # noqa: SIM118
+            torch.testing.assert_close(
+                first.get_tensor(key), second.get_tensor(key), rtol=2e-2, atol=2e-4
+            )
+
+
+def test_accumulated_batches_are_one_large_batch(mini_sd, subject):
+    runs = [
+        run_training(
+            mini_sd,
+            subject,
+            PLAIN,
+            TrainConfig(steps=3, validate_every=0, batch_size=b, accumulation=a),
+        ).lora
+        for b, a in ((4, 1), (2, 2))
+    ]
+    for name in runs[0]:
+        torch.testing.assert_close(runs[0][name].up, runs[1][name].up, rtol=1e-2, atol=1e-4)

@@ -4,7 +4,9 @@ share."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +20,7 @@ from .data.dataset import EncodedImages
 from .distributed import ALONE, Group
 from .errors import NonFiniteError, OutOfMemory
 from .events import Base, Observer, Saved, Status, Training, ignore
-from .lora.adapter import Adapters, LoRA, attached_lora
+from .lora.adapter import LoRA, attached_lora
 from .lora.file import save_lora
 from .lora.metadata import describe
 from .model.cpu_convolutions import convolutions_as_matmul
@@ -48,6 +50,23 @@ class RunResult:
     validations: list[tuple[int, float]]
 
 
+def run_calibration(
+    model: StableDiffusion,
+    subject: EncodedImages,
+    config: CalibrationConfig,
+    *,
+    preserve: NoisedSet | None = None,
+    observer: Observer = ignore,
+    group: Group = ALONE,
+) -> Calibration:
+    """Calibrate, with what a run needs around it. Raises OutOfMemory with what to try next."""
+    observer(Status(f"Calibrating ({config.init}) on {len(subject)} pictures"))
+    with _run_conditions(model, config, subject.resolution):
+        start = calibrate(model, subject, config, prior=preserve, observer=observer, group=group)
+    observer(start.report)
+    return start
+
+
 def run_training(
     model: StableDiffusion,
     subject: EncodedImages,
@@ -72,64 +91,92 @@ def run_training(
     `on_stop` gets the run as far as it went, and the exception goes on. Raises OutOfMemory with
     what to try next.
     """
-    with convolutions_as_matmul(model.unet):
-        base_loss = validate() if validate else None
-        if base_loss is not None:
-            observer(Base(base_loss))
-        saved = checkpoints.read() if checkpoints else None
-        if start is None and (saved is None or preserve is not None):
-            observer(Status(f"Calibrating ({calibration.init}) on {len(subject)} pictures"))
-            start = calibrate(
-                model, subject, calibration, prior=preserve, observer=observer, group=group
+    saved = checkpoints.read() if checkpoints else None
+    base_loss = _base_loss(model, validate, training, subject.resolution, observer)
+    if start is None and (saved is None or preserve is not None):
+        start = run_calibration(
+            model, subject, calibration, preserve=preserve, observer=observer, group=group
+        )
+    if saved:  # what to preserve is not in the file: it was measured again, to the same numbers
+        start = continued(saved.lora, start.preservation if start else None)
+    assert start is not None
+
+    with (
+        _run_conditions(model, training, subject.resolution),
+        attached_lora(model.unet, start.lora, trainable=True) as adapters,
+        recomputing_activations(model.unet, training.gradient_checkpointing),
+    ):
+        state = start_state(model, adapters, training)
+        if saved:
+            saved.restore(state)
+        observer(Training(training.steps, state.step))
+
+        def save(state: TrainState) -> None:
+            if checkpoints and checkpoints.due(state.step) and group.rank == 0:
+                checkpoints.write(state)
+
+        def result(best: bool) -> RunResult:
+            weights, kept = state.weights(training) if best else (adapters.factors(), state.step)
+            return RunResult(start, weights, kept, state.step, base_loss, state.validations)
+
+        try:
+            train(
+                model,
+                subject,
+                state,
+                training,
+                prior=prior,
+                preservation=start.preservation and start.preservation.on(model.device),
+                validate=validate,
+                save=save,
+                observer=observer,
+                group=group,
             )
-        if saved:  # what to preserve is not in the file: it was measured again, to the same numbers
-            start = continued(saved.lora, start.preservation if start else None)
-        assert start is not None
-        observer(start.report)
-        with (
-            attached_lora(model.unet, start.lora, trainable=True) as adapters,
-            recomputing_activations(model.unet, training.gradient_checkpointing),
-        ):
-            state = start_state(model, adapters, training)
-            if saved:
-                saved.restore(state)
-            observer(Training(training.steps, state.step))
+        except BaseException as error:
+            worthless = isinstance(error, NonFiniteError) or _out_of_memory(error)
+            if checkpoints and group.rank == 0 and not worthless:
+                checkpoints.write(state)
+            if on_stop:
+                on_stop(result(best=isinstance(error, NonFiniteError)))
+            raise
+        return result(best=True)
 
-            preservation = start.preservation and start.preservation.on(model.device)
 
-            def save(state: TrainState) -> None:
-                if checkpoints and checkpoints.due(state.step) and group.rank == 0:
-                    checkpoints.write(state)
+def _base_loss(
+    model: StableDiffusion,
+    validate: Callable[[], float] | None,
+    config: TrainConfig,
+    resolution: int,
+    observer: Observer,
+) -> float | None:
+    """The validation loss of the untouched model."""
+    if validate is None:
+        return None
+    with _run_conditions(model, config, resolution):
+        loss = validate()
+    observer(Base(loss))
+    return loss
 
-            def result(best: bool) -> RunResult:
-                weights, kept = (
-                    state.weights(training) if best else (adapters.factors(), state.step)
-                )
-                return RunResult(start, weights, kept, state.step, base_loss, state.validations)
 
-            try:
-                train(
-                    model,
-                    subject,
-                    state,
-                    training,
-                    prior=prior,
-                    preservation=preservation,
-                    validate=validate,
-                    save=save,
-                    observer=observer,
-                    group=group,
-                )
-            except BaseException as error:
-                worthless = isinstance(error, NonFiniteError) or _out_of_memory(error)
-                if checkpoints and group.rank == 0 and not worthless:
-                    checkpoints.write(state)
-                if on_stop:
-                    on_stop(result(best=isinstance(error, NonFiniteError)))
-                if _out_of_memory(error):
-                    raise _free(model, adapters, training, subject.resolution) from error
-                raise
-            return result(best=True)
+@contextmanager
+def _run_conditions(
+    model: StableDiffusion, config: CalibrationConfig | TrainConfig, resolution: int
+) -> Iterator[None]:
+    """What every long computation needs around it: convolutions as products on the CPU, and a
+    sentence when memory runs out (OutOfMemory)."""
+    try:
+        with convolutions_as_matmul(model.unet):
+            yield
+    except BaseException as error:
+        if not _out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise OutOfMemory(
+            f"The memory of {model.device} did not suffice. "
+            f"Next to try: {_next_settings(config, resolution)}."
+        ) from error
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -139,28 +186,15 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _free(
-    model: StableDiffusion, adapters: Adapters, training: TrainConfig, resolution: int
-) -> OutOfMemory:
-    for parameter in adapters.parameters():
-        parameter.grad = None
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return OutOfMemory(
-        f"The memory of {model.device} did not suffice. "
-        f"Next to try: {_next_settings(training, resolution)}."
-    )
-
-
-def _next_settings(training: TrainConfig, resolution: int) -> str:
+def _next_settings(config: CalibrationConfig | TrainConfig, resolution: int) -> str:
     """The next three settings to try, in the order of what they cost."""
-    advice = [] if training.gradient_checkpointing else ["gradient checkpointing on"]
-    if training.batch_size > 1:
-        half = training.batch_size // 2
-        advice.append(
-            f"batch size {half} with accumulation "
-            f"{-(-training.batch_size * training.accumulation // half)}"
-        )
+    advice = [] if config.gradient_checkpointing else ["gradient checkpointing on"]
+    half = config.batch_size // 2
+    if half and isinstance(config, TrainConfig):
+        accumulation = -(-config.batch_size * config.accumulation // half)
+        advice.append(f"batch size {half} with accumulation {accumulation}")
+    elif half:
+        advice.append(f"batch size {half}")
     advice += ["precision bf16", f"a lower resolution than {resolution} px", "a lower rank"]
     return ", ".join(advice[:3])
 

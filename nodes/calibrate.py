@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ..cntlora_core.calibration.calibrate import calibrate
 from ..cntlora_core.config import EFFORTS, INITS, RANK_RULES, TARGETS, CalibrationConfig
 from ..cntlora_core.data.class_images import class_noised
 from ..cntlora_core.data.dataset import EncodedImages
 from ..cntlora_core.lora.adapter import parameter_count
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.report.charts import rank_map
+from ..cntlora_core.run import run_calibration
 from . import host
 from .host import io
 from .reporter import Reporter
@@ -151,10 +151,9 @@ class CalibrateLoRA(io.ComfyNode):
             Reporter(host.identity(cls), "CNTLoRACalibrate", "Calibrate LoRA") as report,
             host.working(sd_model),
         ):
-            encoded = subject.encode(sd_model, report)
+            encoded, _ = subject.encode(sd_model, report)
             kept = class_noised(sd_model, prior) if prior else None
-            start = calibrate(sd_model, encoded, config, prior=kept, observer=report)
-            report(start.report)
+            start = run_calibration(sd_model, encoded, config, preserve=kept, observer=report)
             picture = rank_map(
                 start.report.ranks,
                 start.report.energy,

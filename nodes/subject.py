@@ -133,6 +133,13 @@ class SubjectImages(io.ComfyNode):
                     tooltip="Learn only what a picture's transparency shows. Off: transparent "
                     "parts are white and are learnt.",
                 ),
+                host.advanced(io.Boolean)(
+                    "hold_out",
+                    default=True,
+                    optional=True,
+                    tooltip="Leave the last of 5 or more pictures out of calibration and training, "
+                    "to validate with. Off when Train LoRA has validation pictures.",
+                ),
             ],
             outputs=[
                 SubjectPictures.Output(
@@ -180,6 +187,7 @@ class SubjectImages(io.ComfyNode):
         flip: bool = False,
         random_crop: bool = False,
         masked: bool = False,
+        hold_out: bool = True,
         images: Tensor | None = None,
     ) -> io.NodeOutput:
         if not f"{trigger}{class_name}".strip():
@@ -211,4 +219,4 @@ class SubjectImages(io.ComfyNode):
         )
         sheet = to_image([contact_sheet([p.image for p in pictures], [p.name for p in pictures])])
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (" ".join([text, *notices]),)}
-        return io.NodeOutput(Pictures(tuple(pictures), prompt, data), sheet, ui=shown)
+        return io.NodeOutput(Pictures(tuple(pictures), prompt, data, hold_out), sheet, ui=shown)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..cntlora_core.calibration.calibrate import continued
 from ..cntlora_core.config import CalibrationConfig, TrainConfig
-from ..cntlora_core.data.dataset import EncodedImages, with_validation
+from ..cntlora_core.data.dataset import EncodedImages
 from ..cntlora_core.defaults import default_lr
 from ..cntlora_core.errors import CNTLoRAError
 from ..cntlora_core.events import Event, Notice, Saved, Step, Training
@@ -65,8 +65,7 @@ class TrainLoRA(io.ComfyNode):
                     "validation",
                     optional=True,
                     tooltip="Other pictures of the same subject, never trained on: their loss "
-                    "shows when training overfits. Without it the last of 5 or more "
-                    "pictures is left out of training for it.",
+                    "shows when training overfits. Without it, what Subject Images holds out.",
                 ),
                 Prior.Input(
                     "prior",
@@ -187,13 +186,9 @@ class TrainLoRA(io.ComfyNode):
             Reporter(host.identity(cls), "CNTLoRATrain", "Train LoRA", steps) as report,
             host.working(sd_model),
         ):
-            encoded = subject.encode(sd_model, report)
+            encoded, held_out = subject.encode(sd_model, report)
             if validation:
-                held_out = validation.encode(sd_model, report)
-            else:
-                encoded, held_out = (
-                    with_validation(encoded) if validate_every else (encoded, encoded)
-                )
+                held_out = validation.encode_all(sd_model, report)
             sampler = Sampler(sd_model, sample_prompt or encoded.prompt, sample_every, report)
             kept: list[str] = []
 

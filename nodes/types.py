@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cntlora_core.calibration.calibrate import Calibration
 from ..cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
-from ..cntlora_core.data.dataset import EncodedImages, encode_subject
+from ..cntlora_core.data.dataset import EncodedImages, encode_subject, with_validation
 from ..cntlora_core.data.images import Picture
 from ..cntlora_core.events import Observer
 from ..cntlora_core.lora.adapter import LoRA
@@ -33,13 +33,24 @@ Settings = io.Custom("CNTLORA_SETTINGS")
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of a subject and what to call it; no model has seen them yet."""
+    """Pictures of a subject and what to call it; no model has seen them yet.
+
+    `hold_out`: the last of 5 or more is neither calibrated nor trained on, but validated with.
+    """
 
     pictures: tuple[Picture, ...]
     prompt: str
     data: DataConfig
+    hold_out: bool = True
 
-    def encode(self, model: StableDiffusion, observer: Observer) -> EncodedImages:
+    def encode(
+        self, model: StableDiffusion, observer: Observer
+    ) -> tuple[EncodedImages, EncodedImages]:
+        """What to fit, and what to validate with when nobody connects pictures for it."""
+        everything = self.encode_all(model, observer)
+        return with_validation(everything) if self.hold_out else (everything, everything)
+
+    def encode_all(self, model: StableDiffusion, observer: Observer) -> EncodedImages:
         return encode_subject(model, self.pictures, self.prompt, self.data, observer=observer)
 
 

@@ -22,8 +22,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 
 
 def _load(name: str, folder: Path) -> None:
-    if importlib.util.find_spec(name) is not None:
-        return
+    """This checkout's package, whatever else is installed under its name."""
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )

@@ -179,3 +179,60 @@ def test_a_foreign_lora_is_sent_to_comfyuis_own_node(pack):
 def test_each_workflow_has_its_own_runs_under_temp(pack, page, folder):
     node = SimpleNamespace(hidden=SimpleNamespace(unique_id="12:5", extra_pnginfo=page))
     assert pack.host.identity(node).folder == f"cntlora/{folder}"
+
+
+CALIBRATE = {
+    "mode": "target",
+    "rank": 2,
+    "ranks": "data",
+    "seed": 0,
+    "effort": "quick",
+    "batch_size": 2,
+    "targets": "auto",
+    "preservation": 1.0,
+    "gradient_checkpointing": False,
+}
+
+
+def test_what_validates_was_neither_calibrated_nor_trained_on(pack, model, pictures, monkeypatch):
+    seen = {}
+
+    def calibrate(model, subject, config, **options):
+        seen["calibrated"] = subject.names
+        return continued(gaussian(model, config))
+
+    def train(model, subject, *args, **options):
+        seen["trained"] = subject.names
+        raise pack.host.Cancelled
+
+    def validation(model, subject, batch_size):
+        seen["validated"] = subject.names
+        return lambda: 1.0
+
+    from cntlora_pack.cntlora_core import run as runs
+    from cntlora_pack.cntlora_core.calibration.calibrate import calibrate as real
+    from cntlora_pack.cntlora_core.calibration.calibrate import continued
+
+    def gaussian(model, config):
+        plain = pack.train.CalibrationConfig(init="gaussian", rank=config.rank)
+        return real(model, None, plain).lora
+
+    monkeypatch.setattr(runs, "calibrate", calibrate)
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(pack.train, "validation_loss", validation)
+    options = TRAIN | {"validate_every": 1}
+    for hold_out in (True, False):
+        subject = run(pack.SubjectImages, folder=FOLDER, hold_out=hold_out, **SUBJECT).values[0]
+        start = run(pack.CalibrateLoRA, sd_model=model, subject=subject, **CALIBRATE).values[0]
+        with pytest.raises(pack.host.Cancelled):
+            run(
+                pack.TrainLoRA,
+                sd_model=model,
+                subject=subject,
+                lora_init=start,
+                steps=1,
+                sample_every=0,
+                **options,
+            )
+        assert seen["calibrated"] == seen["trained"]
+        assert bool(set(seen["validated"]) & set(seen["calibrated"])) != hold_out

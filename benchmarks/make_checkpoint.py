@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from cntlora_core.model.families import FAMILIES, V_MARK, config_of
+from cntlora_core.model.families import FAMILIES, config_of
 from cntlora_core.model.ldm_names import (
     UNET_PREFIX,
     VAE_PREFIX,
@@ -28,6 +28,7 @@ from cntlora_core.model.ldm_names import (
     unet_name,
     vae_name,
 )
+from cntlora_core.model.prediction import V_MARK
 
 DTYPES = {
     "fp32": (torch.float32, "F32"),

@@ -225,6 +225,7 @@ def save_run(
         steps=steps,
         calibration=calibration,
         training=training,
+        prediction=model.schedule.prediction,
     )
     saved = save_lora(path, lora, model.family, metadata, dtype=dtype, overwrite=overwrite)
     observer(Saved(str(saved)))

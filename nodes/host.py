@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from server import PromptServer
 
 from ..cntlora_core.defaults import MINI_SD
 from ..cntlora_core.devices import DTYPES
+from ..cntlora_core.events import Event, Notice, Observer
 from ..cntlora_core.model.loader import StableDiffusion
 from .paths import inside
 
@@ -201,6 +203,22 @@ def send(message: dict[str, Any]) -> None:
     server = getattr(PromptServer, "instance", None)
     if server is not None:
         server.send_sync("cntlora.event", message)
+
+
+def notices(cls: Any) -> Observer:
+    """For a node without a panel: what the user should know goes on the node itself, and into the
+    log."""
+    said: list[str] = []
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Notice):
+            said.append(event.text)
+            logging.warning("CNTLoRA: %s", event.text)
+            server = getattr(PromptServer, "instance", None)
+            if server is not None:
+                server.send_progress_text(" ".join(said), identity(cls).node)
+
+    return tell
 
 
 def add_routes() -> None:

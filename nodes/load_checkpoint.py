@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ..cntlora_core.model.loader import load_checkpoint
+from ..cntlora_core.model.prediction import AUTO, PREDICTIONS
 from . import host
 from .host import io
 from .types import SDModel
@@ -37,12 +38,22 @@ class LoadCheckpoint(io.ComfyNode):
                     "fp32. auto: fp32 on a CPU, bf16 or fp16 on a GPU. fp32 needs twice "
                     "the memory; fp16 may overflow where bf16 does not.",
                 ),
+                host.advanced(io.Combo)(
+                    "prediction",
+                    options=list(PREDICTIONS),
+                    default=AUTO,
+                    optional=True,
+                    tooltip="What the checkpoint was trained to predict. auto: what the file says "
+                    "of itself, as ComfyUI reads it. Set it for a v-prediction file that does not "
+                    "say so: trained as the wrong kind a LoRA is useless.",
+                ),
             ],
             outputs=[
                 SDModel.Output(
                     display_name="sd_model", tooltip="The model, ready for CNTLoRA's other nodes."
                 )
             ],
+            hidden=host.IDENTITY,
         )
 
     @classmethod
@@ -55,13 +66,13 @@ class LoadCheckpoint(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, precision: str) -> str:
+    def fingerprint_inputs(cls, checkpoint: str, precision: str, prediction: str = AUTO) -> str:
         path = host.checkpoint_path(checkpoint)
         stat = os.stat(path) if path and os.path.exists(path) else None
-        return f"{checkpoint}|{precision}|{stat and (stat.st_size, stat.st_mtime_ns)}"
+        return f"{checkpoint}|{precision}|{prediction}|{stat and (stat.st_size, stat.st_mtime_ns)}"
 
     @classmethod
-    def execute(cls, checkpoint: str, precision: str) -> io.NodeOutput:
+    def execute(cls, checkpoint: str, precision: str, prediction: str = AUTO) -> io.NodeOutput:
         path = host.checkpoint_path(checkpoint)
         embedded = checkpoint == host.EMBEDDED
         with host.gradients():
@@ -69,7 +80,9 @@ class LoadCheckpoint(io.ComfyNode):
                 path or checkpoint,
                 device=host.device(),
                 dtype=host.dtype(precision),
+                prediction=prediction,
                 tokenizer=None if embedded else host.tokenizer_folder(),
+                observer=host.notices(cls),
             )
         model.unet.to("cpu")  # until a node works with it
         return io.NodeOutput(model)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import CNTLoRAError, Interrupted, SettingError
+from ..events import Observer, ignore
+from ..model.prediction import AUTO, PREDICTIONS
 from .console import Console
 from .options import add_arguments
 from .train import run_train
@@ -126,9 +128,10 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         "--vae", metavar="FILE", help="another VAE than the one in a single-file checkpoint"
     )
     parser.add_argument(
-        "--prediction-type",
-        choices=("epsilon", "v_prediction"),
-        help="of a single-file checkpoint, where its weights do not tell",
+        "--prediction",
+        default=AUTO,
+        choices=PREDICTIONS,
+        help="what the checkpoint predicts, where it does not say so itself (default: auto)",
     )
     parser.add_argument("--seed", type=int, default=0)
 
@@ -159,7 +162,9 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true")
 
 
-def _load(args: argparse.Namespace, device: torch.device | None = None) -> StableDiffusion:
+def _load(
+    args: argparse.Namespace, device: torch.device | None = None, observer: Observer = ignore
+) -> StableDiffusion:
     from ..devices import DTYPES, pick_device
     from ..model.loader import load_checkpoint
 
@@ -168,7 +173,8 @@ def _load(args: argparse.Namespace, device: torch.device | None = None) -> Stabl
         device=device or pick_device(args.device),
         dtype=DTYPES[args.precision],
         vae=args.vae,
-        prediction_type=args.prediction_type,
+        prediction=args.prediction,
+        observer=observer,
     )
 
 
@@ -217,24 +223,25 @@ def _sample(args: argparse.Namespace) -> None:
     from ..report.charts import sample_sheet
 
     output = check_output(args.output, overwrite=args.overwrite, suffix=".png")
-    model = _load(args)
-    side = check_resolution(model, args.resolution)
-    lora = {}
-    if args.lora:
-        factors, _ = load_lora(args.lora, find_projections(model.unet, ALL), model.family)
-        lora = {name: f.scaled(args.strength) for name, f in factors.items()}
     seeds = range(args.seed, args.seed + args.count)
-    with Console() as observer, attached_lora(model.unet, lora):
-        pictures = sample(
-            model,
-            [args.prompt] * args.count,
-            seeds,
-            steps=args.steps,
-            guidance=args.guidance,
-            negative=args.negative,
-            size=(side, side),
-            observer=observer,
-        )
+    with Console() as observer:
+        model = _load(args, observer=observer)
+        side = check_resolution(model, args.resolution)
+        lora = {}
+        if args.lora:
+            factors, _ = load_lora(args.lora, find_projections(model.unet, ALL), model.family)
+            lora = {name: f.scaled(args.strength) for name, f in factors.items()}
+        with attached_lora(model.unet, lora):
+            pictures = sample(
+                model,
+                [args.prompt] * args.count,
+                seeds,
+                steps=args.steps,
+                guidance=args.guidance,
+                negative=args.negative,
+                size=(side, side),
+                observer=observer,
+            )
     sample_sheet(
         [(Path(args.lora).stem if args.lora else "base", pictures)], title=args.prompt
     ).save(output)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def run_train(args: argparse.Namespace, load: Any) -> None:
-    """Everything `train` does. `load(args, device)` gives the model."""
+    """Everything `train` does. `load(args, device, observer)` gives the model."""
     data = settings_from(DataConfig, args)
     calibration = settings_from(CalibrationConfig, args)
     given = {name: value for name in ("steps", "lr") if (value := getattr(args, name)) is not None}
@@ -64,7 +64,7 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
         if args.events and group.rank == 0:
             events = check_output(args.events, overwrite=overwrite, suffix=".jsonl")
             observer = broadcast(stack.enter_context(EventFile(events)), observer)
-        model = load(args, device)
+        model = load(args, device, observer)
         cache = _cache(args, model)
         words = (args.trigger, args.class_name)
         subject = read_subject(
@@ -232,6 +232,7 @@ def _checkpoints(
             for name in ("prior", "class_prompt", "class_count", "continue_from", "precision")
         },
         "checkpoint": model.name,
+        "prediction": model.schedule.prediction,
         "pictures": subject.digest,
         "prompt": subject.prompt,
         **{f"data {name}": value for name, value in asdict(data).items()},

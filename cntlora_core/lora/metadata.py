@@ -46,12 +46,13 @@ def describe(
     steps: int,
     calibration: CalibrationConfig,
     training: TrainConfig | None = None,
+    prediction: str = "epsilon",
 ) -> dict[str, str]:
     """kohya's `ss_*` keys, modelspec's, and ours under `cntlora.*`.
 
-    `trigger` goes where each reader looks: one outer key of `ss_tag_frequency`, the class tokens of
-    the first dataset, and `modelspec.trigger_phrase`. Ranks that differ are `Dynamic`, kohya's word
-    for it.
+    `prediction` is the noise schedule's. `trigger` goes where each reader looks: one outer key of
+    `ss_tag_frequency`, the class tokens of the first dataset, and `modelspec.trigger_phrase`. Ranks
+    that differ are `Dynamic`, kohya's word for it.
     """
     ranks = {name: factors.rank for name, factors in lora.items()}
     distinct = set(ranks.values())
@@ -97,7 +98,9 @@ def describe(
         "modelspec.resolution": size,
         "modelspec.date": _today(),
         "modelspec.trigger_phrase": trigger,
-        "modelspec.prediction_type": "v" if family == "sd2-v" else "epsilon",
+        "modelspec.prediction_type": prediction.partition(" ")[0],
+        "ss_v_parameterization": str(prediction.startswith("v")),
+        "ss_zero_terminal_snr": str(prediction.endswith("zero terminal SNR")),
         "cntlora.version": __version__,
         "cntlora.init": calibration.init,
         "cntlora.ranks": json.dumps(ranks),

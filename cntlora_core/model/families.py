@@ -48,9 +48,6 @@ UNET_CHANNELS = {
     8: "an image-editing (InstructPix2Pix) model",
     9: "an inpainting model",
 }
-# ComfyUI tells SD 2's v-prediction models by this tensor's spread; nothing in the shapes does.
-V_MARK = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
-V_SPREAD = 0.09
 
 
 def config_of(family: str) -> dict[str, Any]:
@@ -58,13 +55,8 @@ def config_of(family: str) -> dict[str, Any]:
     return json.loads((CONFIGS / f"{family}.json").read_text(encoding="utf-8"))
 
 
-def detect_family(source: TensorSource, prediction_type: str | None = None) -> str:
-    """`sd1`, `sd2`, `sd2-v` or `sdxl`. Reads one small tensor at the most. Raises CheckpointError
-    that names what else it is.
-
-    `prediction_type` (`epsilon` or `v_prediction`) settles SD 2, where only a statistic of the
-    weights tells.
-    """
+def detect_family(source: TensorSource) -> str:
+    """`sd1`, `sd2` or `sdxl`. Raises CheckpointError that names what else it is."""
     name, shapes = source.path.name, source.shapes
     conv_in = shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
     if conv_in is None or len(conv_in) != 4:
@@ -82,7 +74,7 @@ def detect_family(source: TensorSource, prediction_type: str | None = None) -> s
     if width == 768:
         return "sd1"
     if width == 1024:
-        return _sd2(source, prediction_type)
+        return "sd2"
     if width == 2048:
         return "sdxl"
     if width == 1280:
@@ -100,14 +92,6 @@ def _context_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     return next(
         (s[1] for k, s in shapes.items() if k.startswith(UNET_PREFIX) and k.endswith(end)), None
     )
-
-
-def _sd2(source: TensorSource, prediction_type: str | None) -> str:
-    if prediction_type:
-        return "sd2-v" if prediction_type == "v_prediction" else "sd2"
-    if V_MARK not in source.shapes:
-        return "sd2"
-    return "sd2-v" if float(source.read(V_MARK).float().std(unbiased=False)) > V_SPREAD else "sd2"
 
 
 def _what(shapes: Mapping[str, tuple[int, ...]]) -> str:

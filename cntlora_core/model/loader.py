@@ -15,8 +15,10 @@ from torch import nn
 
 from ..defaults import MINI_SD
 from ..errors import CheckpointError
+from ..events import Observer, ignore
 from .families import config_of, detect_family
 from .noise_schedule import NoiseSchedule
+from .prediction import AUTO, EPSILON, check_prediction, detect_prediction, scheduler_keys
 from .single_file import beside, load_single_file
 from .tensor_file import open_tensors
 from .tokenizers import load_tokenizers
@@ -67,16 +69,18 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     vae: str | os.PathLike[str] | None = None,
-    prediction_type: str | None = None,
+    prediction: str = AUTO,
     tokenizer: str | os.PathLike[str] | None = None,
+    observer: Observer = ignore,
 ) -> StableDiffusion:
     """Load a single file, a diffusers folder, or the embedded miniature by its name `mini-sd`.
 
     The UNet comes in `dtype` on `device`; VAE and text encoders wait on the CPU and visit the
-    device, in fp32, while they run. For single files `vae` names another VAE file, `tokenizer` a
-    folder with CLIP's vocabulary, and `prediction_type` overrides what the weights suggest. Raises
-    CheckpointError.
+    device, in fp32, while they run. For single files `vae` names another VAE file and `tokenizer` a
+    folder with CLIP's vocabulary. `prediction`, one of `PREDICTIONS`, overrides what the checkpoint
+    says of itself. Raises CheckpointError.
     """
+    check_prediction(prediction)
     folder = MINI_SD_FOLDER / "model" if str(path) == MINI_SD else Path(path)
     device = torch.device(device)
     if not folder.exists():
@@ -85,8 +89,8 @@ def load_checkpoint(
             f"folder, or {MINI_SD}."
         )
     if folder.is_file():
-        return _from_file(folder, device, dtype, vae, prediction_type, tokenizer)
-    return _from_folder(folder, str(path), device, dtype)
+        return _from_file(folder, device, dtype, vae, prediction, tokenizer, observer)
+    return _from_folder(folder, str(path), device, dtype, prediction)
 
 
 def _from_file(
@@ -94,15 +98,17 @@ def _from_file(
     device: torch.device,
     dtype: torch.dtype,
     vae: str | os.PathLike[str] | None,
-    prediction_type: str | None,
+    prediction: str,
     tokenizer: str | os.PathLike[str] | None,
+    observer: Observer,
 ) -> StableDiffusion:
     source = open_tensors(path)
-    family = detect_family(source, prediction_type)
+    family = detect_family(source)
+    prediction = detect_prediction(source, family, prediction, observer)
+    if family == "sd2" and prediction != EPSILON:
+        family = "sd2-v"
     tokenizers = load_tokenizers(family, [tokenizer] if tokenizer else beside(path))
-    scheduler_config = config_of(family)["scheduler"]
-    if prediction_type:
-        scheduler_config["prediction_type"] = prediction_type
+    scheduler_config = config_of(family)["scheduler"] | scheduler_keys(prediction)
     unet, decoder, encoders = load_single_file(source, family, device=device, dtype=dtype, vae=vae)
     for part in (unet, decoder, *encoders):
         part.eval().requires_grad_(False)
@@ -121,10 +127,11 @@ def _from_file(
 
 
 def _from_folder(
-    folder: Path, path: str, device: torch.device, dtype: torch.dtype
+    folder: Path, path: str, device: torch.device, dtype: torch.dtype, prediction: str
 ) -> StableDiffusion:
     names = _components(folder)
     scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler_config |= scheduler_keys(prediction)
     schedule = NoiseSchedule.from_config(scheduler_config)
     with _quiet():
         unet, vae, encoders, tokenizers = _load_components(folder, names, dtype)

@@ -1,7 +1,6 @@
 """The noise schedule, the training target and stratified timesteps.
 
-Notation (Ho et al. 2020): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. `alphas_cumprod` is
-`alphas_cumprod`.
+Notation (Ho et al. 2020): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; `alphas_cumprod` is abar.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from torch import Tensor
 from ..errors import CheckpointError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# Where a schedule of zero terminal SNR ends here as in ComfyUI: 0 would make sigma infinite.
+ZERO_SNR_END = 4.8973451890853435e-08
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,21 @@ class NoiseSchedule:
             raise CheckpointError(
                 f"Unknown beta schedule {kind!r}: expected scaled_linear or linear."
             )
-        return cls(
-            torch.cumprod(1 - betas, 0).float(), str(config.get("prediction_type") or "epsilon")
-        )
+        alphas_cumprod = torch.cumprod(1 - betas, 0)
+        if config.get("rescale_betas_zero_snr"):
+            alphas_cumprod = rescaled_to_zero_snr(alphas_cumprod)
+        return cls(alphas_cumprod.float(), str(config.get("prediction_type") or "epsilon"))
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the last step is noise alone. Stable Diffusion's own schedule ends at 0.0047."""
+        return float(self.alphas_cumprod[-1]) <= 2 * ZERO_SNR_END
+
+    @property
+    def prediction(self) -> str:
+        """For a reader: `epsilon`, `v`, `v + zero terminal SNR`."""
+        name = "epsilon" if self.prediction_type == "epsilon" else "v"
+        return f"{name} + zero terminal SNR" if self.zero_terminal_snr else name
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
@@ -80,6 +93,15 @@ class NoiseSchedule:
         alphas_cumprod = self.alphas_cumprod.to(t.device)[t]
         snr = alphas_cumprod / (1 - alphas_cumprod)
         return snr.clamp_max(gamma) / (snr + (self.prediction_type == "v_prediction"))
+
+
+def rescaled_to_zero_snr(alphas_cumprod: Tensor) -> Tensor:
+    """sqrt(abar) shifted and stretched so that its first value stays and its last is 0 (Lin et al.
+    2024, algorithm 1), the last then set to `ZERO_SNR_END`."""
+    root = alphas_cumprod.sqrt()
+    rescaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
+    rescaled[-1] = ZERO_SNR_END
+    return rescaled
 
 
 def stratified_timesteps(count: int, steps: int, generator: torch.Generator) -> Tensor:

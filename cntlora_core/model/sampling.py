@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 from ..events import Observer, Progress, ignore
 from .conditioning import Conditioning, encode_prompts
 from .loader import StableDiffusion, temporarily_on
+from .noise_schedule import NoiseSchedule
 
 LATENT_CHANNELS = 4
+GUIDANCE_RESCALE = 0.7  # of Lin et al. 2024, section 3.4: guidance overexposes where SNR ends at 0
 
 
 @torch.no_grad()
@@ -46,9 +49,8 @@ def sample_latents(
     if guided:
         empty = encode_prompts(model, [negative] * len(prompts), size=(height, width))
         conditioning = Conditioning.cat([empty, conditioning])
-    scheduler = DDIMScheduler.from_config(
-        model.scheduler_config, clip_sample=False, thresholding=False
-    )
+    scheduler = DDIMScheduler.from_config(model.scheduler_config, **_ddim_options(model.schedule))
+    scheduler.alphas_cumprod = model.schedule.alphas_cumprod
     scheduler.set_timesteps(steps)
     for done, t in enumerate(scheduler.timesteps, 1):
         twice = torch.cat([latents, latents]) if guided else latents
@@ -59,9 +61,30 @@ def sample_latents(
         if guided:
             without, with_prompt = predicted.chunk(2)
             predicted = without + guidance * (with_prompt - without)
+            if model.schedule.zero_terminal_snr:
+                predicted = _rescaled(predicted, with_prompt)
         latents = scheduler.step(predicted, t, latents).prev_sample
         observer(Progress("drawing", done, steps))
     return latents
+
+
+def _ddim_options(schedule: NoiseSchedule) -> dict[str, Any]:
+    """What the sampler must not read from a checkpoint's configuration."""
+    options: dict[str, Any] = {
+        "clip_sample": False,
+        "thresholding": False,
+        "rescale_betas_zero_snr": False,  # our own schedule takes its place
+    }
+    if schedule.zero_terminal_snr:  # the first step must see noise alone, as training did
+        options["timestep_spacing"] = "trailing"
+    return options
+
+
+def _rescaled(guided: Tensor, with_prompt: Tensor) -> Tensor:
+    """A guided prediction `[n, c, h, w]` brought towards the spread of the prompt's own."""
+    places = (1, 2, 3)
+    spread = with_prompt.std(places, keepdim=True) / guided.std(places, keepdim=True)
+    return guided * (GUIDANCE_RESCALE * spread + 1 - GUIDANCE_RESCALE)
 
 
 @torch.no_grad()

@@ -45,6 +45,7 @@ class TensorSource(Protocol):
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor on the CPU, in `dtype` or the file's own."""
@@ -100,7 +101,8 @@ class SafetensorsFile:
     def _parse(self, raw: bytes) -> None:
         try:
             header = json.loads(raw)
-            header.pop("__metadata__", None)
+            metadata = header.pop("__metadata__", None) or {}
+            self.metadata = {k: v for k, v in metadata.items() if isinstance(v, str)}
             self.header: dict[str, dict] = header
             self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
             if not all(
@@ -149,6 +151,7 @@ class PickledFile:
             k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)
         }
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        self.metadata: dict[str, str] = {}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         return self.tensors[name].to(dtype)

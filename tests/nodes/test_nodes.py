@@ -49,6 +49,33 @@ def test_only_safetensors_checkpoints_are_offered(pack):
     assert pack.host.checkpoint_names() == ["sd15.safetensors", "mini-sd (embedded)"]
 
 
+def test_the_prediction_is_what_the_user_says(pack):
+    def load(**options):
+        return run(
+            pack.LoadCheckpoint, checkpoint="mini-sd (embedded)", precision="fp32", **options
+        ).values[0]
+
+    assert load().schedule.prediction == "epsilon"
+    wish = {"prediction": "v + zero terminal SNR"}
+    assert load(**wish).schedule.prediction == "v + zero terminal SNR"
+    inputs = {"checkpoint": "mini-sd (embedded)", "precision": "fp32"}
+    fingerprint = pack.LoadCheckpoint.fingerprint_inputs
+    assert fingerprint(**inputs) == fingerprint(**inputs, prediction="auto")
+    assert fingerprint(**inputs) != fingerprint(**inputs, **wish)
+
+
+def test_a_notice_is_said_on_the_node_and_in_the_log(pack, monkeypatch, caplog):
+    said = []
+    server = SimpleNamespace(send_progress_text=lambda text, node: said.append((node, text)))
+    monkeypatch.setattr(pack.host.PromptServer, "instance", server)
+    node = SimpleNamespace(hidden=SimpleNamespace(unique_id="7", extra_pnginfo=None))
+    tell = pack.host.notices(node)
+    tell(pack.host.Notice("One."))
+    tell(pack.host.Notice("Two."))
+    assert said == [("7", "One."), ("7", "One. Two.")]
+    assert "Two." in caplog.text
+
+
 @pytest.mark.parametrize("name", ["../up", "/etc", "nowhere", "C:\\x"])
 def test_a_wrong_folder_is_a_sentence(pack, name):
     assert pack.SubjectImages.validate_inputs(name).endswith(".")

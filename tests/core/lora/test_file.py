@@ -210,12 +210,15 @@ def test_metadata_says_what_readers_look_for(tmp_path):
         steps=10,
         calibration=CalibrationConfig(),
         training=TrainConfig(),
+        prediction="v + zero terminal SNR",
     )
     assert all(isinstance(v, str) for v in metadata.values())
     path = save_lora(tmp_path / "cat.safetensors", make(), "sd2-v", metadata)
     with safe_open(path, "pt") as file:
         read = file.metadata()
     assert read["ss_v2"] == "True"
+    assert read["modelspec.prediction_type"] == "v"
+    assert read["ss_v_parameterization"] == read["ss_zero_terminal_snr"] == "True"
     assert read["ss_network_dim"] == "Dynamic"
     assert json.loads(read["ss_tag_frequency"]) == {"1_sks cat": {"sks cat": 5}}
     assert json.loads(read["ss_datasets"])[0]["subsets"][0]["class_tokens"] == "sks cat"

@@ -1,7 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from cntlora_core.model.conditioning import Conditioning, encode_prompts
+from cntlora_core.model.noise_schedule import NoiseSchedule
+from cntlora_core.model.prediction import V_ZERO_SNR, scheduler_keys
 from cntlora_core.model.sampling import decode, sample, sample_latents
 
 PROMPT = "red heart emoji"
@@ -28,35 +32,46 @@ def test_size_and_guidance(mini_sd):
     assert decode(mini_sd, latents)[0].size == (96, 64)
 
 
-def test_diffusers_draws_the_same(mini_sd):
-    """Our loop against StableDiffusionPipeline with the same latents."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+def diffusers_draws(model, scheduler, **options):
+    """StableDiffusionPipeline from the noise of seed 5."""
+    from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline(
-        vae=mini_sd.vae,
-        text_encoder=mini_sd.text_encoders[0],
-        tokenizer=mini_sd.tokenizers[0],
-        unet=mini_sd.unet,
-        scheduler=DDIMScheduler.from_config(mini_sd.scheduler_config),
+        vae=model.vae,
+        text_encoder=model.text_encoders[0],
+        tokenizer=model.tokenizers[0],
+        unet=model.unet,
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    size = {"height": 64, "width": 64, "latents": noise, "output_type": "latent"}
     with torch.no_grad():
-        theirs = pipe(
-            PROMPT,
-            num_inference_steps=5,
-            guidance_scale=4.0,
-            latents=noise,
-            height=64,
-            width=64,
-            output_type="latent",
-        ).images
-    torch.testing.assert_close(
-        sample_latents(mini_sd, [PROMPT], [5], steps=5, guidance=4.0), theirs, rtol=1e-3, atol=1e-3
-    )
+        return pipe(PROMPT, num_inference_steps=5, guidance_scale=4.0, **size, **options).images
+
+
+def test_diffusers_draws_the_same(mini_sd):
+    """Our loop against StableDiffusionPipeline with the same latents."""
+    from diffusers import DDIMScheduler
+
+    theirs = diffusers_draws(mini_sd, DDIMScheduler.from_config(mini_sd.scheduler_config))
+    ours = sample_latents(mini_sd, [PROMPT], [5], steps=5, guidance=4.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_diffusers_draws_the_same_at_zero_terminal_snr(mini_sd):
+    """Trailing timesteps and the rescaled guidance of Lin et al., as diffusers has them."""
+    from diffusers import DDIMScheduler
+
+    config = mini_sd.scheduler_config | scheduler_keys(V_ZERO_SNR)
+    model = replace(mini_sd, scheduler_config=config, schedule=NoiseSchedule.from_config(config))
+    scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing")
+    theirs = diffusers_draws(model, scheduler, guidance_rescale=0.7)
+    ours = sample_latents(model, [PROMPT], [5], steps=5, guidance=4.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_conditioning_rows(mini_sd):

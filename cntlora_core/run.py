@@ -22,7 +22,7 @@ from .errors import NonFiniteError, OutOfMemory
 from .events import Base, Observer, Saved, Status, Training, ignore
 from .lora.adapter import LoRA, attached_lora
 from .lora.file import save_lora
-from .lora.metadata import describe
+from .lora.metadata import Source, Taught, describe
 from .model.cpu_convolutions import convolutions_as_matmul
 from .model.gradient_checkpointing import recomputing_activations
 from .training.loop import train
@@ -208,6 +208,7 @@ def save_run(
     steps: int,
     calibration: CalibrationConfig,
     training: TrainConfig | None = None,
+    source: Source | None = None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
     observer: Observer = ignore,
@@ -216,17 +217,27 @@ def save_run(
     metadata = describe(
         lora,
         family=model.family,
+        prediction=model.schedule.prediction,
         title=Path(path).stem,
         model_name=model.name,
-        trigger=subject.prompt,
-        resolution=subject.resolution,
-        pictures=subject.picture_count,
-        data_digest=subject.digest,
+        taught=_taught(subject),
         steps=steps,
         calibration=calibration,
         training=training,
-        prediction=model.schedule.prediction,
+        source=source,
     )
     saved = save_lora(path, lora, model.family, metadata, dtype=dtype, overwrite=overwrite)
     observer(Saved(str(saved)))
     return saved
+
+
+def _taught(subject: EncodedImages) -> Taught:
+    """The pictures as the metadata tell of them; several views of a picture are one."""
+    captions = subject.captions or (subject.prompt,) * len(subject)
+    views = zip(captions, subject.repeats, strict=True)
+    return Taught(
+        subject.trigger or subject.prompt,
+        tuple(dict(zip(subject.pictures, views, strict=True)).values()),
+        subject.resolution,
+        subject.digest,
+    )

@@ -7,13 +7,12 @@ from torch import Tensor
 
 from ..cntlora_core.config import DataConfig
 from ..cntlora_core.data.class_images import PRIOR_PICTURES, class_images
-from ..cntlora_core.data.dataset import encode_subject
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.model.sampling import decode
 from . import host
 from .host import io
 from .reporter import Reporter
-from .types import Prior, SDModel, from_batch, to_image
+from .types import Pictures, Prior, SDModel, from_batch, to_image
 
 
 class PriorImages(io.ComfyNode):
@@ -97,8 +96,7 @@ class PriorImages(io.ComfyNode):
                 )
             else:
                 data = DataConfig(resolution=resolution or None)
-                prior = encode_subject(
-                    sd_model, from_batch(images), class_prompt, data, observer=report
-                )
+                given = Pictures(tuple(from_batch(images)), class_prompt, data)
+                prior = given.encode_all(sd_model, report)
             pictures = decode(sd_model, torch.stack(prior.mean))
         return io.NodeOutput(prior, to_image(pictures))

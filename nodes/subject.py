@@ -219,4 +219,6 @@ class SubjectImages(io.ComfyNode):
         )
         sheet = to_image([contact_sheet([p.image for p in pictures], [p.name for p in pictures])])
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (" ".join([text, *notices]),)}
-        return io.NodeOutput(Pictures(tuple(pictures), prompt, data, hold_out), sheet, ui=shown)
+        return io.NodeOutput(
+            Pictures(tuple(pictures), prompt, data, hold_out, trigger.strip()), sheet, ui=shown
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Pictures:
     prompt: str
     data: DataConfig
     hold_out: bool = True
+    trigger: str = ""
 
     def encode(
         self, model: StableDiffusion, observer: Observer
@@ -51,7 +52,21 @@ class Pictures:
         return with_validation(everything) if self.hold_out else (everything, everything)
 
     def encode_all(self, model: StableDiffusion, observer: Observer) -> EncodedImages:
-        return encode_subject(model, self.pictures, self.prompt, self.data, observer=observer)
+        """All of them; what the same model has encoded before is found beside it."""
+        seen = tuple(replace(p, image=None, mask=None) for p in self.pictures)  # by their digests
+        key = (seen, self.prompt, self.trigger, self.data)
+        held: EncodedImages | None = model.encoded.get(key)
+        if held is None:
+            held = encode_subject(
+                model,
+                self.pictures,
+                self.prompt,
+                self.data,
+                trigger=self.trigger,
+                observer=observer,
+            ).to("cpu")
+            model.encoded.put(key, held, held.nbytes)
+        return held.to(model.device)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from .options import CLASS_STEPS, settings_from
 if TYPE_CHECKING:
     from ..data.batches import NoisedSet
     from ..data.dataset import EncodedImages
+    from ..lora.adapter import LoRA
+    from ..lora.metadata import Source
     from ..model.loader import StableDiffusion
     from ..run import RunResult
     from ..training.prior_loss import PriorLoss
@@ -45,8 +47,7 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
     from ..defaults import default_lr, default_steps
     from ..devices import DTYPES, pick_device
     from ..distributed import local_device, process_group
-    from ..lora.file import check_output, load_lora
-    from ..lora.targets import ALL, find_projections
+    from ..lora.file import check_output
     from ..run import run_training, save_run
     from ..training.resume import state_path
     from ..training.validation import validation_loss
@@ -65,6 +66,7 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
             events = check_output(args.events, overwrite=overwrite, suffix=".jsonl")
             observer = broadcast(stack.enter_context(EventFile(events)), observer)
         model = load(args, device, observer)
+        source, source_lora = _source(args, model)
         cache = _cache(args, model)
         words = (args.trigger, args.class_name)
         subject = read_subject(
@@ -106,6 +108,7 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
                     subject,
                     steps=run.kept_step,
                     calibration=calibration,
+                    source=source,
                     training=training if training.steps else None,
                     dtype=DTYPES[args.save_precision],
                     overwrite=overwrite,
@@ -113,13 +116,7 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
                 )
 
         try:
-            start = None
-            if args.continue_from:
-                start = continued(
-                    load_lora(args.continue_from, find_projections(model.unet, ALL), model.family)[
-                        0
-                    ]
-                )
+            start = continued(source_lora) if source_lora else None
             run = run_training(
                 model,
                 subject,
@@ -168,6 +165,18 @@ def _check(args: argparse.Namespace) -> None:
         raise SettingError(f"class-count is {args.class_count}: it must be between 1 and 1000.")
     if args.save_every < 0:
         raise SettingError(f"save-every is {args.save_every}: it must be 0 (never) or more.")
+
+
+def _source(args: argparse.Namespace, model: StableDiffusion) -> tuple[Source | None, LoRA | None]:
+    """The LoRA to go on from, and what the metadata will say of it."""
+    if not args.continue_from:
+        return None, None
+    from ..lora.file import load_lora
+    from ..lora.metadata import Source
+    from ..lora.targets import ALL, find_projections
+
+    lora, _ = load_lora(args.continue_from, find_projections(model.unet, ALL), model.family)
+    return Source.of(args.continue_from), lora
 
 
 def _cache(args: argparse.Namespace, model: StableDiffusion) -> Any:

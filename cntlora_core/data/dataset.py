@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ class EncodedImages:
     prompt: str
     resolution: int
     digest: str
+    captions: tuple[str, ...] = ()  # of each view
+    trigger: str = ""  # the word that calls the subject, where it was said
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -85,7 +87,27 @@ class EncodedImages:
             prompt=self.prompt,
             resolution=self.resolution,
             digest=self.digest,
+            captions=tuple(self.captions[i] for i in views if self.captions),
+            trigger=self.trigger,
         )
+
+    def to(self, device: str | torch.device) -> EncodedImages:
+        def moved(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(t.to(device) for t in tensors)
+
+        return replace(
+            self,
+            mean=moved(self.mean),
+            std=moved(self.std),
+            masks=None if self.masks is None else moved(self.masks),
+            conditioning=self.conditioning.to(device, self.conditioning.tokens.dtype),
+            empty_prompt=self.empty_prompt.to(device, self.empty_prompt.tokens.dtype),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        words = [self.conditioning.tokens, self.empty_prompt.tokens]
+        return sum(t.nbytes for t in (*self.mean, *self.std, *(self.masks or ()), *words))
 
     def hold_out(self) -> tuple[EncodedImages, EncodedImages]:
         """All pictures but the last to train on, and that one to validate with."""
@@ -119,6 +141,7 @@ def encode_subject(
     prompt: str,
     data: DataConfig | None = None,
     *,
+    trigger: str = "",
     cache: LatentCache | None = None,
     observer: Observer = ignore,
 ) -> EncodedImages:
@@ -151,6 +174,8 @@ def encode_subject(
         prompt=prompt,
         resolution=resolution,
         digest=hashlib.sha256("".join(p.digest for p in pictures).encode()).hexdigest(),
+        captions=tuple(prompts),
+        trigger=trigger,
     )
 
 
@@ -248,7 +273,13 @@ def read_subject(
     ):
         observer(Notice(finding))
     return encode_subject(
-        model, pictures, fill_words(prompt, *words), data, cache=cache, observer=observer
+        model,
+        pictures,
+        fill_words(prompt, *words),
+        data,
+        trigger=words[0],
+        cache=cache,
+        observer=observer,
     )
 
 

@@ -4,9 +4,13 @@ values are strings."""
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from .. import __version__
 from ..config import CalibrationConfig, TrainConfig, to_dict
@@ -22,14 +26,44 @@ ARCHITECTURE = {
 }
 
 
+OPTIMIZERS = {
+    "adamw": "torch.optim.adamw.AdamW",
+    "adamw8bit": "bitsandbytes.optim.adamw.AdamW8bit",
+    "prodigy": "prodigyopt.prodigy.Prodigy",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The LoRA file that a training went on from."""
+
+    file: str
+    sha256: str
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> Source:
+        return cls(Path(path).name, hashlib.sha256(Path(path).read_bytes()).hexdigest())
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The pictures that a LoRA was made from: `captions` is a (text, repeats) for each of them;
+    `trigger` calls the subject, and is the prompt where nobody named a word."""
+
+    trigger: str
+    captions: tuple[tuple[str, int], ...]
+    resolution: int
+    digest: str
+
+
 def _today() -> str:
-    """The date alone: equal runs of one day give equal files. SOURCE_DATE_EPOCH overrides it."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    moment = (
-        datetime.datetime.now()
-        if epoch is None
-        else datetime.datetime.fromtimestamp(int(epoch), datetime.timezone.utc)
-    )
+    """The date alone: equal runs of one day give equal files. SOURCE_DATE_EPOCH (seconds)
+    overrides it."""
+    try:
+        seconds = int(os.environ.get("SOURCE_DATE_EPOCH", ""))
+        moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    except (ValueError, OverflowError, OSError):  # not set, or no moment in time
+        moment = datetime.datetime.now()
     return moment.date().isoformat()
 
 
@@ -37,79 +71,105 @@ def describe(
     lora: Mapping[str, Factors],
     *,
     family: str,
+    prediction: str,
     title: str,
     model_name: str,
-    trigger: str,
-    resolution: int,
-    pictures: int,
-    data_digest: str,
+    taught: Taught,
     steps: int,
     calibration: CalibrationConfig,
     training: TrainConfig | None = None,
-    prediction: str = "epsilon",
+    source: Source | None = None,
 ) -> dict[str, str]:
-    """kohya's `ss_*` keys, modelspec's, and ours under `cntlora.*`.
+    """kohya's `ss_*` keys, modelspec's, and ours under `cntlora.*`: what was done, and nothing
+    that was not.
 
-    `prediction` is the noise schedule's. `trigger` goes where each reader looks: one outer key of
-    `ss_tag_frequency`, the class tokens of the first dataset, and `modelspec.trigger_phrase`. Ranks
+    `prediction` is the noise schedule's. The trigger goes where each reader looks: the outer keys
+    of `ss_tag_frequency`, the class tokens of the datasets, and `modelspec.trigger_phrase`. Ranks
     that differ are `Dynamic`, kohya's word for it.
     """
     ranks = {name: factors.rank for name, factors in lora.items()}
     distinct = set(ranks.values())
-    dim = str(distinct.pop()) if len(distinct) == 1 else "Dynamic"
-    size = f"{resolution}x{resolution}"
+    size = taught.resolution
     metadata = {
         "ss_base_model_version": BASE_VERSION[family],
         "ss_network_module": "networks.lora",
-        "ss_network_dim": dim,
+        "ss_network_dim": str(distinct.pop()) if len(distinct) == 1 else "Dynamic",
         "ss_network_alpha": str(common_alpha(lora)),
         "ss_output_name": title,
         "ss_sd_model_name": model_name,
         "ss_steps": str(steps),
-        "ss_max_train_steps": str(training.steps if training else 0),
-        "ss_learning_rate": str(training.lr) if training else "0.0",
-        "ss_unet_lr": str(training.lr) if training else "0.0",
-        "ss_optimizer": "AdamW",
-        "ss_lr_scheduler": "constant",
         "ss_seed": str(training.seed if training else calibration.seed),
-        "ss_resolution": f"({resolution}, {resolution})",
-        "ss_num_train_images": str(pictures),
-        "ss_tag_frequency": json.dumps({f"1_{trigger}": {trigger: pictures}}),
-        "ss_datasets": json.dumps(
-            [
-                {
-                    "subsets": [
-                        {
-                            "class_tokens": trigger,
-                            "img_count": pictures,
-                            "num_repeats": 1,
-                            "is_reg": False,
-                        }
-                    ]
-                }
-            ]
-        ),
+        "ss_resolution": f"({size}, {size})",
+        "ss_num_train_images": str(len(taught.captions)),
+        "ss_tag_frequency": json.dumps(_tag_frequency(taught), ensure_ascii=False),
+        "ss_datasets": json.dumps([{"subsets": _subsets(taught)}], ensure_ascii=False),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": ARCHITECTURE[family],
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
         if family == "sdxl"
         else "diffusers",
         "modelspec.title": title,
-        "modelspec.resolution": size,
+        "modelspec.resolution": f"{size}x{size}",
         "modelspec.date": _today(),
-        "modelspec.trigger_phrase": trigger,
+        "modelspec.trigger_phrase": taught.trigger,
         "modelspec.prediction_type": prediction.partition(" ")[0],
         "ss_v_parameterization": str(prediction.startswith("v")),
         "ss_zero_terminal_snr": str(prediction.endswith("zero terminal SNR")),
         "cntlora.version": __version__,
-        "cntlora.init": calibration.init,
+        "cntlora.init": "continued" if source else calibration.init,
         "cntlora.ranks": json.dumps(ranks),
         "cntlora.parameters": str(parameter_count(lora)),
-        "cntlora.data_hash": data_digest,
-        "cntlora.calibration": json.dumps(to_dict(calibration)),
+        "cntlora.data_hash": taught.digest,
     }
     if family in ("sd2", "sd2-v"):
         metadata["ss_v2"] = "True"
-    if training:
-        metadata["cntlora.training"] = json.dumps(to_dict(training))
-    return metadata
+    if source:
+        metadata["cntlora.continued_from"] = json.dumps(asdict(source), ensure_ascii=False)
+    else:
+        metadata["cntlora.calibration"] = json.dumps(to_dict(calibration))
+    return metadata | (_of_training(training) if training else {})
+
+
+def _of_training(config: TrainConfig) -> dict[str, str]:
+    schedule = config.schedule
+    if schedule == "constant" and config.warmup:
+        schedule = "constant_with_warmup"  # kohya's word for it
+    return {
+        "ss_max_train_steps": str(config.steps),
+        "ss_learning_rate": str(config.lr),
+        "ss_unet_lr": str(config.lr),
+        "ss_optimizer": f"{OPTIMIZERS[config.optimizer]}(weight_decay={config.weight_decay})",
+        "ss_lr_scheduler": schedule,
+        "ss_lr_warmup_steps": str(config.warmup),
+        "ss_batch_size_per_device": str(config.batch_size),
+        "ss_gradient_accumulation_steps": str(config.accumulation),
+        "ss_gradient_checkpointing": str(config.gradient_checkpointing),
+        "ss_max_grad_norm": str(config.max_grad_norm),
+        "ss_min_snr_gamma": str(config.min_snr_gamma or None),
+        "ss_noise_offset": str(config.noise_offset or None),
+        "ss_caption_dropout_rate": str(config.caption_dropout),
+        "cntlora.training": json.dumps(to_dict(config)),
+    }
+
+
+def _tag_frequency(taught: Taught) -> dict[str, dict[str, int]]:
+    """How many pictures carry each tag (captions are split at commas, as kohya does it), by
+    repeats."""
+    counts: dict[str, Counter[str]] = {}
+    for caption, repeats in taught.captions:
+        tags = {tag.strip() for tag in caption.split(",")} - {""}
+        counts.setdefault(f"{repeats}_{taught.trigger}", Counter()).update(sorted(tags))
+    return {name: dict(counter.most_common()) for name, counter in counts.items()}
+
+
+def _subsets(taught: Taught) -> list[dict[str, object]]:
+    pictures = Counter(repeats for _, repeats in taught.captions)
+    return [
+        {
+            "class_tokens": taught.trigger,
+            "img_count": count,
+            "num_repeats": repeats,
+            "is_reg": False,
+        }
+        for repeats, count in sorted(pictures.items())
+    ]

@@ -27,7 +27,7 @@ class Conditioning:
     def __getitem__(self, rows: slice | Tensor) -> Conditioning:
         return self._each(lambda t: t[rows.to(t.device) if isinstance(rows, Tensor) else rows])
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Conditioning:
+    def to(self, device: str | torch.device, dtype: torch.dtype) -> Conditioning:
         return self._each(lambda t: t.to(device, dtype))
 
     def with_sizes(self, sizes: Sequence[tuple[int, ...]]) -> Conditioning:

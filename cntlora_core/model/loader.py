@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..defaults import MINI_SD
 from ..errors import CheckpointError
 from ..events import Observer, ignore
 from .families import config_of, detect_family
+from .memo import Memo
 from .noise_schedule import NoiseSchedule
 from .prediction import AUTO, EPSILON, check_prediction, detect_prediction, scheduler_keys
 from .single_file import beside, load_single_file
@@ -45,6 +46,7 @@ class StableDiffusion:
     name: str
     device: torch.device
     dtype: torch.dtype
+    encoded: Memo = field(default_factory=Memo, repr=False)  # pictures it has encoded
 
     @property
     def vae_scale(self) -> int:

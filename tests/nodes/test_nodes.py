@@ -263,3 +263,28 @@ def test_what_validates_was_neither_calibrated_nor_trained_on(pack, model, pictu
             )
         assert seen["calibrated"] == seen["trained"]
         assert bool(set(seen["validated"]) & set(seen["calibrated"])) != hold_out
+
+
+def test_pictures_are_encoded_once_beside_their_model(pack, folder, model, monkeypatch):
+    calls = []
+    real = pack.types.encode_subject
+
+    def counted(model, pictures, *args, **options):
+        calls.append(len(pictures))
+        return real(model, pictures, *args, **options)
+
+    monkeypatch.setattr(pack.types, "encode_subject", counted)
+
+    def encoded():
+        subject = run(pack.SubjectImages, folder=folder.name, **SUBJECT).values[0]
+        return subject.encode_all(model, lambda event: None)
+
+    first, again = encoded(), encoded()
+    assert calls == [1]
+    assert torch.equal(first.mean[0], again.mean[0])
+    assert first.names == again.names
+    Image.new("RGB", (64, 64), "blue").save(folder / "a.png")
+    assert not torch.equal(encoded().mean[0], first.mean[0])
+    (folder / "a.txt").write_text("another caption")
+    encoded()
+    assert calls == [1, 1, 1]

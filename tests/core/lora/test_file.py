@@ -1,4 +1,3 @@
-import json
 import os
 import stat
 
@@ -6,10 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.errors import LoRAFileError
 from cntlora_core.lora.adapter import Factors
 from cntlora_core.lora.file import (
@@ -20,7 +17,6 @@ from cntlora_core.lora.file import (
     save_lora,
     to_state_dict,
 )
-from cntlora_core.lora.metadata import describe
 from cntlora_core.lora.targets import Projection, find_projections
 
 PROJECTIONS = [
@@ -195,35 +191,3 @@ def test_peft_reads_it_as_we_do(tmp_path, mini_sd):
         base = mini_sd.unet.get_submodule(p.name).weight
         fused = pipe.unet.get_submodule(p.name).weight
         torch.testing.assert_close(fused, base + lora[p.name].delta(), rtol=1e-4, atol=1e-4)
-
-
-def test_metadata_says_what_readers_look_for(tmp_path):
-    metadata = describe(
-        make(),
-        family="sd2-v",
-        title="cat",
-        model_name="sd21",
-        trigger="sks cat",
-        resolution=768,
-        pictures=5,
-        data_digest="d",
-        steps=10,
-        calibration=CalibrationConfig(),
-        training=TrainConfig(),
-        prediction="v + zero terminal SNR",
-    )
-    assert all(isinstance(v, str) for v in metadata.values())
-    path = save_lora(tmp_path / "cat.safetensors", make(), "sd2-v", metadata)
-    with safe_open(path, "pt") as file:
-        read = file.metadata()
-    assert read["ss_v2"] == "True"
-    assert read["modelspec.prediction_type"] == "v"
-    assert read["ss_v_parameterization"] == read["ss_zero_terminal_snr"] == "True"
-    assert read["ss_network_dim"] == "Dynamic"
-    assert json.loads(read["ss_tag_frequency"]) == {"1_sks cat": {"sks cat": 5}}
-    assert json.loads(read["ss_datasets"])[0]["subsets"][0]["class_tokens"] == "sks cat"
-    assert read["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
-    assert len(read["sshs_model_hash"]) == 64
-    assert json.loads(read["cntlora.ranks"]) == {
-        p.name: r for p, r in zip(PROJECTIONS, (2, 3), strict=True)
-    }

@@ -193,7 +193,7 @@ def test_metadata_is_json_where_readers_parse_it(tmp_path):
     from safetensors import safe_open
 
     from cntlora_core.config import CalibrationConfig
-    from cntlora_core.lora.metadata import describe
+    from cntlora_core.lora.metadata import Taught, describe
 
     lora = random_lora(empty_unet(config_of("sd1")["unet"]))
     about = describe(
@@ -201,10 +201,8 @@ def test_metadata_is_json_where_readers_parse_it(tmp_path):
         family="sd1",
         title="t",
         model_name="m",
-        trigger="sks cat",
-        resolution=512,
-        pictures=3,
-        data_digest="d",
+        prediction="epsilon",
+        taught=Taught("sks cat", (("sks cat, sitting", 1),) * 3, 512, "d"),
         steps=0,
         calibration=CalibrationConfig(),
     )

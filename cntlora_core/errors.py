@@ -6,6 +6,10 @@ class CNTLoRAError(ValueError):
     """Base of every error a user can mend. The text is one or two sentences, fit to be shown as it
     is."""
 
+    def __init_subclass__(cls) -> None:
+        """ComfyUI shows a class with its module, which would be the path of the custom node."""
+        cls.__module__ = "cntlora_core.errors"
+
 
 class ImageError(CNTLoRAError):
     """Pictures are missing, unreadable or unusable."""

@@ -118,6 +118,7 @@ class CalibrateLoRA(io.ComfyNode):
                 ),
             ],
             hidden=host.IDENTITY,
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -160,6 +161,7 @@ class CalibrateLoRA(io.ComfyNode):
                 title="Rank and energy of each projection",
                 params=parameter_count(start.lora),
             )
-            report.picture(0, [picture])
         lora = lora_model(start.lora, sd_model, encoded, config)
-        return io.NodeOutput(CalibratedStart(start, config), lora, to_image([picture]))
+        return io.NodeOutput(
+            CalibratedStart(start, config), lora, to_image([picture]), ui=report.shown()
+        )

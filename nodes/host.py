@@ -36,6 +36,10 @@ PRECISIONS = ("auto", *DTYPES)
 Cancelled = management.InterruptProcessingException
 
 
+# Search aliases came in 0.11.0; an intermediate output is shown again when the cache answers.
+NEWER_FIELDS = ("search_aliases", "has_intermediate_output")
+
+
 def advanced(kind: Any) -> Callable[..., Any]:
     """`kind.Input`, folded away under Advanced where the host can (0.15.0 and later; before, the
     argument is an error)."""
@@ -44,10 +48,9 @@ def advanced(kind: Any) -> Callable[..., Any]:
 
 
 def schema(**values: Any) -> Any:
-    """`io.Schema`, without the search aliases where the host does not know them yet."""
-    if "search_aliases" not in inspect.signature(io.Schema).parameters:
-        values.pop("search_aliases", None)
-    return io.Schema(**values)
+    """`io.Schema`, without the fields that the host does not know yet."""
+    known = inspect.signature(io.Schema).parameters
+    return io.Schema(**{k: v for k, v in values.items() if k in known or k not in NEWER_FIELDS})
 
 
 def seed(tooltip: str) -> Any:
@@ -77,18 +80,20 @@ def tokenizer_folder() -> Path:
     return Path(comfy.__path__[0], "sd1_tokenizer")
 
 
+HOSTS_FOLDERS = ("3d", "clipspace")  # meshes and masks that ComfyUI keeps under input
+
+
 def input_folder() -> Path:
     return Path(folder_paths.get_input_directory())
 
 
 def input_subfolders() -> list[str]:
-    """Folders directly under ComfyUI's input folder."""
+    """Folders directly under ComfyUI's input folder, without those that are ComfyUI's own."""
     root = input_folder()
-    return (
-        sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if root.is_dir()
-        else []
-    )
+    if not root.is_dir():
+        return []
+    names = (p.name for p in root.iterdir() if p.is_dir())
+    return sorted(n for n in names if not n.startswith(".") and n not in HOSTS_FOLDERS)
 
 
 def lora_path(name: str) -> Path:
@@ -121,7 +126,7 @@ class Identity:
 
     @property
     def folder(self) -> str:
-        """Under ComfyUI's temp folder: the node's last run, its events and samples (the page reads
+        """Under ComfyUI's temp folder: the node's runs, their events and samples (the page reads
         them by /view)."""
         name = f"{self.workflow}-{self.node}" if self.workflow else self.node
         return (
@@ -188,12 +193,12 @@ def check_cancel() -> None:
     management.throw_exception_if_processing_interrupted()
 
 
-def progress_bar(node_id: str) -> Callable[[int, int, Any], None]:
-    """`(done, total, PIL picture or None)` shown on the node. Raises on Cancel."""
+def progress_bar(node_id: str) -> Callable[[int, int], None]:
+    """`(done, total)` shown on the node. Raises on Cancel."""
     bar = comfy.utils.ProgressBar(1, node_id=node_id)
 
-    def show(done: int, total: int, picture: Any = None) -> None:
-        bar.update_absolute(done, total, ("JPEG", picture, 512) if picture is not None else None)
+    def show(done: int, total: int) -> None:
+        bar.update_absolute(done, total)
 
     return show
 
@@ -221,9 +226,17 @@ def notices(cls: Any) -> Observer:
     return tell
 
 
+def events_file(folder: Path, run: str | None = None) -> Path | None:
+    """The events of the newest run in a node's folder, or of the named one; None without any."""
+    found = sorted(folder.glob("events_*.jsonl"))
+    if run:
+        found = [path for path in found if path.stem == f"events_{run}"]
+    return found[-1] if found else None
+
+
 def add_routes() -> None:
-    """GET /cntlora/events?workflow=ID&node=ID&class=NODE: every event of the node's last run, for a
-    page opened later."""
+    """GET /cntlora/events?workflow=ID&node=ID&class=NODE[&run=ID]: every event of the node's last
+    run, or of the named one, for a page opened later."""
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
@@ -231,8 +244,9 @@ def add_routes() -> None:
     @server.routes.get("/cntlora/events")
     async def events(request: web.Request) -> web.Response:
         asked = request.query
-        path = Identity(asked.get("workflow", ""), asked.get("node", "")).path / "events.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        folder = Identity(asked.get("workflow", ""), asked.get("node", "")).path
+        path = events_file(folder, asked.get("run"))
+        lines = path.read_text(encoding="utf-8").splitlines() if path else []
         found = [
             json.loads(line) for line in lines if line.endswith("}")
         ]  # the last line may be half written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..cntlora_core.errors import SettingError
 from ..cntlora_core.events import Event, Progress
 from ..cntlora_core.lora.adapter import attached_lora
 from ..cntlora_core.lora.file import from_state_dict
@@ -30,9 +31,9 @@ class PreviewLoRA(io.ComfyNode):
                 io.LoraModel.Input("lora", tooltip="From Train LoRA or Calibrate LoRA."),
                 io.String.Input(
                     "prompt",
-                    default="a sks cat face emoji",
-                    tooltip="Use the trigger and the class of the training; add anything else to "
-                    "see how well it mixes.",
+                    default="",
+                    tooltip="What to draw; empty: the training prompt. Use the trigger and the "
+                    "class of the training; add anything else to see how well it mixes.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -79,11 +80,17 @@ class PreviewLoRA(io.ComfyNode):
         steps: int,
         guidance: float,
     ) -> io.NodeOutput:
+        prompt = prompt.strip() or getattr(lora, "prompt", "")
+        if not prompt:
+            raise SettingError(
+                "prompt is empty, and this LoRA does not come from CNTLoRA's Train or Calibrate: "
+                "say what to draw, with the LoRA's trigger."
+            )
         show = host.progress_bar(host.identity(cls).node)
 
         def observer(event: Event) -> None:
             if isinstance(event, Progress):
-                show(event.done, event.total, None)
+                show(event.done, event.total)
             host.check_cancel()
 
         factors = from_state_dict(lora, find_projections(sd_model.unet, ALL), sd_model.family)

@@ -10,7 +10,7 @@ from ..cntlora_core.data.class_images import PRIOR_PICTURES, class_images
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.model.sampling import decode
 from . import host
-from .host import io
+from .host import io, ui
 from .reporter import Reporter
 from .types import Pictures, Prior, SDModel, from_batch, to_image
 
@@ -69,6 +69,7 @@ class PriorImages(io.ComfyNode):
                 ),
             ],
             hidden=host.IDENTITY,
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -99,4 +100,5 @@ class PriorImages(io.ComfyNode):
                 given = Pictures(tuple(from_batch(images)), class_prompt, data)
                 prior = given.encode_all(sd_model, report)
             pictures = decode(sd_model, torch.stack(prior.mean))
-        return io.NodeOutput(prior, to_image(pictures))
+        images = to_image(pictures)
+        return io.NodeOutput(prior, images, ui=ui.PreviewImage(images, cls=cls))

@@ -21,8 +21,8 @@ SEND_EVERY = 0.25
 class Reporter:
     """An observer for one node. Raises on Cancel, so a run stops within one step.
 
-    Every event becomes a line of `events.jsonl`, numbered, from which a page opened later rebuilds
-    what it missed.
+    Every event becomes a line of `events_<run>.jsonl`, numbered, from which a page opened later
+    rebuilds what it missed; a run that ComfyUI's cache gives again is still there.
     """
 
     def __init__(self, node: host.Identity, kind: str, title: str, steps: int = 0) -> None:
@@ -32,10 +32,8 @@ class Reporter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.unsent: list[dict[str, Any]] = []
         self.sent = 0.0
-        for old in self.folder.iterdir():
-            old.unlink()
         self.show = host.progress_bar(node.node)
-        self.file = (self.folder / "events.jsonl").open("w", encoding="utf-8")
+        self.file = (self.folder / f"events_{self.run}.jsonl").open("w", encoding="utf-8")
         run = {
             "class": kind,
             "title": title,
@@ -70,10 +68,11 @@ class Reporter:
 
     def __call__(self, event: Event) -> None:
         self.note(event)
-        if isinstance(event, Progress):
-            self.show(event.done, event.total, None)
-        elif isinstance(event, Step):
-            self.show(event.step, self.steps, None)
+        if isinstance(event, Step):
+            self.show(event.step, self.steps)
+        elif isinstance(event, Progress) and not self.steps:
+            # A finished phase is the start of the next one, not the end of the node.
+            self.show(event.done % event.total, event.total)
         host.check_cancel()
 
     def picture(self, step: int, pictures: list[Image.Image]) -> None:
@@ -87,8 +86,18 @@ class Reporter:
         name = f"{self.run}_{step:06d}.png"
         strip.save(self.folder / name)
         self._send({"type": "sample", "step": step, "file": name})
-        if self.steps:  # a preview on the node while it trains; the panel shows the rest
-            self.show(step, self.steps, strip)
+
+    def kept(self, step: int) -> None:
+        """The weights given out are those after `step` steps."""
+        self._send({"type": "kept", "step": step})
+
+    def shown(self) -> dict[str, Any]:
+        """The node's `ui`: which run made its outputs, also when the cache gives them again."""
+        return {"cntlora_run": [{**self._source, "run": self.run}]}
+
+    @property
+    def _source(self) -> dict[str, str]:
+        return {"workflow": self.node.workflow, "node": self.node.node, "class": self.kind}
 
     def _send(self, content: dict[str, Any]) -> None:
         self.sequence += 1
@@ -98,6 +107,5 @@ class Reporter:
         self.unsent.append(event)
         if event["type"] in FREQUENT and time.monotonic() - self.sent < SEND_EVERY:
             return
-        source = {"workflow": self.node.workflow, "node": self.node.node, "class": self.kind}
-        host.send({"v": 1, **source, "events": self.unsent})
+        host.send({"v": 1, **self._source, "events": self.unsent})
         self.unsent, self.sent = [], time.monotonic()

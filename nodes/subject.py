@@ -150,6 +150,7 @@ class SubjectImages(io.ComfyNode):
                     tooltip="What was found, with names, to check by eye.",
                 ),
             ],
+            has_intermediate_output=True,
         )
 
     @classmethod

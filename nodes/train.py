@@ -19,7 +19,7 @@ from ..cntlora_core.run import RunResult, run_training
 from ..cntlora_core.training.prior_loss import BasePrediction, ClassImages, PriorLoss
 from ..cntlora_core.training.validation import validation_loss
 from . import host
-from .host import io, ui
+from .host import io
 from .paths import free_name
 from .reporter import Reporter
 from .types import (
@@ -188,6 +188,8 @@ class TrainLoRA(io.ComfyNode):
         ):
             encoded, held_out = subject.encode(sd_model, report)
             if validation:
+                if validation.prompt != subject.prompt:
+                    report(Notice(_other_words(validation.prompt, subject.prompt)))
                 held_out = validation.encode_all(sd_model, report)
             sampler = Sampler(sd_model, sample_prompt or encoded.prompt, sample_every, report)
             kept: list[str] = []
@@ -218,9 +220,17 @@ class TrainLoRA(io.ComfyNode):
             ):  # the weights given out are not those of the last samples
                 with attached_lora(sd_model.unet, run.lora):
                     sampler.draw(run.kept_step)
+            report.kept(run.kept_step)
         images = to_image(sampler.pictures)
         losses = {"loss": sampler.losses or [loss for _, loss in run.validations]}
-        return io.NodeOutput(finished(run), losses, images, ui=ui.PreviewImage(images, cls=cls))
+        return io.NodeOutput(finished(run), losses, images, ui=report.shown())
+
+
+def _other_words(validation: str, subject: str) -> str:
+    return (
+        f"The pictures to validate with say '{validation}', those to train on '{subject}': the "
+        "best weights are chosen by other words. Give both the same trigger and class_name."
+    )
 
 
 def _prior_loss(prior: EncodedImages | None, settings: ExtraSettings | None) -> PriorLoss | None:

@@ -88,9 +88,10 @@ class CalibratedStart:
 
 class LoRAModel(dict[str, Tensor]):
     """ComfyUI's LORA_MODEL, a state dict in kohya's names, that can also write itself with its
-    whole story."""
+    whole story, and knows the prompt it was trained with."""
 
     write: Callable[..., Path]
+    prompt: str
 
 
 def lora_model(
@@ -116,7 +117,7 @@ def lora_model(
             dtype=dtype,
         )
 
-    state.write = save
+    state.write, state.prompt = save, subject.prompt
     return state
 
 

@@ -1,5 +1,7 @@
-// The loss chart. uPlot is loaded when first needed: its module throws at load for some locales, and then words must do.
-import { columns } from "./run_state.js";
+// The loss chart. uPlot is loaded when first needed: its module throws at load for some locales,
+// and then words must do.
+import { make } from "./dom.js";
+import { columns, lossText } from "./run_state.js";
 
 let library;
 
@@ -15,54 +17,81 @@ function colours(element) {
 }
 
 function options(size, theme) {
-  const axis = { stroke: theme.text, grid: { stroke: theme.grid, width: 1 }, ticks: { stroke: theme.grid }, font: "10px sans-serif" };
-  const line = (label, stroke, more = {}) => ({ label, stroke, spanGaps: true, points: { show: false }, ...more });
+  const axis = {
+    stroke: theme.text, grid: { stroke: theme.grid, width: 1 }, ticks: { stroke: theme.grid },
+    font: "10px sans-serif", labelFont: "10px sans-serif", labelSize: 13, labelGap: 0, gap: 2,
+  };
+  const values = (u, ticks) => ticks.map((v) => v.toPrecision(2));
+  const line = (label, stroke, more = {}) => (
+    { label, stroke, spanGaps: true, points: { show: false }, ...more });
+  const point = { show: true, size: 9, fill: "#e69f00", stroke: "#e69f00" };
   return {
     ...size,
     cursor: { y: false, points: { show: false } },
     legend: { show: false },
     scales: { x: { time: false } },
-    axes: [{ ...axis, size: 24, gap: 2 }, { ...axis, size: 44, gap: 2, values: (u, ticks) => ticks.map((v) => v.toPrecision(2)) }],
+    axes: [{ ...axis, label: "step", size: 20 }, { ...axis, label: "loss", size: 40, values }],
     series: [
       {},
       line("loss", "#8a8f9855", { width: 1 }),
       line("smoothed", "#8a8f98", { width: 1.5 }),
       line("validation", "#3b9ddd", { width: 2 }),
-      line("best", "#e69f00", { width: 0, points: { show: true, size: 9, fill: "#e69f00", stroke: "#e69f00" } }),
+      line("best", "#e69f00", { width: 0, points: point }),
       line("base", theme.text, { width: 1, dash: [4, 4] }),
     ],
   };
 }
 
 export class Chart {
-  constructor(mount) {
-    this.mount = mount;
+  constructor() {
     this.plot = null;
+    this.root = make("div", "cntlora-chart", { role: "img", "aria-label": "" });
+    this.resize = new ResizeObserver(() => this.#redraw());
+    this.resize.observe(this.root);
+    this.theme = new MutationObserver(() => this.#redraw());
+    for (const element of [document.documentElement, document.body]) {
+      this.theme.observe(element, { attributes: true, attributeFilter: ["class", "style"] });
+    }
   }
 
-  async draw(state) {
+  show(state) {
     this.state = state;
+    const text = lossText(state);
+    this.root.setAttribute("aria-label", text);
+    this.root.hidden = !text;
+    if (text) this.#draw();
+    else this.#clear();
+  }
+
+  #redraw() {
+    if (this.state && !this.root.hidden) this.#draw();
+  }
+
+  async #draw() {
     const uPlot = await load();
-    const size = { width: this.mount.clientWidth, height: this.mount.clientHeight };
+    const size = { width: this.root.clientWidth, height: this.root.clientHeight };
     if (!uPlot || size.width < 40 || size.height < 40) return;
-    const theme = colours(this.mount);
+    const theme = colours(this.root);
     const key = JSON.stringify(theme);
-    if (this.plot && key !== this.theme) this.destroy(); // canvas cannot read CSS variables: colours are fixed when it is made
+    // A canvas cannot read CSS variables: colours are fixed when it is made.
+    if (this.plot && key !== this.colours) this.#clear();
     if (!this.plot) {
-      this.theme = key;
-      this.plot = new uPlot(options(size, theme), columns(state), this.mount);
+      this.colours = key;
+      this.plot = new uPlot(options(size, theme), columns(this.state), this.root);
       return;
     }
     if (this.plot.width !== size.width || this.plot.height !== size.height) this.plot.setSize(size);
-    this.plot.setData(columns(state));
+    this.plot.setData(columns(this.state));
   }
 
-  redraw() {
-    if (this.state) this.draw(this.state);
+  #clear() {
+    this.plot?.destroy();
+    this.plot = null;
   }
 
   destroy() {
-    this.plot?.destroy();
-    this.plot = null;
+    this.resize.disconnect();
+    this.theme.disconnect();
+    this.#clear();
   }
 }

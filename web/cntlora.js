@@ -1,62 +1,65 @@
-// CNTLoRA in ComfyUI's page: a panel on the nodes that take time. It only shows; the graph runs the same without it.
+// CNTLoRA in ComfyUI's page: panels and words on our nodes. It only shows; the graph runs the same
+// without it.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { readRun } from "./api_client.js";
+import { executionIdOf, nodeOf } from "./graph.js";
 import { Panel } from "./panel.js";
+import { Words } from "./words.js";
 
-const PANELS = { CNTLoRATrain: { chart: true, height: 280 }, CNTLoRACalibrate: { chart: false, height: 260 } };
-const panels = new WeakMap(); // node -> panel
+const PANELS = {
+  CNTLoRATrain: { kind: "train", width: 420, height: 330 },
+  CNTLoRACalibrate: { kind: "calibrate", width: 380, height: 230 },
+};
+const WORDS = {
+  CNTLoRASubjectImages: "After a run: how many pictures, their sizes, the prompt, what was skipped",
+  CNTLoRASaveLoRA: "After a run: the name of the file",
+};
+const REJECTED_WITHIN = 8000; // ms in which a prompt that was just sent is refused, if it is
+
+const shown = new WeakMap(); // node -> Panel or Words
 
 const root = () => app.rootGraph ?? app.graph;
-const workflowId = () => root()?.id ?? ""; // tells two open tabs apart whose nodes have the same ids
+const workflowId = () => root()?.id ?? ""; // tells tabs with the same node ids apart
 
-// The node of an execution id: "7", or "12:5" for node 5 inside subgraph node 12. Ids stay strings.
-function nodeOf(executionId) {
-  const path = executionId.split(":");
-  let graph = root();
-  for (const id of path.slice(0, -1)) graph = find(graph, id)?.subgraph;
-  return find(graph, path.at(-1));
-}
-
-function find(graph, id) {
-  return graph?.nodes?.find((node) => String(node.id) === id);
-}
-
-function executionIdOf(wanted, graph = root(), prefix = "") {
-  for (const node of graph?.nodes ?? []) {
-    if (node === wanted) return prefix + node.id;
-    const inside = node.subgraph && executionIdOf(wanted, node.subgraph, `${prefix}${node.id}:`);
-    if (inside) return inside;
-  }
-  return null;
-}
-
-async function readRun(node) {
-  const id = executionIdOf(node);
+function lastRun(node) {
+  const id = executionIdOf(root(), node);
   if (id === null) return [];
-  const answer = await api.fetchApi(`/cntlora/events?${new URLSearchParams({ workflow: workflowId(), node: id, class: node.comfyClass })}`);
-  return answer.ok ? (await answer.json()).events : [];
+  return readRun({ workflow: workflowId(), node: id, class: node.comfyClass });
 }
 
-function pictureAddress(folder, file) {
-  return api.apiURL(`/view?type=temp&subfolder=${encodeURIComponent(folder)}&filename=${encodeURIComponent(file)}`);
-}
-
-function addPanel(node, { chart, height }) {
-  const panel = new Panel({ chart, read: () => readRun(node), picture: pictureAddress });
-  panel.root.style.minHeight = `${height}px`; // the Vue renderer asks the element, the canvas asks getMinHeight
-  const widget = node.addDOMWidget("cntlora_panel", "cntlora", panel.root, {
+// `hideInPanel`: the properties panel would take the element out of the node for good.
+function addElement(node, name, display, height) {
+  display.root.style.minHeight = `${height}px`; // the Vue renderer asks the element
+  const widget = node.addDOMWidget(name, "cntlora", display.root, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => height,
+    hideInPanel: true,
+    getMinHeight: () => height, // the canvas asks here
   });
   widget.serialize = false;
-  panels.set(node, panel);
+  shown.set(node, display);
   const removed = node.onRemoved;
   node.onRemoved = function (...values) {
-    panel.destroy();
+    display.destroy();
     return removed?.apply(this, values);
   };
+}
+
+function addPanel(node, { kind, width, height }) {
+  const panel = new Panel({ kind, read: () => lastRun(node) });
+  addElement(node, "cntlora_panel", panel, height);
+  node.setSize([Math.max(node.size[0], width), node.size[1]]);
   setTimeout(() => panel.replay().catch(() => {}), 0); // when the node has its id
+}
+
+function addWords(node, text) {
+  addElement(node, "cntlora_words", new Words(text), 48);
+}
+
+// The Vue renderer folds by `options.advanced`, the canvas by `advanced`.
+function foldAdvanced(node) {
+  for (const widget of node.widgets ?? []) if (widget.options?.advanced) widget.advanced = true;
 }
 
 function styles() {
@@ -68,18 +71,60 @@ function styles() {
   }
 }
 
+// What is wrong with a node, in its own text and, for those that have none, beside the graph.
+function tell(node, sentence) {
+  shown.get(node)?.fail(sentence);
+  const message = { severity: "error", summary: node.title, detail: sentence, life: 15000 };
+  app.extensionManager?.toast?.add(message);
+}
+
+// The host names the input that it rejects; the sentence of ours lies in `details`.
+function tellRejected() {
+  const until = Date.now() + REJECTED_WITHIN;
+  const look = () => {
+    const rejected = Object.entries(app.lastNodeErrors ?? {});
+    for (const [id, { errors, class_type: kind }] of rejected) {
+      const node = nodeOf(root(), id);
+      if (!kind?.startsWith("CNTLoRA") || !node) continue;
+      const ours = errors.filter((error) => error.type === "custom_validation_failed");
+      const sentences = ours.map((error) => error.details.replace(/^\w+ - /, ""));
+      if (sentences.length) tell(node, [...new Set(sentences)].join(" "));
+    }
+    if (!rejected.length && Date.now() < until) setTimeout(look, 200);
+  };
+  setTimeout(look, 200);
+}
+
+const LISTENERS = {
+  "cntlora.event": ({ workflow, node: id, class: kind, events }) => {
+    if (workflow !== workflowId()) return;
+    const node = nodeOf(root(), id);
+    if (node?.comfyClass === kind) shown.get(node)?.take(events);
+  },
+  // Also for what ComfyUI's cache answers: the panel then shows the run that made the result.
+  executed: ({ node, display_node: display, output }) => {
+    shown.get(nodeOf(root(), display ?? node))?.executed(output ?? {});
+  },
+  execution_error: ({ node_id: id, exception_message: text }) => {
+    const node = nodeOf(root(), id);
+    if (node?.comfyClass?.startsWith("CNTLoRA")) tell(node, text.trim());
+  },
+  promptQueueing: tellRejected,
+};
+
+// At once, not in setup(): a page that opens in the middle of a run hears from it before that.
+for (const [type, listener] of Object.entries(LISTENERS)) {
+  api.addEventListener(type, ({ detail }) => listener(detail));
+}
+
 app.registerExtension({
   name: "cntlora.panel",
-  setup() {
-    styles();
-    api.addEventListener("cntlora.event", ({ detail }) => {
-      if (detail.workflow !== workflowId()) return;
-      const node = nodeOf(detail.node);
-      if (node?.comfyClass === detail.class) panels.get(node)?.take(detail.events);
-    });
-  },
+  init: styles,
   nodeCreated(node) {
-    const wanted = PANELS[node.comfyClass];
-    if (wanted) addPanel(node, wanted);
+    const kind = node.comfyClass ?? "";
+    if (!kind.startsWith("CNTLoRA")) return;
+    foldAdvanced(node);
+    if (PANELS[kind]) addPanel(node, PANELS[kind]);
+    if (WORDS[kind]) addWords(node, WORDS[kind]);
   },
 });

@@ -2,13 +2,13 @@
 
 export function emptyState() {
   return {
-    run: null, folder: "", seq: 0, steps: 0, step: 0, status: "", phase: null, started: 0, ended: null,
-    base: null, losses: [], smooth: [], validations: [], best: null, samples: [], notices: [], saved: null,
-    marks: [], average: 0,
+    run: null, folder: "", seq: 0, steps: 0, step: 0, status: "", phase: null, started: 0,
+    ended: null, base: null, losses: [], smooth: [], validations: [], best: null, samples: [],
+    kept: null, notices: [], saved: null, calibrated: null, marks: [], average: 0,
   };
 }
 
-const SMOOTHING = 0.9; // of the moving average; corrected for its start, as Adam corrects its moments
+const SMOOTHING = 0.9; // of the moving average; its start is corrected as in Adam's moments
 
 function addStep(state, event) {
   state.step = event.step;
@@ -31,18 +31,21 @@ const HANDLERS = {
   warning: (s, e) => s.notices.push(e.text),
   progress: (s, e) => { s.phase = e; },
   base: (s, e) => { s.base = e.loss; },
-  calibrated: (s) => { s.phase = null; },
+  calibrated: (s, e) => { s.phase = null; s.calibrated = e; },
   step: addStep,
   validation: addValidation,
   sample: (s, e) => s.samples.push({ step: e.step, file: e.file }),
+  kept: (s, e) => { s.kept = e.step; },
   saved: (s, e) => { s.saved = e.path; },
   end: (s, e) => { s.ended = { ok: e.ok, text: e.text, time: e.time }; },
 };
 
-// Take one event into `state`, or answer "gap" when earlier ones are missing: the caller then reads the whole file.
+// Take one event into `state`, or answer "gap" when earlier ones are missing: the caller then reads
+// the whole file.
 export function accept(state, event) {
   if (event.type === "run") {
-    Object.assign(state, emptyState(), { run: event.run, folder: event.folder, seq: event.seq, steps: event.steps, started: event.started });
+    const { run, folder, seq, steps, started } = event;
+    Object.assign(state, emptyState(), { run, folder, seq, steps, started });
     return "ok";
   }
   if (event.run !== state.run || event.seq > state.seq + 1) return "gap";
@@ -54,20 +57,24 @@ export function accept(state, event) {
 
 export function speed(state) {
   const [first, last] = [state.marks[0], state.marks.at(-1)];
-  return state.marks.length >= 4 && last[0] > first[0] ? (last[1] - first[1]) / (last[0] - first[0]) : null;
+  if (state.marks.length < 4 || last[0] <= first[0]) return null;
+  return (last[1] - first[1]) / (last[0] - first[0]);
 }
 
 function clock(seconds) {
   const s = Math.max(0, Math.round(seconds));
   const [h, m] = [Math.floor(s / 3600), Math.floor(s / 60) % 60];
-  return (h ? `${h}:${String(m).padStart(2, "0")}` : `${m}`) + `:${String(s % 60).padStart(2, "0")}`;
+  const two = (n) => String(n).padStart(2, "0");
+  return h ? `${h}:${two(m)}:${two(s % 60)}` : `${m}:${two(s % 60)}`;
 }
 
 // The state in words: what it is doing, and its numbers.
 export function headline(state) {
-  if (!state.run) return "Not run in this workflow yet";
   if (state.ended) return state.ended.text + (state.saved ? ` in loras/${state.saved}` : "");
-  if (state.phase) return `${state.phase.phase[0].toUpperCase()}${state.phase.phase.slice(1)}: ${state.phase.done} of ${state.phase.total}`;
+  if (state.phase) {
+    const { phase, done, total } = state.phase;
+    return `${phase[0].toUpperCase()}${phase.slice(1)}: ${done} of ${total}`;
+  }
   return state.status || "Starting";
 }
 
@@ -79,16 +86,88 @@ export function numbers(state) {
     parts.push(rate >= 1 ? `${rate.toFixed(1)} steps/s` : `${(1 / rate).toFixed(1)} s/step`);
     parts.push(`${clock((state.steps - state.step) / rate)} left`);
   }
+  if (state.calibrated && !state.steps) parts.push(...calibration(state.calibrated));
   if (state.ended && state.started) parts.push(`${clock(state.ended.time - state.started)} in all`);
   if (state.base) parts.push(`base ${state.base.toFixed(4)}`);
   if (state.best) parts.push(`best ${state.best[1].toFixed(4)} at step ${state.best[0]}`);
   return parts.join(" · ");
 }
 
-// Columns for the chart: steps, raw, smoothed, validation, best, base; null where there is no value.
+function calibration({ base_loss: before, loss: after, ranks }) {
+  const all = Object.values(ranks);
+  const [low, high] = [Math.min(...all), Math.max(...all)];
+  const layers = `${all.length} layers, rank ${low === high ? low : `${low} to ${high}`}`;
+  if (before === null || after === null) return [layers];
+  const percent = Math.abs(100 * (after / before - 1)).toFixed(0);
+  const change = `${after < before ? "−" : "+"}${percent} %`;
+  return [`loss ${before.toFixed(4)} → ${after.toFixed(4)} (${change})`, layers];
+}
+
+// The chart for those who do not see it; empty when there is nothing to draw.
+export function lossText(state) {
+  if (!state.losses.length && !state.validations.length) return "";
+  const best = state.best ? `, best ${state.best[1].toFixed(4)} at step ${state.best[0]}` : "";
+  return `Loss over ${state.step} steps${best}`;
+}
+
+// Columns for the chart: steps, raw, smoothed, validation, best, base; null where no value is.
 export function columns(state) {
-  const steps = [...new Set([...state.losses, ...state.validations].map(([step]) => step))].sort((a, b) => a - b);
-  const column = (points) => { const at = new Map(points); return steps.map((step) => at.get(step) ?? null); };
+  const measured = [...state.losses, ...state.validations].map(([step]) => step);
+  const steps = [...new Set(measured)].sort((a, b) => a - b);
+  const column = (points) => {
+    const at = new Map(points);
+    return steps.map((step) => at.get(step) ?? null);
+  };
   return [steps, column(state.losses), column(state.smooth), column(state.validations),
     column(state.best ? [state.best] : []), steps.map(() => state.base)];
+}
+
+const LAYER = new RegExp(
+  "^(?:(down|up)_blocks\\.(\\d+)|(mid)_block)\\.attentions\\.(\\d+)\\." +
+  "transformer_blocks\\.(\\d+)\\." +
+  "(attn1|attn2|ff)\\.(?:to_|net\\.)(q|k|v|out\\.0|0\\.proj|2)$",
+);
+const QKV = [["q", "q"], ["k", "k"], ["v", "v"], ["out.0", "out"]];
+const GROUPS = {
+  attn1: ["self-attention", QKV],
+  attn2: ["cross-attention", QKV],
+  ff: ["feed-forward", [["0.proj", "in"], ["2", "out"]]],
+};
+const SIDES = ["down", "mid", "up"];
+
+// A UNet's layers as a table: groups `[name, columns]`, columns `{ name, first of its group }`, and
+// rows `{ name, cells }` in the order in which the signal meets them; a cell is a layer's name, or
+// undefined where it has no adapter. Names of another kind are left out.
+export function rankRows(ranks) {
+  const rows = new Map();
+  for (const layer of Object.keys(ranks)) {
+    const found = LAYER.exec(layer);
+    if (!found) continue;
+    const [, side, block, mid, attention, transformer, group, projection] = found;
+    const place = [SIDES.indexOf(side ?? mid), +(block ?? 0), +attention, +transformer];
+    const row = rows.get(place.join()) ?? { place, layers: {} };
+    row.layers[`${group}.${projection}`] = layer;
+    rows.set(place.join(), row);
+  }
+  const inOrder = [...rows.values()].sort((a, b) => {
+    const i = a.place.findIndex((value, at) => value !== b.place[at]);
+    return i < 0 ? 0 : a.place[i] - b.place[i];
+  });
+  const used = Object.entries(GROUPS).filter(([group]) =>
+    inOrder.some(({ layers }) => Object.keys(layers).some((key) => key.startsWith(`${group}.`))));
+  const keys = used.flatMap(([group, [, names]]) => names.map(([key]) => `${group}.${key}`));
+  return {
+    groups: used.map(([, [name, names]]) => [name, names.length]),
+    columns: used.flatMap(([, [, names]]) =>
+      names.map(([, name], i) => ({ name, first: i === 0 }))),
+    rows: inOrder.map(({ place, layers }) => ({
+      name: rowName(place, inOrder),
+      cells: keys.map((key) => layers[key]),
+    })),
+  };
+}
+
+function rowName([side, block, attention, transformer], rows) {
+  const deep = rows.some(({ place }) => place[3] > 0) ? `.${transformer}` : "";
+  return side === 1 ? `mid${deep}` : `${SIDES[side]} ${block}.${attention}${deep}`;
 }

@@ -119,10 +119,9 @@ class Server:
             time.sleep(0.1)
         raise TimeoutError(self.text()[-3000:])
 
-    def events(self, node: str) -> list[dict]:
-        """What the node's last run reported, from its file."""
-        text = self.raw(f"/view?type=temp&subfolder=cntlora/{node}&filename=events.jsonl").decode()
-        return [json.loads(line) for line in text.splitlines()]
+    def events(self, node: str, kind: str = "CNTLoRATrain") -> list[dict]:
+        """What the node's last run reported; empty before the first."""
+        return self.get(f"/cntlora/events?node={node}&class={kind}")["events"]
 
     def stop(self) -> None:
         self.process.terminate()

@@ -2,6 +2,7 @@
 and a whole short run."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,12 @@ def run(node, **inputs):
     node.hidden = SimpleNamespace(unique_id="12:5", extra_pnginfo=None)
     with torch.inference_mode():  # as ComfyUI does
         return node.execute(**inputs)
+
+
+def last_run(pack):
+    """The events of the newest run of the node that `run` plays."""
+    path = pack.host.events_file(pack.base / "temp/cntlora/12_5")
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +132,13 @@ def test_a_run_tells_everything_in_order_and_leaves_the_model_as_it_was(pack, mo
     lora, losses, images = out.values
     assert len(losses["loss"]) == 3
     assert images.shape == (4, 64, 64, 3)
-    lines = (pack.base / "temp/cntlora/12_5/events.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
+    events = last_run(pack)
+    assert out.ui == {
+        "cntlora_run": [
+            {"workflow": "", "node": "12:5", "class": "CNTLoRATrain"} | {"run": events[0]["run"]}
+        ]
+    }
+    assert [e["step"] for e in events if e["type"] == "kept"] == [3]
     assert [e["seq"] for e in events] == list(range(1, len(events) + 1))
     assert [e["step"] for e in events if e["type"] == "sample"] == [0, 2, 3]
     assert events[-1]["type"] == "end"
@@ -152,10 +164,7 @@ def test_cancel_leaves_within_one_step_and_keeps_the_work(pack, model, pictures,
     with pytest.raises(pack.host.Cancelled):
         run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=1000, sample_every=0, **TRAIN)
     assert len(calls) == 8
-    events = [
-        json.loads(x)
-        for x in (pack.base / "temp/cntlora/12_5/events.jsonl").read_text().splitlines()
-    ]
+    events = last_run(pack)
     (saved,) = [e["path"] for e in events if e["type"] == "saved"]
     assert (pack.base / "loras" / saved).is_file()
     assert events[-1]["text"] == "Cancelled; what was trained is kept"
@@ -185,6 +194,65 @@ def test_a_failed_sample_does_not_stop_training(pack, model, pictures, monkeypat
     monkeypatch.setattr(pack.train, "sample", fail)
     out = run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=2, sample_every=1, **TRAIN)
     assert len(out.values[1]["loss"]) == 2
+
+
+def test_validating_with_other_words_is_a_warning(pack, model, pictures):
+    validation = replace(pictures, prompt="a dog")
+    inputs = {"sd_model": model, "subject": pictures, "validation": validation}
+    run(pack.TrainLoRA, **inputs, steps=1, sample_every=0, **TRAIN)
+    (text,) = [e["text"] for e in last_run(pack) if e["type"] == "warning"]
+    assert "say 'a dog', those to train on 'a sks cat face emoji'" in text
+
+
+def test_an_empty_prompt_draws_what_was_trained(pack, model, pictures, monkeypatch):
+    asked = []
+
+    def draw(model, prompts, *args, **options):
+        asked.extend(prompts)
+        return [Image.new("RGB", (8, 8))]
+
+    monkeypatch.setattr(pack.preview, "sample", draw)
+    out = run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=1, sample_every=0, **TRAIN)
+    settings = {"strength": 1.0, "count": 1, "seed": 0, "steps": 1, "guidance": 1.0}
+    for prompt in (" ", "a sks cat on grass"):
+        run(pack.PreviewLoRA, sd_model=model, lora=out.values[0], prompt=prompt, **settings)
+    assert asked == ["a sks cat face emoji", "a sks cat on grass"]
+    with pytest.raises(ValueError, match="say what to draw"):
+        run(pack.PreviewLoRA, sd_model=model, lora={}, prompt="", **settings)
+
+
+def test_a_later_run_leaves_the_earlier_one_for_the_cache_to_show(pack):
+    node = pack.host.Identity("w", "3")
+    first, second = (pack.reporter.Reporter(node, "CNTLoRATrain", "Train LoRA") for _ in range(2))
+    for report in (first, second):
+        with report:
+            pass
+    assert pack.host.events_file(node.path).stem == f"events_{second.run}"
+    assert pack.host.events_file(node.path, first.run).stem == f"events_{first.run}"
+    assert pack.host.events_file(node.path, "../../etc") is None
+
+
+def test_the_bar_is_full_at_the_end_only(pack, monkeypatch):
+    bar = []
+    monkeypatch.setattr(pack.host, "progress_bar", lambda node: lambda *at: bar.append(at))
+    for steps in (0, 4):
+        with pack.reporter.Reporter(pack.host.Identity("", "9"), "x", "x", steps) as report:
+            for done in (1, 2):
+                report(pack.reporter.Progress("encoding pictures", done, 2))
+            report(pack.reporter.Step(1, 0.1, 1e-3))
+    assert bar == [(1, 2), (0, 2), (1, 0), (1, 4)]
+
+
+def test_comfyuis_own_folders_are_not_offered(pack, folder):
+    (pack.base / "input/3d").mkdir()
+    assert folder.name in pack.host.input_subfolders()
+    assert "3d" not in pack.host.input_subfolders()
+
+
+def test_an_error_is_shown_without_the_path_of_the_pack(pack):
+    with pytest.raises(ValueError, match=r"\.") as error:
+        run(pack.SaveLoRA, lora={}, name="x", precision="fp16")
+    assert error.type.__module__ == "cntlora_core.errors"
 
 
 def test_a_foreign_lora_is_sent_to_comfyuis_own_node(pack):

@@ -4,7 +4,9 @@ import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
 const source = readFileSync(new URL("../../web/run_state.js", import.meta.url), "utf8");
-const { accept, columns, emptyState, headline, numbers, speed } = await import(`data:text/javascript,${encodeURIComponent(source)}`);
+const address = `data:text/javascript,${encodeURIComponent(source)}`;
+const { accept, columns, emptyState, headline, lossText, numbers, rankRows, speed } =
+  await import(address);
 
 const start = { type: "run", run: "a", seq: 1, time: 100, steps: 10, started: 100, folder: "cntlora/7" };
 const step = (n, loss, time = 100 + n) => ({ type: "step", run: "a", seq: n + 1, time, step: n, loss });
@@ -46,7 +48,7 @@ test("the lowest validation is the best, and has its point in the chart", () => 
 });
 
 test("words and numbers", () => {
-  assert.equal(headline(emptyState()), "Not run in this workflow yet");
+  assert.equal(lossText(emptyState()), "");
   const state = stateAfter(start, step(1, 0.5), step(2, 0.5), step(3, 0.5), step(4, 0.5));
   assert.equal(speed(state), 1);
   assert.match(numbers(state), /^step 4\/10 · 1\.0 steps\/s · 0:06 left/);
@@ -54,4 +56,37 @@ test("words and numbers", () => {
   accept(state, { type: "end", run: "a", seq: 7, time: 3761, ok: false, text: "Cancelled; what was trained is kept" });
   assert.equal(headline(state), "Cancelled; what was trained is kept in loras/cat.safetensors");
   assert.match(numbers(state), /1:01:01 in all/);
+});
+
+const still = { ...start, steps: 0 };
+const calibrated = (loss, ranks) => (
+  { type: "calibrated", run: "a", seq: 2, time: 101, base_loss: 0.2, loss, ranks, energy: {} });
+
+test("a calibration tells its loss before and after, its layers and their ranks", () => {
+  assert.equal(
+    numbers(stateAfter(still, calibrated(0.15, { a: 1, b: 9 }))),
+    "loss 0.2000 → 0.1500 (−25 %) · 2 layers, rank 1 to 9",
+  );
+  assert.match(numbers(stateAfter(still, calibrated(null, { a: 4, b: 4 }))), /2 layers, rank 4$/);
+});
+
+test("the weights that were kept have their step", () => {
+  const state = stateAfter(start, { type: "kept", run: "a", seq: 2, time: 0, step: 5 });
+  assert.equal(state.kept, 5);
+});
+
+test("the rank map follows the signal, with a column for each kind of projection", () => {
+  const layer = (place, kind) => `${place}.transformer_blocks.0.${kind}`;
+  const [up, down, mid] = ["up_blocks.10.attentions.0", "down_blocks.2.attentions.1",
+    "mid_block.attentions.0"];
+  const ranks = Object.fromEntries([
+    [layer(up, "attn1.to_q"), 4], [layer(mid, "ff.net.0.proj"), 2], [layer(down, "ff.net.2"), 3],
+    ["another.layer", 1],
+  ]);
+  const { groups, columns: names, rows } = rankRows(ranks);
+  assert.deepEqual(groups, [["self-attention", 4], ["feed-forward", 2]]);
+  assert.deepEqual(names.map((c) => c.name), ["q", "k", "v", "out", "in", "out"]);
+  assert.deepEqual(rows.map((row) => row.name), ["down 2.1", "mid", "up 10.0"]);
+  assert.equal(rows[0].cells[5], layer(down, "ff.net.2"));
+  assert.equal(rows[2].cells[5], undefined);
 });

@@ -1,0 +1,21 @@
+// Nodes by execution id: "7", or "12:5" for node 5 inside subgraph node 12. Ids stay strings.
+
+export function nodeOf(root, executionId) {
+  const path = String(executionId).split(":");
+  let graph = root;
+  for (const id of path.slice(0, -1)) graph = find(graph, id)?.subgraph;
+  return find(graph, path.at(-1));
+}
+
+function find(graph, id) {
+  return graph?.nodes?.find((node) => String(node.id) === id);
+}
+
+export function executionIdOf(graph, wanted, prefix = "") {
+  for (const node of graph?.nodes ?? []) {
+    if (node === wanted) return prefix + node.id;
+    const inside = node.subgraph && executionIdOf(node.subgraph, wanted, `${prefix}${node.id}:`);
+    if (inside) return inside;
+  }
+  return null;
+}

@@ -1,0 +1,27 @@
+// A node's own sentence: what it found or wrote, or what was wrong.
+import { make } from "./dom.js";
+
+export class Words {
+  constructor(before) {
+    this.text = make("div", "cntlora-text", { role: "status", "aria-live": "polite" });
+    this.root = make("div", "cntlora-panel cntlora-words", {}, this.text);
+    this.#show(before, "cntlora-hint");
+  }
+
+  #show(text, className = "") {
+    this.text.className = `cntlora-text ${className}`;
+    this.text.textContent = this.root.title = text;
+  }
+
+  executed(output) {
+    if (output.text) this.#show([output.text].flat().join(" "));
+  }
+
+  fail(sentence) {
+    this.#show(sentence, "cntlora-failed");
+  }
+
+  take() {} // no events come from such a node
+
+  destroy() {}
+}

@@ -46,7 +46,7 @@ def measure(
                 losses = batch.loss(model)
             if backward:
                 (losses.sum() * scale).backward()
-            total += losses.detach().double().sum().cpu()
+            total += losses.detach().cpu().double().sum()
             done += len(batch)
             observer(Progress(phase, done, len(mine)))
     group.sum_([total])

@@ -166,6 +166,6 @@ def mean_loss(
     work."""
     total = torch.zeros(1, dtype=torch.float64)
     for batch in triples.share(group).batches(batch_size):
-        total += batch.loss(model).double().sum().cpu()
+        total += batch.loss(model).cpu().double().sum()
     group.sum_([total])
     return float(total) / len(triples)

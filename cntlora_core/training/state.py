@@ -17,6 +17,8 @@ from ..lora.adapter import Adapters, LoRA
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
 
+FUSED = ("cpu", "cuda", "mps")  # devices for which torch has AdamW in one kernel
+
 
 @dataclass(frozen=True)
 class Best:
@@ -105,8 +107,9 @@ def _flattened(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
 
 def _optimizer(parameters: list[Any], config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
+        fused = all(p.device.type in FUSED for p in parameters)
         return torch.optim.AdamW(
-            parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True
+            parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused
         )
     module, name = {
         "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),

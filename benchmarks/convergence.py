@@ -58,8 +58,8 @@ def run(
     begin, curve = make_start(model, subject, method, args.rank, seed, watch)
     cost = steps_worth(begin.forward, begin.backward)
     config = TrainConfig(
-        steps=max(0, round(args.cost - cost)),
-        lr=lr,
+        steps=max(1, round(args.cost - cost)),
+        learning_rate=lr,
         batch_size=BATCH,
         seed=seed,
         validate_every=args.every,

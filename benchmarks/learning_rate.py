@@ -12,10 +12,11 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from cntlora_core.config import INITS, CalibrationConfig, TrainConfig
+from cntlora_core.config import CalibrationConfig, Init, TrainConfig
 from cntlora_core.data.dataset import read_subject
 from cntlora_core.defaults import MINI_SD
 from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
@@ -29,7 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--inits", nargs="+", choices=INITS, default=["target", "gaussian"])
+    parser.add_argument(
+        "--inits", nargs="+", choices=get_args(Init), default=["target", "gaussian"]
+    )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--rank-rule", default="data")
     parser.add_argument("--rank", type=int, default=4)
@@ -52,7 +55,7 @@ def main() -> None:
                 calibration = CalibrationConfig(
                     init=init, rank=args.rank, rank_rule=args.rank_rule, seed=seed
                 )
-                training = TrainConfig(steps=args.steps, lr=rate, seed=seed)
+                training = TrainConfig(steps=args.steps, learning_rate=rate, seed=seed)
                 run = run_training(model, subject, calibration, training, validate=validate)
                 curves.append([loss / base for _, loss in run.validations])
             row = {

@@ -106,7 +106,7 @@ def main() -> None:
         "loss": start.report.loss,
         "base_loss": start.report.base_loss,
     }
-    training = TrainConfig(steps=args.steps, batch_size=1, validate_every=0)
+    training = TrainConfig(steps=args.steps, learning_rate=3e-3, batch_size=1, validate_every=0)
     lora = start.lora
     if args.steps:
         with phase("train", report), attached_lora(model.unet, lora, trainable=True) as adapters:

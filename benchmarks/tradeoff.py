@@ -56,7 +56,9 @@ def trained(
     looks: tuple[int, ...],
 ) -> Iterator[tuple[int, LoRA]]:
     """The LoRA after each number of steps in `looks`, in one run."""
-    config = TrainConfig(steps=max(looks), lr=lr, seed=seed, batch_size=BATCH, validate_every=0)
+    config = TrainConfig(
+        steps=max(looks), learning_rate=lr, seed=seed, batch_size=BATCH, validate_every=0
+    )
     found: dict[int, LoRA] = {}
     with attached_lora(model.unet, start.lora, trainable=True) as adapters:
         state = start_state(model, adapters, config)

@@ -1,106 +1,165 @@
-"""Settings, as frozen dataclasses. Values are checked where they are made; unknown names are
-refused."""
+"""Every setting, with its text, range, choices and default: the command line, the nodes and their
+help are made from these fields. Values are checked where they are made.
+
+A new setting is a field here, and its use. Add it at the end of its class: saved workflows list
+their values by place.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from .errors import SettingError
+from .settings import check_settings, setting
 
-CALIBRATED = ("target", "domain")
-INITS = (*CALIBRATED, "gaussian", "default")
-RANK_RULES = ("data", "uniform")
+Init = Literal["target", "domain", "gaussian", "default"]
+RankRule = Literal["data", "uniform"]
+Effort = Literal["quick", "balanced", "thorough"]
+Targets = Literal["auto", "attention", "attention+ff"]  # layers that get an adapter
+Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
+Schedule = Literal["constant", "cosine"]
+
+CALIBRATED = ("target", "domain")  # the inits that look at the pictures
 EFFORTS = {
     "quick": (8, 0),
     "balanced": (4, 20),
     "thorough": (4, 64),
 }  # batches of the sweep, batches that refine it
 
-TARGETS = ("auto", "attention", "attention+ff")  # layers that get an adapter
-
-OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
-SCHEDULES = ("constant", "cosine")
-
-Config = TypeVar("Config", "DataConfig", "CalibrationConfig", "TrainConfig")
-
-
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise SettingError(f"{name} is {value!r}: it must be {expected}.")
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    """Build a config from plain values. Raises SettingError for a name it does not know."""
-    known = {f.name for f in fields(kind)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise SettingError(
-            f"Unknown setting {', '.join(unknown)}: known are {', '.join(sorted(known))}."
-        )
-    return kind(**values)
+MOST_STEPS = 1_000_000
 
 
 def to_dict(config: DataConfig | CalibrationConfig | TrainConfig) -> dict[str, Any]:
     return asdict(config)
 
 
+# What calibration and training have in common.
+
+
+def _batch_size() -> Any:
+    return setting(
+        4,
+        "Pictures a batch. Lower it when memory runs out; higher is steadier and slower.",
+        low=1,
+        high=1024,
+        advanced=True,
+    )
+
+
+def _gradient_checkpointing() -> Any:
+    return setting(
+        False,
+        "Far less memory, about a third slower. For large models on small cards.",
+        advanced=True,
+    )
+
+
+def _seed() -> Any:
+    return setting(0, "Same seed, same pictures: the same result.", high=2**32 - 1, advanced=True)
+
+
 @dataclass(frozen=True)
 class DataConfig:
-    """How pictures are shown to the model.
+    """How pictures are shown to the model."""
 
-    `resolution`: side in px of a square picture, the area of others; None is the model's own.
-    `buckets`: keep the pictures' shapes (else the centred square). `upscale`: enlarge small
-    pictures to the resolution. `random_crop` and `flip` encode several views of each. `masked`:
-    only what the alpha channel shows counts in the loss (else it lies on white).
-    """
-
-    resolution: int | None = None
-    buckets: bool = True
-    upscale: bool = False
-    random_crop: bool = False
-    flip: bool = False
-    masked: bool = False
+    resolution: int = setting(
+        0,
+        "Side of a square picture in px, the area of others; auto is the model's own (512, 768 or "
+        "1024). Larger shows more detail and costs memory and time; smaller is quick but soft.",
+        low=16,
+        high=4096,
+        step=64,
+        unit="px",
+        auto=True,
+    )
+    buckets: bool = setting(
+        True,
+        "Train pictures in their own shape, at the resolution's area. Off: cut out the centred "
+        "square.",
+        advanced=True,
+    )
+    flip: bool = setting(
+        False,
+        "Mirrored pictures too. Not for faces, writing or anything with a left and right.",
+        advanced=True,
+    )
+    random_crop: bool = setting(
+        False, "Several crops of each picture instead of the centre.", advanced=True
+    )
+    masked: bool = setting(
+        False,
+        "Learn only what a picture's transparency shows. Off: transparent parts are white and are "
+        "learnt.",
+        advanced=True,
+    )
+    upscale: bool = setting(False, "Enlarge small pictures to the resolution.", advanced=True)
+    hold_out: bool = setting(
+        True,
+        "Leave the last of 5 or more pictures out of calibration and training, to validate with. "
+        "Off where other pictures validate.",
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
-        size = self.resolution
-        _require(
-            size is None or (isinstance(size, int) and size >= 1),
-            "resolution",
-            size,
-            "1 or more px, or None",
-        )
+        check_settings(self)
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """How the LoRA starts.
+    """How the LoRA starts. `rank` sets the budget: the parameters of a LoRA of that rank on the
+    attention projections."""
 
-    `targets`: the attention projections, or those and the feed-forward layers (auto: by the model).
-    `rank` sets the budget: the parameters of a LoRA of that rank on the attention projections;
-    `data` ranks spend them where they lower the loss most. `effort` says how long to measure:
-    `quick` is one sweep, `balanced` and `thorough` refine it a batch at a time. `rho` damps the
-    second moments: 0.5 was best or level among 0.1 to 2. `preservation` is the weight lambda of the
-    prior's second moment, when there is a prior: 4 kept the subject's loss and most of the class
-    (docs/method.md).
-    """
-
-    init: str = "target"
-    rank: int = 4
-    rank_rule: str = "data"
-    targets: str = "auto"
-    effort: str = "balanced"
-    batch_size: int = 4
-    rho: float = 0.5
-    preservation: float = 4.0
-    seed: int = 0
-    gradient_checkpointing: bool = False
+    init: Init = setting(
+        "target",
+        "target: fits what the denoising loss asks for, usable before training. domain: forward "
+        "passes only, less memory, a weaker start. gaussian and default: ordinary LoRA starts, to "
+        "compare with.",
+    )
+    rank: int = setting(
+        4,
+        "Mean rank, so the file's size. 4-8 for an object, 8-16 for a face or a style. Too high "
+        "learns the background too; too low misses detail.",
+        low=1,
+        high=1024,
+    )
+    rank_rule: RankRule = setting(
+        "data",
+        "data: layers that matter for this subject get more rank, others less, the file stays the "
+        "same size. uniform: the same rank everywhere.",
+    )
+    seed: int = _seed()
+    effort: Effort = setting(
+        "balanced",
+        "How long init target calibrates. quick: one sweep. balanced: refined over 20 batches, the "
+        "time of about 30 training steps. thorough: over 64, about 75 training steps.",
+    )
+    batch_size: int = _batch_size()
+    targets: Targets = setting(
+        "auto",
+        "Layers that get an adapter. auto: attention and, for calibrated inits with data ranks, "
+        "feed-forward; in SDXL attention alone, which takes less memory. The file's size is the "
+        "same.",
+        advanced=True,
+    )
+    # 4 kept the subject's loss and most of the class (docs/method.md)
+    preservation: float = setting(
+        4.0,
+        "Weight of the prior, when there is one. Higher forgets less and fits a little less.",
+        high=1000,
+        step=0.1,
+        advanced=True,
+    )
+    gradient_checkpointing: bool = _gradient_checkpointing()
+    # 0.5 was best or level among 0.1 to 2
+    rho: float = setting(
+        0.5,
+        "Damping of the second moments, as a share of their mean. Higher trusts the pictures less.",
+        low=1e-6,
+        high=1000,
+        step=0.1,
+        advanced=True,
+    )
 
     @property
     def passes(self) -> int:
@@ -113,99 +172,146 @@ class CalibrationConfig:
         return EFFORTS[self.effort][1]
 
     def __post_init__(self) -> None:
-        _require(self.init in INITS, "init", self.init, f"one of {', '.join(INITS)}")
-        _require(
-            self.rank_rule in RANK_RULES,
-            "rank_rule",
-            self.rank_rule,
-            f"one of {', '.join(RANK_RULES)}",
-        )
-        _require(
-            isinstance(self.rank, int) and 1 <= self.rank <= 1024,
-            "rank",
-            self.rank,
-            "between 1 and 1024",
-        )
-        _require(self.targets in TARGETS, "targets", self.targets, f"one of {', '.join(TARGETS)}")
-        _require(self.effort in EFFORTS, "effort", self.effort, f"one of {', '.join(EFFORTS)}")
-        _require(1 <= self.batch_size <= 1024, "batch_size", self.batch_size, "between 1 and 1024")
-        _require(_finite(self.rho) and self.rho > 0, "rho", self.rho, "a positive number")
-        _require(
-            _finite(self.preservation) and self.preservation >= 0,
-            "preservation",
-            self.preservation,
-            "0 or more",
-        )
+        check_settings(self)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The DreamBooth loop. `lr` is the optimiser's learning rate for both factors (unit response
-    makes it carry over between layers); `warmup` steps lead up to it, then it stays or falls with a
-    `cosine` to 0.
+    """The DreamBooth loop. One step sees `batch_size * accumulation` pictures."""
 
-    One step sees `batch_size * accumulation` pictures. `min_snr_gamma` (Hang et al. 2023; 0: off)
-    weighs timesteps, `noise_offset` (0: off) lets pictures become darker or brighter as a whole,
-    `caption_dropout` is the share of pictures trained without words, `prior_weight` is that of the
-    prior loss, where there is a prior. With a validation, `keep_best` keeps the weights of its
-    lowest loss, and `patience` validations without a better one end the run (0: never).
-    """
-
-    steps: int = 100
-    lr: float = 3e-3
-    batch_size: int = 4
-    accumulation: int = 1
-    optimizer: str = "adamw"
-    weight_decay: float = 1e-2
-    max_grad_norm: float = 1.0
-    schedule: str = "constant"
-    warmup: int = 0
-    min_snr_gamma: float = 0.0
-    noise_offset: float = 0.0
-    caption_dropout: float = 0.0
-    prior_weight: float = 1.0
-    validate_every: int = 10
-    keep_best: bool = True
-    patience: int = 0
-    seed: int = 0
-    gradient_checkpointing: bool = False
+    steps: int = setting(
+        0,
+        "Training steps. auto: by model, start and pictures (after a calibration 50 a picture, 200 "
+        "to 600 in all; from an ordinary start twice as many; 100 on the embedded model). Too "
+        "many, and pictures copy the training set; too few, and likeness is missing.",
+        low=1,
+        high=MOST_STEPS,
+        auto=True,
+    )
+    # one rate for both factors: unit response makes it carry over between layers
+    learning_rate: float = setting(
+        0.0,
+        "The optimiser's step. auto: by model, start and optimizer (0.0005 after a calibration, "
+        "0.0001 for an ordinary start; 0.003 and 0.01 on the embedded model; 1 with prodigy). Too "
+        "high: loss jumps, pictures burn. Too low: nothing happens.",
+        low=1e-8,
+        high=10,
+        auto=True,
+    )
+    seed: int = _seed()
+    batch_size: int = _batch_size()
+    validate_every: int = setting(
+        10, "Steps between validations; 0: never.", high=MOST_STEPS, unit="steps", advanced=True
+    )
+    weight_decay: float = setting(
+        0.01, "Pulls the LoRA towards zero.", high=1, step=0.001, advanced=True
+    )
+    gradient_checkpointing: bool = _gradient_checkpointing()
+    keep_best: bool = setting(
+        True,
+        "Give out the weights of the lowest validation loss, not the last: more steps than needed "
+        "do no harm.",
+    )
+    patience: int = setting(
+        0,
+        "Stop after so many validations without a better one; 0: never. 5 is sensible with "
+        "validation pictures.",
+        high=10_000,
+    )
+    accumulation: int = setting(
+        1,
+        "Batches a step: a larger batch in the same memory, and as much slower.",
+        low=1,
+        high=1024,
+    )
+    schedule: Schedule = setting("constant", "Of the learning rate after warmup: cosine ends at 0.")
+    warmup: int = setting(
+        0, "Steps in which the learning rate rises.", high=MOST_STEPS, unit="steps"
+    )
+    prior_weight: float = setting(
+        1.0,
+        "Of the prior loss. Lower it when the subject is not learnt, raise it when the class "
+        "changes.",
+        high=100,
+        step=0.1,
+    )
+    optimizer: Optimizer = setting(
+        "adamw",
+        "adamw8bit and prodigy need their packages (bitsandbytes, prodigyopt); prodigy finds "
+        "its own rate.",
+        advanced=True,
+    )
+    # Hang et al. 2023
+    min_snr_gamma: float = setting(
+        0.0,
+        "Weighs timesteps by their noise; 5 is usual, 0: off.",
+        high=100,
+        step=0.5,
+        advanced=True,
+    )
+    noise_offset: float = setting(
+        0.0,
+        "Lets pictures become darker or brighter as a whole: 0.03 to 0.1, 0: off.",
+        high=1,
+        step=0.01,
+        advanced=True,
+    )
+    caption_dropout: float = setting(
+        0.0,
+        "Share of pictures trained without words. For styles 0.05 to 0.1; more loosens the "
+        "trigger.",
+        high=1,
+        step=0.01,
+        advanced=True,
+    )
+    max_grad_norm: float = setting(
+        1.0,
+        "A gradient longer than this is cut to it. Lower it when the loss jumps.",
+        low=1e-6,
+        high=1000,
+        step=0.1,
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
-        def whole(name: str, low: int, high: int) -> None:
-            value = getattr(self, name)
-            ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-            _require(ok, name, value, f"between {low} and {high}")
-
-        def number(name: str, ok: Callable[[float], bool], expected: str) -> None:
-            value = getattr(self, name)
-            _require(_finite(value) and ok(value), name, value, expected)
-
-        whole("steps", 0, 1_000_000)
-        whole("batch_size", 1, 1024)
-        whole("accumulation", 1, 1024)
-        whole("warmup", 0, 1_000_000)
-        whole("validate_every", 0, 1_000_000)
-        whole("patience", 0, 1_000_000)
-        number("lr", lambda v: 0 < v <= 10, "a positive number up to 10")
-        number("max_grad_norm", lambda v: v > 0, "positive")
-        for name in ("weight_decay", "min_snr_gamma", "noise_offset", "prior_weight"):
-            number(name, lambda v: v >= 0, "0 or more")
-        number("caption_dropout", lambda v: 0 <= v <= 1, "between 0 and 1")
-        _require(
-            self.optimizer in OPTIMIZERS,
-            "optimizer",
-            self.optimizer,
-            f"one of {', '.join(OPTIMIZERS)}",
-        )
-        _require(
-            self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}"
-        )
+        check_settings(self)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step 1, 2, ... `steps`."""
         if step <= self.warmup:
-            return self.lr * step / (self.warmup + 1)
+            return self.learning_rate * step / (self.warmup + 1)
         if self.schedule == "constant":
-            return self.lr
+            return self.learning_rate
         done = (step - self.warmup - 1) / max(1, self.steps - self.warmup)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How pictures are drawn with a LoRA."""
+
+    strength: float = setting(
+        1.0,
+        "1 as trained, 0 not at all. Below 1 is softer and more flexible; above 1 soon burns.",
+        low=-4,
+        high=4,
+        step=0.05,
+    )
+    count: int = setting(4, "Number of pictures.", low=1, high=64)
+    seed: int = setting(
+        0, "Noise of the first picture; the others count up.", high=2**32 - 1, advanced=True
+    )
+    steps: int = setting(
+        25, "DDIM steps; below 15 is rough, above 50 no better.", low=1, high=1000, advanced=True
+    )
+    guidance: float = setting(
+        4.0,
+        "How closely to follow the prompt. 4-8; higher is harsher, 1 ignores guidance.",
+        low=1,
+        high=30,
+        step=0.5,
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)

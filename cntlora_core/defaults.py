@@ -10,15 +10,38 @@ here, not measured on real checkpoints), and it starts nearer: half the steps.
 
 from __future__ import annotations
 
-from .config import CALIBRATED
+from dataclasses import replace
+from typing import Any
+
+from .config import CALIBRATED, TrainConfig
+from .events import Observer, Status, ignore
 
 MINI_SD = "mini-sd"  # the embedded model's name
 RESPONSE = 5.0
 ORDINARY_LR = 1e-4
+PRODIGY_LR = 1.0  # a factor on the rate that it finds by itself
 
 
-def default_lr(model: str, init: str) -> float:
-    """AdamW's learning rate for a model's name and a start."""
+def resolve(
+    config: TrainConfig, model: str, init: str, pictures: int, observer: Observer = ignore
+) -> TrainConfig:
+    """The settings with a number wherever they say auto: by the model's name, the start, the
+    optimiser and the number of pictures. What was chosen is told."""
+    chosen: dict[str, Any] = {}
+    if not config.steps:
+        chosen["steps"] = default_steps(model, init, pictures)
+    if not config.learning_rate:
+        chosen["learning_rate"] = default_learning_rate(model, init, config.optimizer)
+    if chosen:
+        words = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in chosen.items())
+        observer(Status(f"Chosen by model and pictures: {words}"))
+    return replace(config, **chosen)
+
+
+def default_learning_rate(model: str, init: str, optimizer: str = "adamw") -> float:
+    """The optimiser's learning rate for a model's name and a start."""
+    if optimizer == "prodigy":
+        return PRODIGY_LR
     calibrated = init in CALIBRATED
     if model == MINI_SD:
         return 3e-3 if calibrated else 1e-2

@@ -19,7 +19,7 @@ from .data.batches import NoisedSet
 from .data.dataset import EncodedImages
 from .distributed import ALONE, Group
 from .errors import NonFiniteError, OutOfMemory
-from .events import Base, Observer, Saved, Status, Training, ignore
+from .events import Base, Observer, Saved, Status, Training, Validation, ignore
 from .lora.adapter import LoRA, attached_lora
 from .lora.file import save_lora
 from .lora.metadata import Source, Taught, describe
@@ -142,10 +142,36 @@ def run_training(
         return result(best=True)
 
 
+def run_untrained(
+    model: StableDiffusion,
+    subject: EncodedImages,
+    calibration: CalibrationConfig,
+    *,
+    preserve: NoisedSet | None = None,
+    validate: Callable[[], float] | None = None,
+    observer: Observer = ignore,
+    group: Group = ALONE,
+) -> RunResult:
+    """Calibrate alone, validated before and after."""
+    base_loss = _base_loss(model, validate, calibration, subject.resolution, observer)
+    start = run_calibration(
+        model, subject, calibration, preserve=preserve, observer=observer, group=group
+    )
+    validations = []
+    if validate:
+        with (
+            _run_conditions(model, calibration, subject.resolution),
+            attached_lora(model.unet, start.lora),
+        ):
+            validations.append((0, validate()))
+        observer(Validation(*validations[0]))
+    return RunResult(start, start.lora, 0, 0, base_loss, validations)
+
+
 def _base_loss(
     model: StableDiffusion,
     validate: Callable[[], float] | None,
-    config: TrainConfig,
+    config: CalibrationConfig | TrainConfig,
     resolution: int,
     observer: Observer,
 ) -> float | None:

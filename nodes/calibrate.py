@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from ..cntlora_core.config import EFFORTS, INITS, RANK_RULES, TARGETS, CalibrationConfig
+from typing import Any
+
+from ..cntlora_core.config import CalibrationConfig
 from ..cntlora_core.data.class_images import class_noised
 from ..cntlora_core.data.dataset import EncodedImages
 from ..cntlora_core.lora.adapter import parameter_count
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.report.charts import rank_map
 from ..cntlora_core.run import run_calibration
+from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io
 from .reporter import Reporter
@@ -22,12 +25,12 @@ from .types import (
     lora_model,
     to_image,
 )
+from .widgets import widgets_of
 
 
 class CalibrateLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        default = CalibrationConfig()
         return host.schema(
             node_id="CNTLoRACalibrate",
             display_name="Calibrate LoRA (CNTLoRA)",
@@ -44,67 +47,7 @@ class CalibrateLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="From Prior Images: what the model should keep of the class.",
                 ),
-                io.Combo.Input(
-                    "mode",
-                    options=list(INITS),
-                    default=default.init,
-                    tooltip="target: fits what the denoising loss asks for, usable before "
-                    "training. domain: forward passes only, less memory, a weaker start. "
-                    "gaussian and default: ordinary LoRA starts, to compare with.",
-                ),
-                io.Int.Input(
-                    "rank",
-                    default=default.rank,
-                    min=1,
-                    max=128,
-                    tooltip="Mean rank, so the file's size. 4-8 for an object, 8-16 for a face or "
-                    "a style. Too high learns the background too; too low misses detail.",
-                ),
-                io.Combo.Input(
-                    "ranks",
-                    options=list(RANK_RULES),
-                    default=default.rank_rule,
-                    tooltip="data: layers that matter for this subject get more rank, others less, "
-                    "the file stays the same size. uniform: the same rank everywhere.",
-                ),
-                host.seed("Same seed, same pictures: the same LoRA."),
-                io.Combo.Input(
-                    "effort",
-                    options=list(EFFORTS),
-                    default=default.effort,
-                    tooltip="How long mode target calibrates. quick: one sweep. balanced: refined "
-                    "over 20 batches, the time of about 30 training steps. thorough: over "
-                    "64, about 75 training steps.",
-                ),
-                host.advanced(io.Int)(
-                    "batch_size",
-                    default=default.batch_size,
-                    min=1,
-                    max=64,
-                    tooltip="Pictures per batch. Lower it when memory runs out.",
-                ),
-                host.advanced(io.Combo)(
-                    "targets",
-                    options=list(TARGETS),
-                    default=default.targets,
-                    tooltip="Layers that get an adapter. auto: attention and feed-forward, in SDXL "
-                    "attention alone, which takes less memory. The file's size is the "
-                    "same.",
-                ),
-                host.advanced(io.Float)(
-                    "preservation",
-                    default=default.preservation,
-                    min=0.0,
-                    max=64.0,
-                    step=0.1,
-                    tooltip="Weight of the prior, when one is connected. Higher forgets less and "
-                    "fits a little less.",
-                ),
-                host.advanced(io.Boolean)(
-                    "gradient_checkpointing",
-                    default=False,
-                    tooltip="Less memory, about a third slower. For mode target.",
-                ),
+                *widgets_of(CalibrationConfig),
             ],
             outputs=[
                 LoRAInit.Output(display_name="lora_init", tooltip="For Train LoRA."),
@@ -126,28 +69,10 @@ class CalibrateLoRA(io.ComfyNode):
         cls,
         sd_model: StableDiffusion,
         subject: Pictures,
-        mode: str,
-        rank: int,
-        ranks: str,
-        seed: int,
-        effort: str,
-        batch_size: int,
-        targets: str,
-        preservation: float,
-        gradient_checkpointing: bool,
         prior: EncodedImages | None = None,
+        **settings: Any,
     ) -> io.NodeOutput:
-        config = CalibrationConfig(
-            init=mode,
-            rank=rank,
-            rank_rule=ranks,
-            seed=seed,
-            effort=effort,
-            batch_size=batch_size,
-            targets=targets,
-            preservation=preservation,
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        config = read_settings(CalibrationConfig, settings)
         with (
             Reporter(host.identity(cls), "CNTLoRACalibrate", "Calibrate LoRA") as report,
             host.working(sd_model),

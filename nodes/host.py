@@ -53,12 +53,9 @@ def schema(**values: Any) -> Any:
     return io.Schema(**{k: v for k, v in values.items() if k in known or k not in NEWER_FIELDS})
 
 
-def seed(tooltip: str) -> Any:
-    """A seed that stays as it is: one that changes by itself after a run, as the page does it by
-    default, trains all again."""
-    return advanced(io.Int)(
-        "seed", default=0, min=0, max=2**32 - 1, control_after_generate=False, tooltip=tooltip
-    )
+def text_or_number(name: str, **values: Any) -> Any:
+    """A text widget into which another node's number may be connected."""
+    return io.MultiType.Input(io.String.Input(name, **values), types=[io.Int, io.Float])
 
 
 # --- folders --------------------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from ..cntlora_core.config import SampleConfig
 from ..cntlora_core.errors import SettingError
 from ..cntlora_core.events import Event, Progress
 from ..cntlora_core.lora.adapter import attached_lora
@@ -11,9 +14,11 @@ from ..cntlora_core.lora.file import from_state_dict
 from ..cntlora_core.lora.targets import ALL, find_projections
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.model.sampling import sample
+from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io, ui
 from .types import SDModel, to_image
+from .widgets import widgets_of
 
 
 class PreviewLoRA(io.ComfyNode):
@@ -35,33 +40,7 @@ class PreviewLoRA(io.ComfyNode):
                     tooltip="What to draw; empty: the training prompt. Use the trigger and the "
                     "class of the training; add anything else to see how well it mixes.",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-4.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="1 as trained, 0 not at all. Below 1 is softer and more flexible; "
-                    "above 1 soon burns.",
-                ),
-                io.Int.Input("count", default=4, min=1, max=16, tooltip="Number of pictures."),
-                host.seed("Noise of the first picture; the others count up."),
-                host.advanced(io.Int)(
-                    "steps",
-                    default=25,
-                    min=1,
-                    max=200,
-                    tooltip="DDIM steps; below 15 is rough, above 50 no better.",
-                ),
-                host.advanced(io.Float)(
-                    "guidance",
-                    default=4.0,
-                    min=1.0,
-                    max=20.0,
-                    step=0.5,
-                    tooltip="How closely to follow the prompt. 4-8; higher is harsher, 1 ignores "
-                    "guidance.",
-                ),
+                *widgets_of(SampleConfig),
             ],
             outputs=[io.Image.Output(display_name="pictures", tooltip="The pictures.")],
             hidden=host.IDENTITY,
@@ -74,12 +53,9 @@ class PreviewLoRA(io.ComfyNode):
         sd_model: StableDiffusion,
         lora: dict[str, Tensor],
         prompt: str,
-        strength: float,
-        count: int,
-        seed: int,
-        steps: int,
-        guidance: float,
+        **settings: Any,
     ) -> io.NodeOutput:
+        how = read_settings(SampleConfig, settings)
         prompt = prompt.strip() or getattr(lora, "prompt", "")
         if not prompt:
             raise SettingError(
@@ -94,14 +70,14 @@ class PreviewLoRA(io.ComfyNode):
             host.check_cancel()
 
         factors = from_state_dict(lora, find_projections(sd_model.unet, ALL), sd_model.family)
-        scaled = {name: f.scaled(strength) for name, f in factors.items()}
+        scaled = {name: f.scaled(how.strength) for name, f in factors.items()}
         with host.working(sd_model), attached_lora(sd_model.unet, scaled):
             pictures = sample(
                 sd_model,
-                [prompt] * count,
-                range(seed, seed + count),
-                steps=steps,
-                guidance=guidance,
+                [prompt] * how.count,
+                range(how.seed, how.seed + how.count),
+                steps=how.steps,
+                guidance=how.guidance,
                 observer=observer,
             )
         images = to_image(pictures)

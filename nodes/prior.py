@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,12 @@ from ..cntlora_core.config import DataConfig
 from ..cntlora_core.data.class_images import PRIOR_PICTURES, class_images
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.model.sampling import decode
+from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io, ui
 from .reporter import Reporter
 from .types import Pictures, Prior, SDModel, from_batch, to_image
+from .widgets import refusal, widgets_of
 
 
 class PriorImages(io.ComfyNode):
@@ -47,14 +51,7 @@ class PriorImages(io.ComfyNode):
                     tooltip="Pictures to draw. 8 are enough for most subjects; more cover the "
                     "class better and take longer.",
                 ),
-                io.Int.Input(
-                    "resolution",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    step=64,
-                    tooltip="Side in px, 0 for the model's own. Use the subject's resolution.",
-                ),
+                *widgets_of(DataConfig, "resolution"),
             ],
             outputs=[
                 Prior.Output(
@@ -73,10 +70,10 @@ class PriorImages(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, class_prompt: str | None = None) -> bool | str:
+    def validate_inputs(cls, class_prompt: str | None = None, resolution: Any = None) -> bool | str:
         if class_prompt is not None and not class_prompt.strip():
             return "class_prompt is empty: name the class without the trigger, e.g. 'a dog'."
-        return True
+        return refusal(DataConfig, {"resolution": resolution})
 
     @classmethod
     def execute(
@@ -84,19 +81,19 @@ class PriorImages(io.ComfyNode):
         sd_model: StableDiffusion,
         class_prompt: str,
         count: int,
-        resolution: int,
         images: Tensor | None = None,
+        **settings: Any,
     ) -> io.NodeOutput:
         with (
             Reporter(host.identity(cls), "CNTLoRAPriorImages", "Prior Images") as report,
             host.working(sd_model),
         ):
+            data = read_settings(DataConfig, settings)
             if images is None:
                 prior = class_images(
-                    sd_model, class_prompt, resolution or None, count=count, observer=report
+                    sd_model, class_prompt, data.resolution, count=count, observer=report
                 )
             else:
-                data = DataConfig(resolution=resolution or None)
                 given = Pictures(tuple(from_batch(images)), class_prompt, data)
                 prior = given.encode_all(sd_model, report)
             pictures = decode(sd_model, torch.stack(prior.mean))

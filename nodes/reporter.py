@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..cntlora_core.events import Event, Progress, Step
+from ..cntlora_core.events import Event, Progress, Step, Training
 from . import host
 
 FREQUENT = ("step", "progress")
@@ -68,7 +68,9 @@ class Reporter:
 
     def __call__(self, event: Event) -> None:
         self.note(event)
-        if isinstance(event, Step):
+        if isinstance(event, Training):
+            self.steps = event.steps
+        elif isinstance(event, Step):
             self.show(event.step, self.steps)
         elif isinstance(event, Progress) and not self.steps:
             # A finished phase is the start of the next one, not the end of the node.

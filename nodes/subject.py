@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 from torch import Tensor
 
@@ -18,10 +19,12 @@ from ..cntlora_core.data.images import (
 from ..cntlora_core.errors import CNTLoRAError, ImageError, SettingError
 from ..cntlora_core.model.loader import MINI_SD_FOLDER
 from ..cntlora_core.report.charts import contact_sheet
+from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io, ui
 from .paths import inside
 from .types import Pictures, SubjectPictures, from_batch, to_image
+from .widgets import refusal, widgets_of
 
 EXAMPLES = {
     "example: cat faces (embedded)": MINI_SD_FOLDER / "subject",
@@ -86,60 +89,19 @@ class SubjectImages(io.ComfyNode):
                     "'toy car'. Too vague, and the whole model drifts; too narrow, and "
                     "less carries over.",
                 ),
-                io.Int.Input(
-                    "resolution",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    step=64,
-                    tooltip="Side of the training square in px; 0 takes the model's own (512, 768 "
-                    "or 1024). Larger shows more detail and costs memory and time; smaller "
-                    "is quick but soft.",
-                ),
                 host.advanced(io.String)(
-                    "caption",
+                    "prompt",
                     default="a {trigger} {class}",
-                    tooltip="The prompt of every picture; {trigger} and {class} are filled in.",
+                    optional=True,
+                    tooltip="Of every picture without a caption of its own; {trigger} and {class} "
+                    "are filled in.",
                 ),
                 io.Image.Input(
                     "images",
                     optional=True,
                     tooltip="Pictures from the graph, used instead of the folder when connected.",
                 ),
-                host.advanced(io.Boolean)(
-                    "keep_shape",
-                    default=True,
-                    optional=True,
-                    tooltip="Train pictures in their own shape, at the resolution's area. Off: cut "
-                    "out the centred square.",
-                ),
-                host.advanced(io.Boolean)(
-                    "flip",
-                    default=False,
-                    optional=True,
-                    tooltip="Mirrored pictures too. Not for faces, writing or anything with a left "
-                    "and right.",
-                ),
-                host.advanced(io.Boolean)(
-                    "random_crop",
-                    default=False,
-                    optional=True,
-                    tooltip="Several crops of each picture instead of the centre.",
-                ),
-                host.advanced(io.Boolean)(
-                    "masked",
-                    default=False,
-                    optional=True,
-                    tooltip="Learn only what a picture's transparency shows. Off: transparent "
-                    "parts are white and are learnt.",
-                ),
-                host.advanced(io.Boolean)(
-                    "hold_out",
-                    default=True,
-                    optional=True,
-                    tooltip="Leave the last of 5 or more pictures out of calibration and training, "
-                    "to validate with. Off when Train LoRA has validation pictures.",
-                ),
+                *widgets_of(DataConfig),
             ],
             outputs=[
                 SubjectPictures.Output(
@@ -155,13 +117,13 @@ class SubjectImages(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, folder: str
+        cls, folder: str, resolution: Any = None
     ) -> bool | str:  # only what it judges: the host repeats it for every argument
         try:
             files_of(folder)
         except CNTLoRAError as error:
             return str(error)
-        return True
+        return refusal(DataConfig, {"resolution": resolution})
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, **others: object) -> str:
@@ -182,14 +144,9 @@ class SubjectImages(io.ComfyNode):
         folder: str,
         trigger: str,
         class_name: str,
-        resolution: int,
-        caption: str = "a {trigger} {class}",
-        keep_shape: bool = True,
-        flip: bool = False,
-        random_crop: bool = False,
-        masked: bool = False,
-        hold_out: bool = True,
+        prompt: str = "a {trigger} {class}",
         images: Tensor | None = None,
+        **settings: Any,
     ) -> io.NodeOutput:
         if not f"{trigger}{class_name}".strip():
             raise SettingError(
@@ -204,15 +161,9 @@ class SubjectImages(io.ComfyNode):
         else:
             pictures = from_batch(images)
         pictures = with_words(pictures, trigger, class_name)
-        notices += check_pictures(pictures, resolution)
-        prompt = fill_words(caption, trigger, class_name)
-        data = DataConfig(
-            resolution=resolution or None,
-            buckets=keep_shape,
-            random_crop=random_crop,
-            flip=flip,
-            masked=masked,
-        )
+        data = read_settings(DataConfig, settings)
+        notices += check_pictures(pictures, data.resolution)
+        prompt = fill_words(prompt, trigger, class_name)
         sizes = sorted(min(p.image.size) for p in pictures)
         text = (
             f"{len(pictures)} pictures, shorter sides {sizes[0]}-{sizes[-1]} px. "
@@ -221,5 +172,5 @@ class SubjectImages(io.ComfyNode):
         sheet = to_image([contact_sheet([p.image for p in pictures], [p.name for p in pictures])])
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (" ".join([text, *notices]),)}
         return io.NodeOutput(
-            Pictures(tuple(pictures), prompt, data, hold_out, trigger.strip()), sheet, ui=shown
+            Pictures(tuple(pictures), prompt, data, trigger.strip()), sheet, ui=shown
         )

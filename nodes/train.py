@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from PIL import Image
 
 from ..cntlora_core.calibration.calibrate import continued
 from ..cntlora_core.config import CalibrationConfig, TrainConfig
 from ..cntlora_core.data.dataset import EncodedImages
-from ..cntlora_core.defaults import default_lr
+from ..cntlora_core.defaults import resolve
 from ..cntlora_core.errors import CNTLoRAError
 from ..cntlora_core.events import Event, Notice, Saved, Step, Training
 from ..cntlora_core.lora.adapter import attached_lora
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.model.sampling import sample
 from ..cntlora_core.run import RunResult, run_training
+from ..cntlora_core.settings import read_settings
 from ..cntlora_core.training.prior_loss import BasePrediction, ClassImages, PriorLoss
 from ..cntlora_core.training.validation import validation_loss
 from . import host
@@ -35,16 +37,26 @@ from .types import (
     lora_model,
     to_image,
 )
+from .widgets import refusal, widgets_of
 
 SAMPLES = 4
 SAMPLE_SEED = 0
+# The settings on this node; Training Settings has the others.
+ON_TRAIN = (
+    "steps",
+    "learning_rate",
+    "seed",
+    "batch_size",
+    "validate_every",
+    "weight_decay",
+    "gradient_checkpointing",
+)
 ORDINARY = CalibrationConfig(init="gaussian")  # the start when none is connected
 
 
 class TrainLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        default = TrainConfig()
         return host.schema(
             node_id="CNTLoRATrain",
             display_name="Train LoRA (CNTLoRA)",
@@ -78,65 +90,21 @@ class TrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="From Training Settings; its defaults without it.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=default.steps,
-                    min=0,
-                    max=100_000,
-                    tooltip="Training steps. About 100 after a calibration on the small model; "
-                    "200-1000 for real subjects. Too many, and pictures copy the training "
-                    "set; too few, and likeness is missing.",
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=1e-5,
-                    round=False,
-                    tooltip="AdamW's step; 0: by model and start (0.0005 after a calibration, "
-                    "0.0001 for an ordinary start; 0.003 and 0.01 on the miniature). Too "
-                    "high: loss jumps, pictures burn. Too low: nothing happens.",
-                ),
-                host.seed("Order of pictures, timesteps and noise."),
+                *widgets_of(TrainConfig, *ON_TRAIN),
                 host.advanced(io.Int)(
                     "sample_every",
                     default=50,
+                    optional=True,
                     min=0,
                     max=100_000,
                     tooltip="Draw samples at step 0 and after every so many steps; 0: none. Often "
                     "is pretty but slows training.",
                 ),
-                host.advanced(io.Int)(
-                    "batch_size",
-                    default=default.batch_size,
-                    min=1,
-                    max=64,
-                    tooltip="Pictures per step. Lower it when memory runs out; higher is steadier "
-                    "and slower.",
-                ),
-                host.advanced(io.Int)(
-                    "validate_every",
-                    default=default.validate_every,
-                    min=0,
-                    max=100_000,
-                    tooltip="Steps between validations; 0: never.",
-                ),
-                host.advanced(io.Float)(
-                    "weight_decay",
-                    default=default.weight_decay,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Pulls the LoRA towards zero.",
-                ),
-                host.advanced(io.Boolean)(
-                    "gradient_checkpointing",
-                    default=False,
-                    tooltip="Less memory, about a third slower. For large models on small cards.",
-                ),
                 host.advanced(io.String)(
-                    "sample_prompt", default="", tooltip="What to draw; empty: the training prompt."
+                    "sample_prompt",
+                    default="",
+                    optional=True,
+                    tooltip="What to draw; empty: the training prompt.",
                 ),
             ],
             outputs=[
@@ -152,38 +120,27 @@ class TrainLoRA(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, steps: Any = None, learning_rate: Any = None) -> bool | str:
+        return refusal(TrainConfig, {"steps": steps, "learning_rate": learning_rate})
+
+    @classmethod
     def execute(
         cls,
         sd_model: StableDiffusion,
         subject: Pictures,
-        steps: int,
-        learning_rate: float,
-        seed: int,
-        sample_every: int,
-        batch_size: int,
-        validate_every: int,
-        weight_decay: float,
-        gradient_checkpointing: bool,
-        sample_prompt: str,
         lora_init: CalibratedStart | None = None,
         validation: Pictures | None = None,
         prior: EncodedImages | None = None,
         settings: ExtraSettings | None = None,
+        sample_every: int = 50,
+        sample_prompt: str = "",
+        **own: Any,
     ) -> io.NodeOutput:
         start = lora_init.config if lora_init else ORDINARY
         made = lora_init.calibration if lora_init else None
-        config = TrainConfig(
-            steps=steps,
-            lr=learning_rate or default_lr(sd_model.name, start.init),
-            batch_size=batch_size,
-            weight_decay=weight_decay,
-            validate_every=validate_every,
-            seed=seed,
-            gradient_checkpointing=gradient_checkpointing,
-            **(settings.fields if settings else {}),
-        )
+        config = read_settings(TrainConfig, own | (settings.fields if settings else {}))
         with (
-            Reporter(host.identity(cls), "CNTLoRATrain", "Train LoRA", steps) as report,
+            Reporter(host.identity(cls), "CNTLoRATrain", "Train LoRA", config.steps) as report,
             host.working(sd_model),
         ):
             encoded, held_out = subject.encode(sd_model, report)
@@ -191,6 +148,7 @@ class TrainLoRA(io.ComfyNode):
                 if validation.prompt != subject.prompt:
                     report(Notice(_other_words(validation.prompt, subject.prompt)))
                 held_out = validation.encode_all(sd_model, report)
+            config = resolve(config, sd_model.name, start.init, encoded.picture_count, report)
             sampler = Sampler(sd_model, sample_prompt or encoded.prompt, sample_every, report)
             kept: list[str] = []
 
@@ -205,8 +163,8 @@ class TrainLoRA(io.ComfyNode):
                     config,
                     prior=_prior_loss(prior, settings),
                     start=continued(made.lora, made.preservation) if made else None,
-                    validate=validation_loss(sd_model, held_out, batch_size)
-                    if validate_every
+                    validate=validation_loss(sd_model, held_out, config.batch_size)
+                    if config.validate_every
                     else None,
                     on_stop=lambda run: kept.extend(_keep(finished(run), run.kept_step, report)),
                     observer=sampler,

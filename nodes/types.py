@@ -33,15 +33,11 @@ Settings = io.Custom("CNTLORA_SETTINGS")
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of a subject and what to call it; no model has seen them yet.
-
-    `hold_out`: the last of 5 or more is neither calibrated nor trained on, but validated with.
-    """
+    """Pictures of a subject and what to call it; no model has seen them yet."""
 
     pictures: tuple[Picture, ...]
     prompt: str
     data: DataConfig
-    hold_out: bool = True
     trigger: str = ""
 
     def encode(
@@ -49,7 +45,7 @@ class Pictures:
     ) -> tuple[EncodedImages, EncodedImages]:
         """What to fit, and what to validate with when nobody connects pictures for it."""
         everything = self.encode_all(model, observer)
-        return with_validation(everything) if self.hold_out else (everything, everything)
+        return with_validation(everything) if self.data.hold_out else (everything, everything)
 
     def encode_all(self, model: StableDiffusion, observer: Observer) -> EncodedImages:
         """All of them; what the same model has encoded before is found beside it."""

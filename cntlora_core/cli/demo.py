@@ -24,7 +24,7 @@ from .console import Console, EventFile, broadcast
 PROMPT = "a sks cat face emoji"
 SEEDS = range(4)
 CALIBRATION = CalibrationConfig(rank=4, seed=0)
-TRAINING = TrainConfig(steps=100, lr=3e-3, seed=0)
+TRAINING = TrainConfig(steps=100, learning_rate=3e-3, seed=0)
 # Each method at its own best learning rate on this subject (benchmarks/learning_rate.py).
 GAUSSIAN_LR = 1e-2
 
@@ -70,7 +70,7 @@ def _run(folder: Path, observer: Observer) -> dict[str, Any]:
         model,
         subject,
         replace(CALIBRATION, init="gaussian"),
-        replace(TRAINING, lr=GAUSSIAN_LR),
+        replace(TRAINING, learning_rate=GAUSSIAN_LR),
         validate=validate,
     )
     observer(Status("Drawing"))

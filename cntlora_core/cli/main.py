@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from ..errors import CNTLoRAError, Interrupted, SettingError
+from ..config import DataConfig, SampleConfig
+from ..errors import CNTLoRAError, Interrupted
 from ..events import Observer, ignore
 from ..model.prediction import AUTO, PREDICTIONS
+from ..settings import settings_of
 from .console import Console
-from .options import add_arguments
+from .options import add_arguments, add_settings, settings_from
 from .train import run_train
 
 if TYPE_CHECKING:
@@ -133,26 +135,15 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PREDICTIONS,
         help="what the checkpoint predicts, where it does not say so itself (default: auto)",
     )
-    parser.add_argument("--seed", type=int, default=0)
 
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     _model_arguments(parser)
-    parser.add_argument(
-        "--resolution", type=int, metavar="PX", help="side of the pictures (default: the model's)"
-    )
+    add_settings(parser, DataConfig, ["resolution"])
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--negative", default="", help="what the pictures should not show")
     parser.add_argument("--lora", metavar="FILE", help="a LoRA file made for this model")
-    parser.add_argument("--strength", type=float, default=1.0)
-    parser.add_argument(
-        "--count",
-        type=int,
-        default=4,
-        help="number of pictures, seeds counting up (default: %(default)s)",
-    )
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    add_settings(parser, SampleConfig, settings_of(SampleConfig))
     parser.add_argument(
         "--output",
         required=True,
@@ -211,10 +202,8 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _sample(args: argparse.Namespace) -> None:
-    if not 1 <= args.count <= 64:
-        raise SettingError(f"count is {args.count}: draw between 1 and 64 pictures.")
-    if not 1 <= args.steps <= 1000:
-        raise SettingError(f"steps is {args.steps}: it must be between 1 and 1000.")
+    how = settings_from(SampleConfig, args)
+    resolution = settings_from(DataConfig, args).resolution
     from ..data.dataset import check_resolution
     from ..lora.adapter import attached_lora
     from ..lora.file import check_output, load_lora
@@ -223,21 +212,21 @@ def _sample(args: argparse.Namespace) -> None:
     from ..report.charts import sample_sheet
 
     output = check_output(args.output, overwrite=args.overwrite, suffix=".png")
-    seeds = range(args.seed, args.seed + args.count)
+    seeds = range(how.seed, how.seed + how.count)
     with Console() as observer:
         model = _load(args, observer=observer)
-        side = check_resolution(model, args.resolution)
+        side = check_resolution(model, resolution)
         lora = {}
         if args.lora:
             factors, _ = load_lora(args.lora, find_projections(model.unet, ALL), model.family)
-            lora = {name: f.scaled(args.strength) for name, f in factors.items()}
+            lora = {name: f.scaled(how.strength) for name, f in factors.items()}
         with attached_lora(model.unet, lora):
             pictures = sample(
                 model,
-                [args.prompt] * args.count,
+                [args.prompt] * how.count,
                 seeds,
-                steps=args.steps,
-                guidance=args.guidance,
+                steps=how.steps,
+                guidance=how.guidance,
                 negative=args.negative,
                 size=(side, side),
                 observer=observer,

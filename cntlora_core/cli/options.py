@@ -3,54 +3,43 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from collections.abc import Iterable
 from typing import Any
 
-from ..config import (
-    EFFORTS,
-    INITS,
-    OPTIMIZERS,
-    RANK_RULES,
-    SCHEDULES,
-    TARGETS,
-    CalibrationConfig,
-    DataConfig,
-    TrainConfig,
-)
+from ..config import CalibrationConfig, DataConfig, TrainConfig
+from ..settings import Setting, read_settings, settings_of
 
 PRIORS = ("none", "images", "base")
 CLASS_COUNT = 32
 CLASS_STEPS = (
     25  # these are trained on, so they are drawn with more care than those that are only measured
 )
-
-# What can be set of the data and the training, in the configs' own names.
-DATA_HELP = {
-    "resolution": "side of a square picture, area of others (default: the model's)",
-    "buckets": "keep the pictures' shapes, else cut out the centred square",
-    "upscale": "enlarge small pictures to the resolution",
-    "random_crop": "several crops of each picture instead of the centre",
-    "flip": "mirrored pictures too; not for faces or writing",
-    "masked": "learn only what the alpha channel shows",
-}
-TRAIN_HELP = {
-    "accumulation": "batches a step, for a larger batch in the same memory",
-    "optimizer": "adamw, or where installed adamw8bit, prodigy (with --lr 1)",
-    "weight_decay": "pull towards zero",
-    "max_grad_norm": "longest gradient",
-    "schedule": "of the learning rate",
-    "warmup": "steps of rising learning rate",
-    "min_snr_gamma": "weigh timesteps; 5 is usual, 0: off",
-    "noise_offset": "learn darker and brighter pictures; 0.03 to 0.1, 0: off",
-    "caption_dropout": "share of pictures trained without words",
-    "prior_weight": "of the prior loss",
-    "keep_best": "keep the weights of the lowest validation loss",
-    "patience": "stop after so many validations without a better one; 0: never",
-}
-CHOICES: dict[str, tuple[str, ...]] = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+# One option sets these of both calibration and training.
+COMMON = tuple(n for n in settings_of(CalibrationConfig) if n in settings_of(TrainConfig))
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, training: bool) -> None:
+    parser.set_defaults(
+        trains=training,
+        prior="none",
+        continue_from=None,
+        save_every=0,
+        resume=False,
+    )
+    _pictures(parser)
+    start = parser.add_argument_group("start")
+    add_settings(start, CalibrationConfig, _without(CalibrationConfig, COMMON))
+    prior = _prior(parser)
+    run = parser.add_argument_group("run")
+    add_settings(run, TrainConfig, COMMON)
+    if training:
+        _training(parser, start, prior, run)
+    else:
+        add_settings(run, TrainConfig, ["validate_every"])
+    _files(run)
+
+
+def _pictures(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("pictures")
     data.add_argument(
         "--images",
@@ -70,27 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, training: bool) -> None:
         "--trigger", default="", help="fills {trigger} in the prompt and the captions"
     )
     data.add_argument("--class-name", default="", help="fills {class}")
-    _settings(data, DataConfig, DATA_HELP)
+    add_settings(data, DataConfig, settings_of(DataConfig))
     data.add_argument("--cache", metavar="DIR", help="keep encoded pictures here for the next run")
-    start = parser.add_argument_group("start")
-    start.add_argument("--init", choices=INITS, default=CalibrationConfig.init)
-    start.add_argument(
-        "--rank", type=int, default=CalibrationConfig.rank, help="mean rank (default: %(default)s)"
-    )
-    start.add_argument("--rank-rule", choices=RANK_RULES, default=CalibrationConfig.rank_rule)
-    start.add_argument(
-        "--effort",
-        choices=list(EFFORTS),
-        default=CalibrationConfig.effort,
-        help="how long target calibrates",
-    )
-    start.add_argument(
-        "--targets",
-        choices=TARGETS,
-        default=CalibrationConfig.targets,
-        help="layers that get an adapter; auto: with feed-forward for target and data ranks, but "
-        "not in SDXL",
-    )
+    data.add_argument("--validation-images", metavar="DIR", help="held-out pictures of the subject")
+
+
+def _prior(parser: argparse.ArgumentParser) -> Any:
     prior = parser.add_argument_group("what the model should keep knowing")
     prior.add_argument(
         "--class-prompt",
@@ -107,94 +81,64 @@ def add_arguments(parser: argparse.ArgumentParser, *, training: bool) -> None:
         default=CLASS_COUNT,
         help="pictures to draw (default: %(default)s)",
     )
-    parser.set_defaults(
-        prior="none",
-        steps=None if training else 0,
-        lr=None,
-        continue_from=None,
-        save_every=0,
-        resume=False,
+    return prior
+
+
+def _training(parser: argparse.ArgumentParser, start: Any, prior: Any, run: Any) -> None:
+    prior.add_argument(
+        "--prior",
+        choices=PRIORS,
+        default="none",
+        help="prior loss while training: on class images, or towards the base model's "
+        "prediction (no images)",
     )
-    both_kinds = parser.add_argument_group("run")
-    both_kinds.add_argument(
-        "--batch-size", type=int, default=TrainConfig.batch_size, help="of each process"
+    start.add_argument(
+        "--continue-from", metavar="FILE", help="train on from this LoRA, with its ranks"
     )
-    both_kinds.add_argument(
-        "--gradient-checkpointing", action="store_true", help="far less memory, a third slower"
+    loop = parser.add_argument_group("training")
+    add_settings(loop, TrainConfig, _without(TrainConfig, COMMON))
+    run.add_argument(
+        "--save-every", type=int, default=0, metavar="STEPS", help="write a checkpoint"
     )
-    if training:
-        prior.add_argument(
-            "--prior",
-            choices=PRIORS,
-            default="none",
-            help="prior loss while training: on class images, or towards the base model's "
-            "prediction (no images)",
-        )
-        start.add_argument(
-            "--continue-from", metavar="FILE", help="train on from this LoRA, with its ranks"
-        )
-        loop = parser.add_argument_group("training")
-        loop.add_argument(
-            "--steps", type=int, help="optimiser steps (default: by model and pictures)"
-        )
-        loop.add_argument("--lr", type=float, help="learning rate (default: by model and start)")
-        _settings(loop, TrainConfig, TRAIN_HELP)
-        both_kinds.add_argument(
-            "--save-every", type=int, default=0, metavar="STEPS", help="write a checkpoint"
-        )
-        both_kinds.add_argument(
-            "--resume", action="store_true", help="go on from the checkpoint, where there is one"
-        )
-    both_kinds.add_argument(
-        "--validation-images", metavar="DIR", help="held-out pictures of the subject"
+    run.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint, where there is one"
     )
-    both_kinds.add_argument(
-        "--train-on-all",
-        action="store_true",
-        help="without --validation-images: do not leave the last of 5 or more out",
-    )
-    both_kinds.add_argument(
-        "--validate-every",
-        type=int,
-        default=TrainConfig.validate_every,
-        metavar="STEPS",
-        help="0: never",
-    )
-    both_kinds.add_argument("--output", required=True, metavar="FILE.safetensors")
-    both_kinds.add_argument(
-        "--overwrite", action="store_true", help="replace an existing output file"
-    )
-    both_kinds.add_argument("--save-precision", default="fp32", choices=("fp32", "fp16", "bf16"))
-    both_kinds.add_argument(
+
+
+def _files(run: Any) -> None:
+    run.add_argument("--output", required=True, metavar="FILE.safetensors")
+    run.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    run.add_argument("--save-precision", default="fp32", choices=("fp32", "fp16", "bf16"))
+    run.add_argument(
         "--events", metavar="FILE.jsonl", help="write what happens, one JSON object a line"
     )
 
 
-def _settings(
-    group: Any, config: type[DataConfig] | type[TrainConfig], texts: dict[str, str]
-) -> None:
-    """An option for each field that has a text, with the field's default."""
-    for field in fields(config):
-        if field.name not in texts:
-            continue
-        option, text, default = (
-            f"--{field.name.replace('_', '-')}",
-            texts[field.name],
-            field.default,
-        )
-        if isinstance(default, bool):
-            action = argparse.BooleanOptionalAction
-            group.add_argument(
-                option, action=action, default=default, help=f"{text} (default: {default})"
-            )
-        else:
-            kind = int if default is None else type(default)
-            shown = text if default is None else f"{text} (default: {default})"
-            group.add_argument(
-                option, type=kind, default=default, choices=CHOICES.get(field.name), help=shown
-            )
+def add_settings(group: Any, config: type[Any], names: Iterable[str]) -> None:
+    """An option for each of a settings class's fields that is named."""
+    for name in names:
+        _add(group, settings_of(config)[name])
+
+
+def _add(group: Any, setting: Setting) -> None:
+    option = f"--{setting.name.replace('_', '-')}"
+    shown = f"{setting.text} (default: {setting.shown_default})".replace("%", "%%")
+    common = {"default": setting.default, "help": shown}
+    if setting.kind is bool:
+        group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+    elif setting.choices:
+        group.add_argument(option, choices=setting.choices, **common)
+    else:
+        metavar = setting.unit.upper() or ("N" if setting.kind is int else "X")
+        kind = str if setting.auto else setting.kind
+        group.add_argument(option, type=kind, metavar=metavar, **common)
+
+
+def _without(config: type[Any], names: Iterable[str]) -> list[str]:
+    return [name for name in settings_of(config) if name not in set(names)]
 
 
 def settings_from(kind: type[Any], args: argparse.Namespace, **more: Any) -> Any:
-    known = {f.name for f in fields(kind)}
-    return kind(**{name: value for name, value in vars(args).items() if name in known} | more)
+    """The settings of a class as the options say. Raises SettingError."""
+    known = settings_of(kind)
+    return read_settings(kind, {n: v for n, v in vars(args).items() if n in known} | more)

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,18 +37,15 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
     """Everything `train` does. `load(args, device, observer)` gives the model."""
     data = settings_from(DataConfig, args)
     calibration = settings_from(CalibrationConfig, args)
-    given = {name: value for name in ("steps", "lr") if (value := getattr(args, name)) is not None}
-    training = settings_from(
-        TrainConfig, args, **({"steps": TrainConfig.steps, "lr": TrainConfig.lr} | given)
-    )
+    training = settings_from(TrainConfig, args)
     _check(args)
     from ..calibration.calibrate import continued
     from ..data.dataset import read_subject, with_validation
-    from ..defaults import default_lr, default_steps
+    from ..defaults import resolve
     from ..devices import DTYPES, pick_device
     from ..distributed import local_device, process_group
     from ..lora.file import check_output
-    from ..run import run_training, save_run
+    from ..run import run_training, run_untrained, save_run
     from ..training.resume import state_path
     from ..training.validation import validation_loss
 
@@ -83,15 +80,12 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
                 cache=cache,
                 observer=observer,
             )
-        elif args.validate_every and not args.train_on_all:
+        elif args.validate_every and data.hold_out:
             subject, held_out = with_validation(subject)
-        training = replace(
-            training,
-            steps=given.get("steps", default_steps(model.name, args.init, subject.picture_count)),
-            lr=given.get("lr", default_lr(model.name, args.init)),
-        )
-        if group.rank == 0:
-            console.total_steps = training.steps
+        if args.trains:
+            training = resolve(training, model.name, args.init, subject.picture_count, observer)
+            if group.rank == 0:
+                console.total_steps = training.steps
         preserve, prior = _priors(args, model, subject, data, observer)
         model.drop_encoders()
         checkpoints = _checkpoints(args, output, subject, calibration, training, data, model)
@@ -99,7 +93,7 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
         kept: list[Path] = []
 
         def save(run: RunResult, tell: Observer) -> None:
-            if group.rank == 0 and (run.steps or not training.steps):
+            if group.rank == 0 and (run.steps or not args.trains):
                 kept.append(output)
                 save_run(
                     output,
@@ -109,30 +103,42 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
                     steps=run.kept_step,
                     calibration=calibration,
                     source=source,
-                    training=training if training.steps else None,
+                    training=training if args.trains else None,
                     dtype=DTYPES[args.save_precision],
                     overwrite=overwrite,
                     observer=tell,
                 )
 
+        validate = None
+        if args.validate_every:
+            validate = validation_loss(model, held_out, args.batch_size, group)
         try:
             start = continued(source_lora) if source_lora else None
-            run = run_training(
-                model,
-                subject,
-                calibration,
-                training,
-                preserve=preserve,
-                prior=prior,
-                start=start,
-                validate=validation_loss(model, held_out, args.batch_size, group)
-                if args.validate_every
-                else None,
-                checkpoints=checkpoints,
-                on_stop=lambda run: save(run, ignore),
-                observer=observer,
-                group=group,
-            )
+            if args.trains:
+                run = run_training(
+                    model,
+                    subject,
+                    calibration,
+                    training,
+                    preserve=preserve,
+                    prior=prior,
+                    start=start,
+                    validate=validate,
+                    checkpoints=checkpoints,
+                    on_stop=lambda run: save(run, ignore),
+                    observer=observer,
+                    group=group,
+                )
+            else:
+                run = run_untrained(
+                    model,
+                    subject,
+                    calibration,
+                    preserve=preserve,
+                    validate=validate,
+                    observer=observer,
+                    group=group,
+                )
         except CNTLoRAError as error:
             error.args = (_with_location(error, kept, checkpoints),)
             raise

@@ -131,13 +131,13 @@ def describe(
 
 
 def _of_training(config: TrainConfig) -> dict[str, str]:
-    schedule = config.schedule
+    schedule: str = config.schedule
     if schedule == "constant" and config.warmup:
         schedule = "constant_with_warmup"  # kohya's word for it
     return {
         "ss_max_train_steps": str(config.steps),
-        "ss_learning_rate": str(config.lr),
-        "ss_unet_lr": str(config.lr),
+        "ss_learning_rate": str(config.learning_rate),
+        "ss_unet_lr": str(config.learning_rate),
         "ss_optimizer": f"{OPTIMIZERS[config.optimizer]}(weight_decay={config.weight_decay})",
         "ss_lr_scheduler": schedule,
         "ss_lr_warmup_steps": str(config.warmup),

@@ -67,8 +67,8 @@ def train(
         state.back_to_good()
         return NonFiniteError(
             f"The {what} became NaN or infinite at step {state.step + 1}; the weights before it "
-            f"are kept. Lower the learning rate (it was {config.lr:g}) or use precision bf16 or "
-            "fp32.",
+            f"are kept. Lower the learning rate (it was {config.learning_rate:g}) or use precision "
+            "bf16 or fp32.",
             state.step + 1,
         )
 

@@ -80,7 +80,11 @@ class TrainState:
 
 
 def start_state(model: StableDiffusion, adapters: Adapters, config: TrainConfig) -> TrainState:
-    """Before the first step. Raises SettingError when an optional optimiser is not installed."""
+    """Before the first step. Raises SettingError when an optional optimiser is not installed, and
+    for a setting that is still auto (`defaults.resolve` gives it a number)."""
+    for name in ("steps", "learning_rate"):
+        if not getattr(config, name):
+            raise SettingError(f"{name} is auto: training needs a number, from defaults.resolve.")
     flat = _flattened(adapters.parameters())
     return TrainState(
         adapters,
@@ -109,7 +113,7 @@ def _optimizer(parameters: list[Any], config: TrainConfig) -> torch.optim.Optimi
     if config.optimizer == "adamw":
         fused = all(p.device.type in FUSED for p in parameters)
         return torch.optim.AdamW(
-            parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused
+            parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused
         )
     module, name = {
         "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),
@@ -124,6 +128,6 @@ def _optimizer(parameters: list[Any], config: TrainConfig) -> torch.optim.Optimi
             f"(pip install {package}), or take 'adamw'."
         ) from error
     optimizer: torch.optim.Optimizer = kind(
-        parameters, lr=config.lr, weight_decay=config.weight_decay
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
     )
     return optimizer

@@ -134,7 +134,7 @@ def whole_path(model, device):
     training = TrainConfig(
         steps=1,
         batch_size=1,
-        lr=1e-3,
+        learning_rate=1e-3,
         noise_offset=0.05,
         min_snr_gamma=5.0,
         caption_dropout=0.5,

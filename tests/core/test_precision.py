@@ -48,7 +48,7 @@ def test_calibrating_and_training_in_half_precision(dtype):
     assert subject.mean[0].dtype == torch.float32
     validate = validation_loss(model, subject, 8)
     base = validate()
-    training = TrainConfig(steps=6, lr=3e-3, validate_every=6)
+    training = TrainConfig(steps=6, learning_rate=3e-3, validate_every=6)
     run = run_training(
         model, subject, CalibrationConfig(effort="quick"), training, validate=validate
     )

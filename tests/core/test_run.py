@@ -51,7 +51,7 @@ def test_memory_that_runs_out_while_calibrating_is_a_sentence(mini_sd, subject, 
     def work():
         if run == "calibration":
             return run_calibration(mini_sd, subject, QUICK, observer=observer)
-        training = TrainConfig(validate_every=0)
+        training = TrainConfig(steps=2, learning_rate=3e-3, validate_every=0)
         return run_training(mini_sd, subject, QUICK, training, observer=observer)
 
     advice = "gradient checkpointing on, batch size 1, precision bf16"

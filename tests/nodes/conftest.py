@@ -39,6 +39,7 @@ def stand_ins(base):
         k: kind(k.upper())
         for k in ("Combo", "String", "Int", "Float", "Boolean", "Image", "LoraModel", "LossMap")
     }
+    kinds["MultiType"] = SimpleNamespace(Input=lambda field, types: field)
     io = SimpleNamespace(
         **kinds,
         Custom=kind,

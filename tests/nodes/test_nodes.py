@@ -277,9 +277,9 @@ def test_each_workflow_has_its_own_runs_under_temp(pack, page, folder):
 
 
 CALIBRATE = {
-    "mode": "target",
+    "init": "target",
     "rank": 2,
-    "ranks": "data",
+    "rank_rule": "data",
     "seed": 0,
     "effort": "quick",
     "batch_size": 2,

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from cntlora_core.config import CalibrationConfig, DataConfig, SampleConfig, TrainConfig
+from cntlora_core.settings import settings_of
+
+EXAMPLE = "example: cat faces (embedded)"
+WIDGETS = {"COMBO", "STRING", "INT", "FLOAT", "BOOLEAN"}
 ROOT = Path(__file__).resolve().parents[2]
 IDS = [
     "LoadCheckpoint",
@@ -66,12 +71,61 @@ def test_the_examples_name_only_inputs_there_are(pack):
                 assert set(node["inputs"]) <= fields[node["class_type"]], example.name
 
 
-def test_graphs_made_before_an_input_existed_still_run(pack):
-    """What came after the first release's inputs is optional: an API graph without it is not an
-    error."""
-    fields = {f.id: f for f in pack.SubjectImages.define_schema().inputs}
-    for name in ("keep_shape", "flip", "random_crop", "masked", "images"):
-        assert fields[name].options["optional"], name
+def test_the_examples_values_stand_in_the_order_of_the_widgets(pack):
+    """The page gives `widgets_values` out by place: required widgets first, then optional ones."""
+    schemas = {s.node_id: s for s in (node.define_schema() for node in pack.NODES)}
+    for example in (ROOT / "example_workflows").glob("*.json"):
+        for node in json.loads(example.read_text())["nodes"]:
+            if node["type"] not in schemas:
+                continue
+            widgets = [f for f in schemas[node["type"]].inputs if f.io_type in WIDGETS]
+            widgets.sort(key=lambda f: bool(f.options.get("optional")))
+            written = [i["name"] for i in node["inputs"] if "widget" in i]
+            assert written == [f.id for f in widgets], (example.name, node["type"])
+            assert len(node["widgets_values"]) == len(widgets), (example.name, node["type"])
+
+
+@pytest.mark.parametrize(
+    ("node", "config", "others"),
+    [
+        ("Calibrate", CalibrationConfig, ()),
+        ("SubjectImages", DataConfig, ()),
+        ("PreviewLoRA", SampleConfig, ()),
+        ("Train", TrainConfig, ("TrainingSettings",)),
+    ],
+)
+def test_every_setting_is_a_widget_once_with_the_same_text_and_default(pack, node, config, others):
+    schemas = {s.node_id: s for s in (n.define_schema() for n in pack.NODES)}
+    fields = [f for n in (node, *others) for f in schemas[f"CNTLoRA{n}"].inputs]
+    for name, known in settings_of(config).items():
+        (widget,) = [f for f in fields if f.id == name]
+        assert widget.options["tooltip"] == known.text, name
+        assert widget.options["default"] == ("auto" if known.auto else known.default), name
+        assert tuple(widget.options.get("options", ())) == known.choices, name
+        if widget.io_type in ("INT", "FLOAT"):
+            range_ = (widget.options["min"], widget.options["max"])
+            assert range_ == (known.low, known.high), name
+        # a graph made before the setting existed still runs, with its default
+        assert widget.options["optional"], name
+
+
+@pytest.mark.parametrize(
+    ("node", "values", "says"),
+    [
+        ("TrainLoRA", {"steps": "many"}, "steps is 'many': it must be"),
+        ("TrainLoRA", {"learning_rate": "-1"}, "learning_rate is -1.0: it must be"),
+        ("SubjectImages", {"folder": EXAMPLE, "resolution": "big"}, "resolution is 'big'"),
+        ("PriorImages", {"class_prompt": "x", "resolution": "8"}, "resolution is 8"),
+    ],
+)
+def test_a_text_that_is_no_number_is_refused_before_the_run(pack, node, values, says):
+    assert says in getattr(pack, node).validate_inputs(**values)
+
+
+@pytest.mark.parametrize("value", ["auto", "128", 0, 128, 128.0, None])
+def test_an_automatic_setting_takes_a_number_a_text_or_a_wire(pack, value):
+    assert pack.TrainLoRA.validate_inputs(steps=value, learning_rate="auto") is True
+    assert pack.SubjectImages.validate_inputs(folder=EXAMPLE, resolution=value) is True
 
 
 def _table(schema):

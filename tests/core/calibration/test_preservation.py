@@ -83,7 +83,11 @@ def test_training_keeps_it_small(mini_sd, subject, prior):
 
     def after(begin):
         lora = run_training(
-            mini_sd, subject, QUICK, TrainConfig(steps=12, lr=3e-3, validate_every=0), start=begin
+            mini_sd,
+            subject,
+            QUICK,
+            TrainConfig(steps=12, learning_rate=3e-3, validate_every=0),
+            start=begin,
         ).lora
         with attached_lora(mini_sd.unet, lora) as adapters:
             return float(start.preservation.loss(adapters))
@@ -92,7 +96,7 @@ def test_training_keeps_it_small(mini_sd, subject, prior):
 
 
 def test_a_resumed_run_goes_on_with_it(mini_sd, subject, prior, tmp_path):
-    training = TrainConfig(steps=4, validate_every=0)
+    training = TrainConfig(steps=4, learning_rate=3e-3, validate_every=0)
     whole = run_training(mini_sd, subject, QUICK, training, preserve=prior)
     checkpoints = RunSnapshots(state_path(tmp_path / "x.safetensors"), {}, resume=True)
 

@@ -9,7 +9,9 @@ from cntlora_core.config import CalibrationConfig, TrainConfig
 def test_the_demo_draws_and_reports(tmp_path, monkeypatch):
     """The whole demo, with fewer steps: every file is written and the calibrated start beats the
     base."""
-    monkeypatch.setattr(demo, "TRAINING", TrainConfig(steps=4, validate_every=2))
+    monkeypatch.setattr(
+        demo, "TRAINING", TrainConfig(steps=4, learning_rate=3e-3, validate_every=2)
+    )
     monkeypatch.setattr(demo, "CALIBRATION", CalibrationConfig(effort="quick"))
     result = demo.run_demo(tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"

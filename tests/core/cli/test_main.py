@@ -42,7 +42,10 @@ def test_train_from_pictures_to_file(tmp_path, capsys):
         "--events",
         str(log),
     ]
-    assert main(arguments("train", out, *more, "--rank-rule", "uniform", "--lr", "1e-3")) == 0
+    assert (
+        main(arguments("train", out, *more, "--rank-rule", "uniform", "--learning-rate", "1e-3"))
+        == 0
+    )
     events = [json.loads(line) for line in log.read_text().splitlines()]
     kinds = [e["type"] for e in events]
     assert kinds[-1] == "done"
@@ -167,7 +170,7 @@ def bad(tmp_path, kind):
         "output folder": (["--output", str(tmp_path / "no" / "x.safetensors")], "output folder"),
         "rank": (["--rank", "0"], "rank is 0"),
         "steps": (["--steps", "-1"], "steps is -1"),
-        "lr": (["--lr", "nan"], "lr is nan"),
+        "learning_rate": (["--learning-rate", "nan"], "learning_rate is nan"),
         "resolution": (["--resolution", "50"], "multiples of 16"),
         "device": (["--device", "quantum"], "not available here"),
         "choice": (["--init", "magic"], "invalid choice"),
@@ -185,7 +188,7 @@ def bad(tmp_path, kind):
         "output folder",
         "rank",
         "steps",
-        "lr",
+        "learning_rate",
         "resolution",
         "device",
         "choice",

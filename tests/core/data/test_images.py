@@ -190,7 +190,7 @@ def test_min_snr_weighs_noisy_steps_more():
 
 
 def test_learning_rates():
-    config = TrainConfig(steps=10, lr=1.0, schedule="cosine", warmup=4)
+    config = TrainConfig(steps=10, learning_rate=1.0, schedule="cosine", warmup=4)
     rates = [config.lr_at(step) for step in range(1, 11)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:] == sorted(rates[5:], reverse=True)
@@ -203,5 +203,8 @@ def test_an_optimiser_that_is_not_installed_is_a_sentence(mini_sd, subject):
 
     with pytest.raises(SettingError, match="pip install prodigyopt"):
         run_training(
-            mini_sd, subject, CalibrationConfig(init="gaussian"), TrainConfig(optimizer="prodigy")
+            mini_sd,
+            subject,
+            CalibrationConfig(init="gaussian"),
+            TrainConfig(steps=1, learning_rate=1.0, optimizer="prodigy"),
         )

@@ -28,7 +28,7 @@ def about(family="sd2-v", prediction="v", **more):
             "taught": TAUGHT,
             "steps": 10,
             "calibration": CalibrationConfig(),
-            "training": TrainConfig(lr=1e-3),
+            "training": TrainConfig(learning_rate=1e-3),
         }
         | more,
     )
@@ -69,7 +69,7 @@ def test_tags_are_those_of_the_captions_by_repeats():
     ],
 )
 def test_optimizer_and_schedule_are_those_of_the_run(settings, optimizer, scheduler):
-    metadata = about(training=TrainConfig(lr=1e-3, **settings))
+    metadata = about(training=TrainConfig(learning_rate=1e-3, **settings))
     assert metadata["ss_optimizer"] == optimizer
     assert metadata["ss_lr_scheduler"] == scheduler
 

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.config import CalibrationConfig, TrainConfig
-from cntlora_core.errors import NonFiniteError
+from cntlora_core.errors import NonFiniteError, SettingError
 from cntlora_core.events import Step, Validation
 from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.run import run_training
@@ -21,7 +23,7 @@ def test_training_lowers_the_validation_loss(mini_sd, subject):
         mini_sd,
         subject,
         PLAIN,
-        TrainConfig(steps=20, lr=1e-2, validate_every=10),
+        TrainConfig(steps=20, learning_rate=1e-2, validate_every=10),
         validate=validate,
         observer=events.append,
     )
@@ -33,10 +35,10 @@ def test_training_lowers_the_validation_loss(mini_sd, subject):
 
 
 def test_same_seed_same_weights(mini_sd, subject):
-    config = TrainConfig(steps=3, validate_every=0, seed=4)
+    config = TrainConfig(steps=3, learning_rate=3e-3, validate_every=0, seed=4)
     first, second = (run_training(mini_sd, subject, PLAIN, config).lora for _ in range(2))
     other = run_training(
-        mini_sd, subject, PLAIN, TrainConfig(steps=3, validate_every=0, seed=5)
+        mini_sd, subject, PLAIN, TrainConfig(steps=3, learning_rate=3e-3, validate_every=0, seed=5)
     ).lora
     assert all(
         torch.equal(first[n].up, second[n].up) and torch.equal(first[n].down, second[n].down)
@@ -57,7 +59,7 @@ def test_an_observer_that_raises_leaves_at_once_with_the_work(mini_sd, subject):
 
     start = calibrate(mini_sd, subject, PLAIN)
     with attached_lora(mini_sd.unet, start.lora, trainable=True) as adapters:
-        config = TrainConfig(steps=50, validate_every=0)
+        config = TrainConfig(steps=50, learning_rate=3e-3, validate_every=0)
         with pytest.raises(Cancelled):
             train(mini_sd, subject, start_state(mini_sd, adapters, config), config, observer=cancel)
         kept = adapters.factors()
@@ -75,7 +77,7 @@ def test_nan_stops_at_its_step_with_the_last_good_weights(mini_sd, subject):
                 if event.step == 3:
                     adapters.parameters()[1].data[0, 0] = float("nan")
 
-        config = TrainConfig(steps=9, validate_every=0)
+        config = TrainConfig(steps=9, learning_rate=3e-3, validate_every=0)
         with pytest.raises(NonFiniteError, match="step 4") as caught:
             train(mini_sd, subject, start_state(mini_sd, adapters, config), config, observer=poison)
         kept = adapters.factors()
@@ -84,7 +86,9 @@ def test_nan_stops_at_its_step_with_the_last_good_weights(mini_sd, subject):
     assert all(torch.equal(kept[n].up, snapshots[2][n].up) for n in kept)
 
 
-def test_zero_steps_is_the_start(mini_sd, subject):
-    run = run_training(mini_sd, subject, PLAIN, TrainConfig(steps=0, validate_every=0))
-    assert all(torch.equal(run.lora[n].down, run.start.lora[n].down) for n in run.lora)
-    assert run.steps == 0
+@pytest.mark.parametrize("left", ["steps", "learning_rate"])
+def test_what_is_still_auto_is_refused(mini_sd, subject, left):
+    """Neither a number of steps nor a rate belongs to every model."""
+    config = replace(TrainConfig(steps=3, learning_rate=3e-3), **{left: 0})
+    with pytest.raises(SettingError, match=f"{left} is auto"):
+        run_training(mini_sd, subject, PLAIN, config)

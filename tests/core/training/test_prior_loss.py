@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.cli.main import main
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.data.batches import draw_noised
@@ -17,7 +18,7 @@ from cntlora_core.run import run_training
 from cntlora_core.training.prior_loss import BasePrediction, ClassImages
 
 PLAIN = CalibrationConfig(init="gaussian", rank=4)
-TRAINING = TrainConfig(steps=15, lr=1e-2, validate_every=0, prior_weight=4.0)
+TRAINING = TrainConfig(steps=15, learning_rate=1e-2, validate_every=0, prior_weight=4.0)
 CLASS = "a cat face emoji"
 
 
@@ -45,7 +46,7 @@ def test_both_prior_losses_hold_the_class(mini_sd, subject, drawn):
 
 def test_the_base_prediction_of_an_untrained_lora_is_its_own_target(mini_sd, subject):
     prior = BasePrediction(encode_prompts(mini_sd, [CLASS]))
-    start = run_training(mini_sd, subject, PLAIN, TrainConfig(steps=0, validate_every=0)).lora
+    start = calibrate(mini_sd, subject, PLAIN).lora
     (batch,) = draw_noised(subject, 2, 1000, torch.Generator().manual_seed(0)).sizes
     with attached_lora(mini_sd.unet, start, trainable=True) as adapters:
         others = prior.draw(1, batch, 1000, torch.Generator())
@@ -110,7 +111,7 @@ def test_a_prior_needs_its_class(tmp_path, capsys):
 
 def test_the_best_weights_are_kept_and_patience_ends_the_run(mini_sd, subject):
     losses = iter([0.1, 0.9, 0.5, 0.4, 0.6, 0.7, 0.8])  # of the base, then at steps 0, 1, 2, ...
-    training = TrainConfig(steps=20, validate_every=1, patience=3)
+    training = TrainConfig(steps=20, learning_rate=3e-3, validate_every=1, patience=3)
     run = run_training(mini_sd, subject, PLAIN, training, validate=lambda: next(losses))
     assert (run.kept_step, run.steps) == (2, 5)
     losses = iter([0.1, 0.9, 0.5, 0.4, *[0.6] * 20])

@@ -47,7 +47,7 @@ def same(first, second):
     "more", [{}, {"schedule": "cosine", "warmup": 2, "caption_dropout": 0.5, "noise_offset": 0.1}]
 )
 def test_a_resumed_run_ends_bit_identical(mini_sd, subject, tmp_path, stop, more):
-    training = TrainConfig(steps=5, validate_every=2, **more)
+    training = TrainConfig(steps=5, learning_rate=3e-3, validate_every=2, **more)
     validate = validation_loss(mini_sd, subject.only([0]), 8)
     whole = run_training(mini_sd, subject, PLAIN, training, validate=validate)
     checkpoints = RunSnapshots(state_path(tmp_path / "x.safetensors"), {"seed": 0}, resume=True)
@@ -82,7 +82,7 @@ def test_a_resumed_run_ends_bit_identical(mini_sd, subject, tmp_path, stop, more
 
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(mini_sd, subject, tmp_path):
     path = tmp_path / "x.state.safetensors"
-    training = TrainConfig(steps=2, validate_every=0)
+    training = TrainConfig(steps=2, learning_rate=3e-3, validate_every=0)
     run_training(
         mini_sd,
         subject,
@@ -111,7 +111,7 @@ def test_no_memory_is_a_sentence_and_the_work_is_kept(mini_sd, subject):
             mini_sd,
             subject,
             PLAIN,
-            TrainConfig(steps=4, validate_every=0),
+            TrainConfig(steps=4, learning_rate=3e-3, validate_every=0),
             on_stop=kept.append,
             observer=no_memory,
         )
@@ -182,7 +182,7 @@ def test_two_processes_at_half_the_batch_are_one_process(tmp_path, effort, steps
         effort,
         "--validate-every",
         "2",
-        "--train-on-all",
+        "--no-hold-out",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for launch, out, batch in (
@@ -224,7 +224,9 @@ def test_accumulated_batches_are_one_large_batch(mini_sd, subject):
             mini_sd,
             subject,
             PLAIN,
-            TrainConfig(steps=3, validate_every=0, batch_size=b, accumulation=a),
+            TrainConfig(
+                steps=3, learning_rate=3e-3, validate_every=0, batch_size=b, accumulation=a
+            ),
         ).lora
         for b, a in ((4, 1), (2, 2))
     ]

@@ -1,0 +1,39 @@
+"""What is chosen when nobody says."""
+
+import pytest
+
+from cntlora_core.config import TrainConfig
+from cntlora_core.defaults import default_learning_rate, default_steps, resolve
+from cntlora_core.events import Status
+
+SD = "sd15.safetensors"
+
+
+def test_real_models_learn_more_slowly_and_calibrated_starts_faster_than_ordinary_ones():
+    assert default_learning_rate("mini-sd", "target") == 3e-3
+    assert default_learning_rate("mini-sd", "gaussian") == 1e-2
+    assert default_learning_rate(SD, "gaussian") == 1e-4
+    assert default_learning_rate(SD, "target") == 5e-4
+    assert default_steps("mini-sd", "target", 5) == 100
+    assert default_steps(SD, "gaussian", 5) == 500
+    assert default_steps(SD, "target", 5) == 250
+    assert default_steps(SD, "target", 30) == 600
+
+
+def test_what_is_auto_becomes_a_number_and_is_told():
+    told = []
+    config = resolve(TrainConfig(seed=3), SD, "target", 5, told.append)
+    assert config == TrainConfig(steps=250, learning_rate=5e-4, seed=3)
+    assert told == [Status("Chosen by model and pictures: steps 250, learning rate 0.0005")]
+
+
+def test_what_was_said_stays_and_nothing_is_told():
+    told = []
+    config = TrainConfig(steps=7, learning_rate=0.1)
+    assert resolve(config, SD, "target", 5, told.append) == config
+    assert told == []
+
+
+@pytest.mark.parametrize("model", [SD, "mini-sd"])
+def test_prodigy_finds_its_own_rate(model):
+    assert resolve(TrainConfig(optimizer="prodigy"), model, "target", 5).learning_rate == 1.0

@@ -15,6 +15,7 @@ const WORDS = {
   CNTLoRASubjectImages: "After a run: how many pictures, their sizes, the prompt, what was skipped",
   CNTLoRASaveLoRA: "After a run: the name of the file",
 };
+const WIDGET_HEIGHT = 20;
 const REJECTED_WITHIN = 8000; // ms in which a prompt that was just sent is refused, if it is
 
 const shown = new WeakMap(); // node -> Panel or Words
@@ -46,10 +47,9 @@ function addElement(node, name, display, height) {
   };
 }
 
-function addPanel(node, { kind, width, height }) {
+function addPanel(node, { kind, height }) {
   const panel = new Panel({ kind, read: () => lastRun(node) });
   addElement(node, "cntlora_panel", panel, height);
-  node.setSize([Math.max(node.size[0], width), node.size[1]]);
   setTimeout(() => panel.replay().catch(() => {}), 0); // when the node has its id
 }
 
@@ -57,9 +57,14 @@ function addWords(node, text) {
   addElement(node, "cntlora_words", new Words(text), 48);
 }
 
-// The Vue renderer folds by `options.advanced`, the canvas by `advanced`.
+// The Vue renderer folds by `options.advanced`, the canvas by `advanced`, which leaves the row: it
+// takes no height (4 are added to what a widget asks for) until Show Advanced in the node's menu.
 function foldAdvanced(node) {
-  for (const widget of node.widgets ?? []) if (widget.options?.advanced) widget.advanced = true;
+  for (const widget of node.widgets ?? []) {
+    if (!widget.options?.advanced) continue;
+    widget.advanced = true;
+    widget.computeSize = (width) => [width ?? 0, node.showAdvanced ? WIDGET_HEIGHT : -4];
+  }
 }
 
 function styles() {
@@ -126,5 +131,6 @@ app.registerExtension({
     foldAdvanced(node);
     if (PANELS[kind]) addPanel(node, PANELS[kind]);
     if (WORDS[kind]) addWords(node, WORDS[kind]);
+    node.setSize([Math.max(node.size[0], PANELS[kind]?.width ?? 0), node.computeSize()[1]]);
   },
 });

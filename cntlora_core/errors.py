@@ -10,6 +10,10 @@ class CNTLoRAError(ValueError):
         """ComfyUI shows a class with its module, which would be the path of the custom node."""
         cls.__module__ = "cntlora_core.errors"
 
+    def add_sentence(self, sentence: str) -> None:
+        """Tell one more thing after what was said already."""
+        self.args = (f"{self} {sentence}", *self.args[1:])
+
 
 class ImageError(CNTLoRAError):
     """Pictures are missing, unreadable or unusable."""
@@ -21,7 +25,11 @@ class CheckpointError(CNTLoRAError):
 
 
 class LoRAFileError(CNTLoRAError):
-    """A LoRA file cannot be read or written."""
+    """A LoRA file cannot be read, or its weights cannot be stored."""
+
+
+class OutputError(CNTLoRAError):
+    """A file cannot be written where it should be."""
 
 
 class SettingError(CNTLoRAError):

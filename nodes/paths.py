@@ -46,13 +46,3 @@ def _plain(part: str) -> bool:
         or _FORBIDDEN.search(part)
         or stem in _DEVICES
     )
-
-
-def free_name(path: Path) -> Path:
-    """`path`, or the first of `name_2`, `name_3`, ... that does not exist: nothing is
-    overwritten."""
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate = path.with_name(f"{path.stem}_{number}{path.suffix}")
-        number += 1
-    return candidate

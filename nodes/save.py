@@ -6,9 +6,9 @@ from torch import Tensor
 
 from ..cntlora_core.devices import DTYPES
 from ..cntlora_core.errors import CNTLoRAError, LoRAFileError
+from ..cntlora_core.files import free_name
 from . import host
 from .host import io
-from .paths import free_name
 from .types import LoRAModel
 
 

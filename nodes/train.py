@@ -13,6 +13,7 @@ from ..cntlora_core.data.dataset import EncodedImages
 from ..cntlora_core.defaults import resolve
 from ..cntlora_core.errors import CNTLoRAError
 from ..cntlora_core.events import Event, Notice, Saved, Step, Training
+from ..cntlora_core.files import free_name
 from ..cntlora_core.lora.adapter import attached_lora
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.model.sampling import sample
@@ -22,7 +23,6 @@ from ..cntlora_core.training.prior_loss import BasePrediction, ClassImages, Prio
 from ..cntlora_core.training.validation import validation_loss
 from . import host
 from .host import io
-from .paths import free_name
 from .reporter import Reporter
 from .types import (
     CalibratedStart,

@@ -1,7 +1,9 @@
 """Make the repository's packages importable without letting `nodes/` and `tests/` shadow ComfyUI's
 modules of those names."""
 
+import errno
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -60,3 +62,44 @@ def held_out(mini_sd):
     from cntlora_core.model.loader import MINI_SD_FOLDER
 
     return read_subject(mini_sd, MINI_SD_FOLDER / "heldout", "a sks cat face emoji")
+
+
+class FailingDisk:
+    """A file system whose n-th call fails, and with `stays` all after it too: as a full disk
+    does."""
+
+    def __init__(self, fails_at=0, stays=False):
+        self.fails_at, self.stays, self.calls = fails_at, stays, 0
+
+    def _count(self):
+        self.calls += 1
+        if self.fails_at and (
+            self.calls == self.fails_at or (self.stays and self.calls > self.fails_at)
+        ):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def open(self, path, mode):
+        self._count()
+        return path.open(mode)
+
+    def write(self, file, data):
+        try:
+            self._count()
+        except OSError:
+            file.write(data[: len(data) // 2])  # as much as there is room for
+            raise
+        file.write(data)
+        file.flush()
+
+    def sync(self, file):
+        self._count()
+        os.fsync(file.fileno())
+
+    def replace(self, source, target):
+        self._count()
+        os.replace(source, target)
+
+
+@pytest.fixture(scope="session")
+def failing_disk():
+    return FailingDisk

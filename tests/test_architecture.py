@@ -51,6 +51,7 @@ COMMON = {
     "distributed",
     "errors",
     "events",
+    "files",
     "settings",
     "__init__",
 }

@@ -6,7 +6,6 @@ import os
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
 
 from tqdm import tqdm
 
@@ -22,7 +21,9 @@ from ..events import (
     Step,
     Training,
     Validation,
+    ignore,
 )
+from ..files import LineFile
 
 
 class Console:
@@ -102,12 +103,14 @@ class Console:
 
 
 class EventFile:
-    """Appends events to a file, one JSON object a line; progress ticks are left out. The file is
-    made at the first event."""
+    """Writes events to a file, one JSON object a line; progress ticks are left out. When the file
+    cannot be written, `observer` is told and the run goes on."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.file: TextIO | None = None
+    def __init__(
+        self, path: str | os.PathLike[str], observer: Observer = ignore, *, append: bool = False
+    ) -> None:
+        self.lines = LineFile(Path(path), append=append)
+        self.observer = observer
 
     def __enter__(self) -> EventFile:
         return self
@@ -118,16 +121,18 @@ class EventFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.file is not None:
-            self.file.close()
+        self.lines.close()
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Progress):
             return
-        if self.file is None:
-            self.file = self.path.open("w", encoding="utf-8")
-        self.file.write(event.to_json() + "\n")
-        self.file.flush()
+        if failure := self.lines.write(event.to_json()):
+            self.observer(
+                Notice(
+                    f"The events can no longer be written to '{self.lines.path}' ({failure}); the "
+                    "run goes on without."
+                )
+            )
 
 
 def broadcast(*observers: Observer) -> Observer:

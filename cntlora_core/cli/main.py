@@ -181,7 +181,7 @@ def _check(args: argparse.Namespace) -> None:
     pictures = find_pictures(args.images, lambda event: said.append(getattr(event, "text", "")))
     said += check_pictures(pictures, args.resolution)
     if args.sheet:
-        from ..lora.file import check_output
+        from ..files import check_output
 
         sheet = check_output(args.sheet, overwrite=args.overwrite, suffix=".png")
         contact_sheet([p.image for p in pictures], [p.name for p in pictures]).save(sheet)
@@ -205,8 +205,9 @@ def _sample(args: argparse.Namespace) -> None:
     how = settings_from(SampleConfig, args)
     resolution = settings_from(DataConfig, args).resolution
     from ..data.dataset import check_resolution
+    from ..files import check_output
     from ..lora.adapter import attached_lora
-    from ..lora.file import check_output, load_lora
+    from ..lora.file import load_lora
     from ..lora.targets import ALL, find_projections
     from ..model.sampling import sample
     from ..report.charts import sample_sheet

@@ -44,7 +44,7 @@ def run_train(args: argparse.Namespace, load: Any) -> None:
     from ..defaults import resolve
     from ..devices import DTYPES, pick_device
     from ..distributed import local_device, process_group
-    from ..lora.file import check_output
+    from ..files import check_output
     from ..run import run_training, run_untrained, save_run
     from ..training.resume import state_path
     from ..training.validation import validation_loss

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..files import atomic_write
 
 
 class LatentCache:
@@ -39,13 +39,8 @@ class LatentCache:
             return None
 
     def put(self, key: tuple[object, ...], mean: Tensor, std: Tensor) -> None:
-        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file({"mean": mean.cpu().contiguous(), "std": std.cpu().contiguous()}, name)
-            os.replace(name, self._path(key))
-        finally:
-            Path(name).unlink(missing_ok=True)
+        tensors = {"mean": mean.cpu().contiguous(), "std": std.cpu().contiguous()}
+        atomic_write(self._path(key), save(tensors))
 
     def _path(self, key: tuple[object, ...]) -> Path:
         return (

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from ..errors import LoRAFileError
+from ..errors import LoRAFileError, OutputError
+from ..files import DISK, Disk, atomic_write, check_output
 from ..model.ldm_names import unet_name
 from .adapter import Factors, LoRA
 from .targets import Projection
@@ -101,34 +101,6 @@ def from_state_dict(
     return lora
 
 
-def check_output(
-    path: str | os.PathLike[str], *, overwrite: bool = False, suffix: str = ".safetensors"
-) -> Path:
-    """The output path, known to be writable before any work is done. Raises LoRAFileError."""
-    target = Path(path)
-    folder = target.parent
-    if suffix and target.suffix != suffix:
-        raise LoRAFileError(f"The output '{target}' must end in {suffix}.")
-    if not folder.is_dir():
-        raise LoRAFileError(
-            f"The output folder '{folder}' does not exist. Create it or choose another."
-        )
-    if target.is_dir():
-        raise LoRAFileError(f"The output '{target}' is a folder. Give a file name.")
-    if target.exists() and not overwrite:
-        raise LoRAFileError(
-            f"The output '{target}' exists. Choose another name, or say --overwrite."
-        )
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise LoRAFileError(
-            f"The output folder '{folder}' is not writable ({error.strerror})."
-        ) from error
-    return target
-
-
 def save_lora(
     path: str | os.PathLike[str],
     lora: Mapping[str, Factors],
@@ -137,35 +109,34 @@ def save_lora(
     *,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
+    disk: Disk = DISK,
 ) -> Path:
     """Write, read back, then rename into place; a failure leaves neither a partial file nor a
     changed old one.
 
-    Equal weights and metadata give equal bytes. Raises LoRAFileError.
+    Equal weights and metadata give equal bytes. Raises LoRAFileError for weights that are not
+    finite in `dtype`, and OutputError.
     """
     target = check_output(path, overwrite=overwrite)
     state = to_state_dict(lora, family, dtype)
     payload = _canonical(serialize(state, metadata=dict(metadata)))
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        _verify(temporary, state)
-        os.chmod(temporary, 0o644)
-        check_output(
-            target, overwrite=overwrite
-        )  # again: somebody may have made the file meanwhile
-        os.replace(temporary, target)
-    except OSError as error:
-        raise LoRAFileError(
-            f"'{target}' could not be written ({error.strerror or error})."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
+    return atomic_write(
+        target,
+        payload,
+        overwrite=overwrite,
+        verify=lambda written: _verify(written, state),
+        disk=disk,
+    )
+
+
+def overflows(lora: Mapping[str, Factors], dtype: torch.dtype) -> bool:
+    """Whether finite weights are not so in `dtype`."""
+    alpha = common_alpha(lora)
+    return any(
+        bool((torch.isfinite(t) & ~torch.isfinite(t.to(dtype))).any())
+        for f in lora.values()
+        for t in (f.down, f.up * (f.rank / alpha))
+    )
 
 
 def _canonical(payload: bytes) -> bytes:
@@ -188,7 +159,7 @@ def _verify(path: Path, state: Mapping[str, Tensor]) -> None:
             torch.equal(file.get_tensor(k), v) for k, v in state.items()
         )
     if not same:
-        raise LoRAFileError(
+        raise OutputError(
             f"'{path.parent}' gave back other bytes than were written: check the disk."
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from ..errors import SettingError
+from ..files import DISK, Disk, atomic_write
 from ..lora.adapter import Factors, LoRA
 from .state import Best, TrainState
 
@@ -40,28 +40,18 @@ class RunSnapshots:
     identity: Mapping[str, Any]
     every: int = 0
     resume: bool = False
+    disk: Disk = DISK
 
     def due(self, step: int) -> bool:
         return bool(self.every) and step % self.every == 0
 
     def write(self, state: TrainState) -> None:
-        """Atomic: a process killed at any moment leaves this file or the one before."""
+        """Atomic: a process killed at any moment leaves this file or the one before. Raises
+        OutputError."""
         tensors, story = _pack(state)
         story["identity"] = dict(self.identity)
         payload = serialize(tensors, metadata={"cntlora.state": json.dumps(story)})
-        partial = self.path.with_name(
-            f".{self.path.name}.partial"
-        )  # one name: what a kill leaves is overwritten
-        try:
-            with partial.open("wb") as file:
-                file.write(payload)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.path)
-        except OSError as error:
-            raise SettingError(
-                f"The checkpoint '{self.path}' could not be written ({error.strerror})."
-            ) from error
+        atomic_write(self.path, payload, disk=self.disk)
 
     def read(self) -> Saved | None:
         """The file to go on from; None when there is none or none is wanted. Raises SettingError

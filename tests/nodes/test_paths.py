@@ -67,9 +67,3 @@ def test_whatever_the_name_the_path_is_inside_or_refused(paths, name):
         return
     assert path.resolve().is_relative_to(root)
     assert path != root
-
-
-def test_a_taken_name_gets_a_number(paths, tmp_path):
-    (tmp_path / "a.safetensors").touch()
-    (tmp_path / "a_2.safetensors").touch()
-    assert paths.free_name(tmp_path / "a.safetensors").name == "a_3.safetensors"

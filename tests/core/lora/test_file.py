@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from cntlora_core.errors import LoRAFileError
+from cntlora_core.errors import LoRAFileError, OutputError
 from cntlora_core.lora.adapter import Factors
 from cntlora_core.lora.file import (
     from_state_dict,
@@ -97,7 +97,7 @@ def test_equal_content_gives_equal_bytes(tmp_path):
 def test_nothing_is_overwritten_silently(tmp_path):
     path = save_lora(tmp_path / "a.safetensors", make(), "sd1", {})
     before = path.read_bytes()
-    with pytest.raises(LoRAFileError, match="exists"):
+    with pytest.raises(OutputError, match="exists"):
         save_lora(path, make(seed=1), "sd1", {})
     assert path.read_bytes() == before
     save_lora(path, make(seed=1), "sd1", {}, overwrite=True)
@@ -110,7 +110,7 @@ def test_a_failed_write_leaves_no_trace(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(LoRAFileError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left"):
         save_lora(tmp_path / "a.safetensors", make(), "sd1", {})
     assert os.listdir(tmp_path) == []
 
@@ -136,14 +136,14 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
 )
 def test_unusable_outputs(tmp_path, name, words):
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(LoRAFileError, match=words):
+    with pytest.raises(OutputError, match=words):
         save_lora(tmp_path / name, make(), "sd1", {})
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind here")
 def test_a_read_only_folder_is_found_before_the_work(tmp_path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    with pytest.raises(LoRAFileError, match="not writable"):
+    with pytest.raises(OutputError, match="not writable"):
         save_lora(tmp_path / "a.safetensors", make(), "sd1", {})
 
 

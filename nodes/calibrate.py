@@ -74,7 +74,7 @@ class CalibrateLoRA(io.ComfyNode):
     ) -> io.NodeOutput:
         config = read_settings(CalibrationConfig, settings)
         with (
-            Reporter(host.identity(cls), "CNTLoRACalibrate", "Calibrate LoRA") as report,
+            Reporter(host.identity(cls), "CNTLoRACalibrate") as report,
             host.working(sd_model),
         ):
             encoded, _ = subject.encode(sd_model, report)

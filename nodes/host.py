@@ -247,5 +247,5 @@ def add_routes() -> None:
         found = [
             json.loads(line) for line in lines if line.endswith("}")
         ]  # the last line may be half written
-        same = bool(found) and found[0].get("class") == asked.get("class")
+        same = bool(found) and found[0].get("node_class") == asked.get("class")
         return web.json_response({"events": found if same else []})

@@ -56,8 +56,8 @@ class PriorImages(io.ComfyNode):
             outputs=[
                 Prior.Output(
                     display_name="prior",
-                    tooltip="For Calibrate LoRA (nothing else changes) and Train LoRA (prior "
-                    "loss).",
+                    tooltip="For Calibrate LoRA: it and the training after it then change the "
+                    "class as little as they can. For Train LoRA: a prior loss too.",
                 ),
                 io.Image.Output(
                     display_name="pictures",
@@ -85,7 +85,7 @@ class PriorImages(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         with (
-            Reporter(host.identity(cls), "CNTLoRAPriorImages", "Prior Images") as report,
+            Reporter(host.identity(cls), "CNTLoRAPriorImages") as report,
             host.working(sd_model),
         ):
             data = read_settings(DataConfig, settings)

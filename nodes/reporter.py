@@ -5,17 +5,56 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 
-from ..cntlora_core.events import Event, Progress, Step, Training
+from ..cntlora_core.events import Event, Progress, Saved, Step, Training
 from . import host
 
-FREQUENT = ("step", "progress")
+FREQUENT = (Step.type, Progress.type)
 # seconds between messages of the frequent kind: they go together, so that the page stays quick
 SEND_EVERY = 0.25
+
+
+@dataclass(frozen=True)
+class Run(Event):
+    """A node began to work. `folder`: where its pictures lie, under ComfyUI's temp folder; `steps`:
+    0 while they are auto; `started`: seconds since 1970."""
+
+    type: ClassVar[str] = "run"
+    node_class: str
+    steps: int
+    started: float
+    folder: str
+
+
+@dataclass(frozen=True)
+class Sample(Event):
+    """A picture was drawn after `step` steps: `file` in the run's folder."""
+
+    type: ClassVar[str] = "sample"
+    step: int
+    file: str
+
+
+@dataclass(frozen=True)
+class Kept(Event):
+    """The weights given out are those after `step` steps."""
+
+    type: ClassVar[str] = "kept"
+    step: int
+
+
+@dataclass(frozen=True)
+class End(Event):
+    """The node is done, or why it is not, in a sentence."""
+
+    type: ClassVar[str] = "end"
+    ok: bool
+    text: str
 
 
 class Reporter:
@@ -25,23 +64,17 @@ class Reporter:
     rebuilds what it missed; a run that ComfyUI's cache gives again is still there.
     """
 
-    def __init__(self, node: host.Identity, kind: str, title: str, steps: int = 0) -> None:
+    def __init__(self, node: host.Identity, kind: str, steps: int = 0) -> None:
         self.node, self.kind, self.steps, self.sequence = node, kind, steps, 0
         self.run = f"{time.time_ns():x}"
         self.folder: Path = node.path
         self.folder.mkdir(parents=True, exist_ok=True)
         self.unsent: list[dict[str, Any]] = []
         self.sent = 0.0
+        self.saved = False
         self.show = host.progress_bar(node.node)
         self.file = (self.folder / f"events_{self.run}.jsonl").open("w", encoding="utf-8")
-        run = {
-            "class": kind,
-            "title": title,
-            "steps": steps,
-            "started": time.time(),
-            "folder": node.folder,
-        }
-        self._send({"type": "run", **run})
+        self.note(Run(kind, steps, time.time(), node.folder))
 
     def __enter__(self) -> Reporter:
         return self
@@ -50,21 +83,27 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
         try:
-            cancelled = isinstance(error, host.Cancelled)
-            text = (
-                "Done"
-                if kind is None
-                else "Cancelled; what was trained is kept"
-                if cancelled
-                else str(error)
-            )
-            self._send({"type": "end", "ok": kind is None, "text": text})
+            self.note(End(kind is None, self._ending(error)))
         finally:
             self.file.close()
 
+    def _ending(self, error: BaseException | None) -> str:
+        if isinstance(error, host.Cancelled):
+            return "Cancelled; what was trained is kept" if self.saved else "Cancelled"
+        return "Done" if error is None else str(error)
+
     def note(self, event: Event) -> None:
         """Tell without looking for Cancel: for what must be said while a cancelled run ends."""
-        self._send(event.to_dict())
+        self.saved |= isinstance(event, Saved)
+        self.sequence += 1
+        line = {"run": self.run, "seq": self.sequence, "time": time.time(), **event.to_dict()}
+        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.file.flush()
+        self.unsent.append(line)
+        if event.type in FREQUENT and time.monotonic() - self.sent < SEND_EVERY:
+            return
+        host.send({"v": 1, **self._source, "events": self.unsent})
+        self.unsent, self.sent = [], time.monotonic()
 
     def __call__(self, event: Event) -> None:
         self.note(event)
@@ -87,11 +126,11 @@ class Reporter:
             left += p.width
         name = f"{self.run}_{step:06d}.png"
         strip.save(self.folder / name)
-        self._send({"type": "sample", "step": step, "file": name})
+        self.note(Sample(step, name))
 
     def kept(self, step: int) -> None:
         """The weights given out are those after `step` steps."""
-        self._send({"type": "kept", "step": step})
+        self.note(Kept(step))
 
     def shown(self) -> dict[str, Any]:
         """The node's `ui`: which run made its outputs, also when the cache gives them again."""
@@ -100,14 +139,3 @@ class Reporter:
     @property
     def _source(self) -> dict[str, str]:
         return {"workflow": self.node.workflow, "node": self.node.node, "class": self.kind}
-
-    def _send(self, content: dict[str, Any]) -> None:
-        self.sequence += 1
-        event = {"run": self.run, "seq": self.sequence, "time": time.time(), **content}
-        self.file.write(json.dumps(event, ensure_ascii=False) + "\n")
-        self.file.flush()
-        self.unsent.append(event)
-        if event["type"] in FREQUENT and time.monotonic() - self.sent < SEND_EVERY:
-            return
-        host.send({"v": 1, **self._source, "events": self.unsent})
-        self.unsent, self.sent = [], time.monotonic()

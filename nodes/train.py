@@ -140,7 +140,7 @@ class TrainLoRA(io.ComfyNode):
         made = lora_init.calibration if lora_init else None
         config = read_settings(TrainConfig, own | (settings.fields if settings else {}))
         with (
-            Reporter(host.identity(cls), "CNTLoRATrain", "Train LoRA", config.steps) as report,
+            Reporter(host.identity(cls), "CNTLoRATrain", config.steps) as report,
             host.working(sd_model),
         ):
             encoded, held_out = subject.encode(sd_model, report)

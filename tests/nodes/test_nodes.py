@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 FOLDER = "example: cat faces (embedded)"
 SUBJECT = {"trigger": "sks", "class_name": "cat face emoji", "resolution": 0}
@@ -170,6 +171,40 @@ def test_cancel_leaves_within_one_step_and_keeps_the_work(pack, model, pictures,
     assert events[-1]["text"] == "Cancelled; what was trained is kept"
 
 
+def test_auto_settings_get_numbers_from_the_model_and_the_page_is_told(
+    pack, model, pictures, monkeypatch
+):
+    def train(model, subject, state, config, **options):
+        raise pack.host.Cancelled
+
+    from cntlora_pack.cntlora_core import run as runs
+
+    monkeypatch.setattr(runs, "train", train)
+    real = replace(model, name="sd15.safetensors")
+    auto = TRAIN | {"steps": "auto", "learning_rate": 0.0}
+    with pytest.raises(pack.host.Cancelled):
+        run(pack.TrainLoRA, sd_model=real, subject=pictures, sample_every=0, **auto)
+    events = last_run(pack)
+    assert [e["steps"] for e in events if e["type"] in ("run", "training")] == [0, 500]
+    told = [e["text"] for e in events if e["type"] == "status"]
+    assert "Chosen by model and pictures: steps 500, learning rate 0.0001" in told
+
+
+def test_what_was_chosen_stands_in_the_file(pack, model, pictures):
+    lora = run(
+        pack.TrainLoRA,
+        sd_model=model,
+        subject=pictures,
+        steps=1,
+        sample_every=0,
+        **(TRAIN | {"learning_rate": "auto"}),
+    ).values[0]
+    name = run(pack.SaveLoRA, lora=lora, name="runs/auto", precision="fp16").values[0]
+    with safe_open(pack.base / "loras" / name, "pt") as file:
+        assert file.metadata()["ss_learning_rate"] == "0.01"
+        assert json.loads(file.metadata()["cntlora.training"])["steps"] == 1
+
+
 def test_running_out_of_memory_says_what_to_try_and_where_the_work_is(
     pack, model, pictures, monkeypatch
 ):
@@ -219,28 +254,6 @@ def test_an_empty_prompt_draws_what_was_trained(pack, model, pictures, monkeypat
     assert asked == ["a sks cat face emoji", "a sks cat on grass"]
     with pytest.raises(ValueError, match="say what to draw"):
         run(pack.PreviewLoRA, sd_model=model, lora={}, prompt="", **settings)
-
-
-def test_a_later_run_leaves_the_earlier_one_for_the_cache_to_show(pack):
-    node = pack.host.Identity("w", "3")
-    first, second = (pack.reporter.Reporter(node, "CNTLoRATrain", "Train LoRA") for _ in range(2))
-    for report in (first, second):
-        with report:
-            pass
-    assert pack.host.events_file(node.path).stem == f"events_{second.run}"
-    assert pack.host.events_file(node.path, first.run).stem == f"events_{first.run}"
-    assert pack.host.events_file(node.path, "../../etc") is None
-
-
-def test_the_bar_is_full_at_the_end_only(pack, monkeypatch):
-    bar = []
-    monkeypatch.setattr(pack.host, "progress_bar", lambda node: lambda *at: bar.append(at))
-    for steps in (0, 4):
-        with pack.reporter.Reporter(pack.host.Identity("", "9"), "x", "x", steps) as report:
-            for done in (1, 2):
-                report(pack.reporter.Progress("encoding pictures", done, 2))
-            report(pack.reporter.Step(1, 0.1, 1e-3))
-    assert bar == [(1, 2), (0, 2), (1, 0), (1, 4)]
 
 
 def test_comfyuis_own_folders_are_not_offered(pack, folder):

@@ -122,6 +122,12 @@ def test_a_text_that_is_no_number_is_refused_before_the_run(pack, node, values, 
     assert says in getattr(pack, node).validate_inputs(**values)
 
 
+def test_the_prior_says_that_it_reaches_beyond_the_calibration(pack):
+    """What calibration preserves, training goes on to preserve."""
+    prior, _ = pack.PriorImages.define_schema().outputs
+    assert "the training after it" in prior.options["tooltip"]
+
+
 @pytest.mark.parametrize("value", ["auto", "128", 0, 128, 128.0, None])
 def test_an_automatic_setting_takes_a_number_a_text_or_a_wire(pack, value):
     assert pack.TrainLoRA.validate_inputs(steps=value, learning_rate="auto") is True

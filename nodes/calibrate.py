@@ -33,8 +33,8 @@ class CalibrateLoRA(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return host.schema(
             node_id="CNTLoRACalibrate",
-            display_name="Calibrate LoRA (CNTLoRA)",
-            category="training/CNTLoRA",
+            display_name="Calibrate LoRA",
+            category=host.category(),
             search_aliases=["initialise lora", "init lora", "consnotrainlora", "lora rank"],
             description="Runs the model over the pictures, reads the activations at the attention "
             "and feed-forward layers and computes a LoRA that already fits them, with "

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,12 @@ def schema(**values: Any) -> Any:
     """`io.Schema`, without the fields that the host does not know yet."""
     known = inspect.signature(io.Schema).parameters
     return io.Schema(**{k: v for k, v in values.items() if k in known or k not in NEWER_FIELDS})
+
+
+def category() -> str:
+    """Beside the host's own Train LoRA, which has moved: `training`, later `model/training`."""
+    known = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
+    return f"{getattr(known.get('TrainLoraNode'), 'CATEGORY', 'training')}/CNTLoRA"
 
 
 def text_or_number(name: str, **values: Any) -> Any:

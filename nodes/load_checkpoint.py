@@ -16,8 +16,8 @@ class LoadCheckpoint(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return host.schema(
             node_id="CNTLoRALoadCheckpoint",
-            display_name="Load SD Checkpoint (CNTLoRA)",
-            category="training/CNTLoRA",
+            display_name="Load SD Checkpoint",
+            category=host.category(),
             search_aliases=["load checkpoint", "stable diffusion", "mini sd"],
             description="Loads a Stable Diffusion 1.x, 2.x or SDXL checkpoint for calibration and "
             "training.",

@@ -26,8 +26,8 @@ class PreviewLoRA(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return host.schema(
             node_id="CNTLoRAPreviewLoRA",
-            display_name="Preview LoRA (CNTLoRA)",
-            category="training/CNTLoRA",
+            display_name="Preview LoRA",
+            category=host.category(),
             search_aliases=["test lora", "sample lora"],
             description="Draws with the LoRA; strength 0 draws with the model alone. Same seed, "
             "same noise: compare freely.",

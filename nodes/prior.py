@@ -24,8 +24,8 @@ class PriorImages(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return host.schema(
             node_id="CNTLoRAPriorImages",
-            display_name="Prior Images (CNTLoRA)",
-            category="training/CNTLoRA",
+            display_name="Prior Images",
+            category=host.category(),
             search_aliases=["class images", "regularization images", "prior preservation"],
             description="Lets the model draw its own idea of the class, so that calibration "
             "disturbs it as little as it can.",

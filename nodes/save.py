@@ -17,8 +17,8 @@ class SaveLoRA(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return host.schema(
             node_id="CNTLoRASaveLoRA",
-            display_name="Save LoRA (CNTLoRA)",
-            category="training/CNTLoRA",
+            display_name="Save LoRA",
+            category=host.category(),
             search_aliases=["export lora", "safetensors"],
             description="Writes the LoRA with its metadata (trigger, base model, settings) into "
             "the first loras folder.",

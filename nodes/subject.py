@@ -62,8 +62,8 @@ class SubjectImages(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return host.schema(
             node_id="CNTLoRASubjectImages",
-            display_name="Subject Images (CNTLoRA)",
-            category="training/CNTLoRA",
+            display_name="Subject Images",
+            category=host.category(),
             search_aliases=["dataset", "training images", "dreambooth", "load image folder"],
             description="The pictures to learn from: a folder under ComfyUI's input folder, or an "
             "IMAGE batch.",

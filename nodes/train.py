@@ -59,8 +59,8 @@ class TrainLoRA(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return host.schema(
             node_id="CNTLoRATrain",
-            display_name="Train LoRA (CNTLoRA)",
-            category="training/CNTLoRA",
+            display_name="Train LoRA",
+            category=host.category(),
             search_aliases=["dreambooth", "fine-tune", "finetune", "train lora", "personalise"],
             description="Trains the LoRA on the pictures (DreamBooth). Cancel stops within one "
             "step and keeps the work.",

@@ -20,8 +20,8 @@ class TrainingSettings(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return host.schema(
             node_id="CNTLoRATrainingSettings",
-            display_name="Training Settings (CNTLoRA)",
-            category="training/CNTLoRA",
+            display_name="Training Settings",
+            category=host.category(),
             search_aliases=["optimizer", "scheduler", "min snr", "early stopping"],
             description="More settings for Train LoRA. The defaults are those of Train LoRA "
             "without this node.",

@@ -2,6 +2,7 @@
 and a whole short run."""
 
 import json
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -254,6 +255,13 @@ def test_an_empty_prompt_draws_what_was_trained(pack, model, pictures, monkeypat
     assert asked == ["a sks cat face emoji", "a sks cat on grass"]
     with pytest.raises(ValueError, match="say what to draw"):
         run(pack.PreviewLoRA, sd_model=model, lora={}, prompt="", **settings)
+
+
+@pytest.mark.parametrize("core", [None, "training", "model/training"])
+def test_our_nodes_stand_beside_the_hosts_training(pack, monkeypatch, core):
+    known = {"TrainLoraNode": SimpleNamespace(CATEGORY=core)} if core else {}
+    monkeypatch.setitem(sys.modules, "nodes", SimpleNamespace(NODE_CLASS_MAPPINGS=known))
+    assert pack.CalibrateLoRA.define_schema().category == f"{core or 'training'}/CNTLoRA"
 
 
 def test_comfyuis_own_folders_are_not_offered(pack, folder):

@@ -120,7 +120,7 @@ def test_changed_pictures_run_again_and_nothing_else(comfyui):
     Image.new("RGB", (64, 64), "orange").save(folder / "4.png")
     messages = comfyui.run(graph)["status"]["messages"]
     cached = next(m[1]["nodes"] for m in messages if m[0] == "execution_cached")
-    assert {"1", "8"} <= set(cached)
+    assert "1" in cached
     assert not {"2", "3", "4"} & set(cached)
 
 
@@ -162,7 +162,7 @@ def test_a_strangers_names_are_refused_before_the_run(comfyui, node, field, valu
     graph = workflow("train_a_subject")
     graph[node]["inputs"][field] = value
     if node == "5":  # an output of its own: ComfyUI would run the others
-        graph = {k: graph[k] for k in ("1", "2", "3", "5", "8", "4")}
+        graph = {k: graph[k] for k in ("1", "2", "3", "5", "4")}
     answer = comfyui.queue(graph)
     errors = answer["node_errors"][node]["errors"]
     assert says in " ".join(e["details"] for e in errors)

@@ -62,7 +62,12 @@ def shot(page, name):
 @pytest.mark.parametrize("name", sorted(p.stem for p in EXAMPLES.glob("*.json")))
 def test_every_template_opens_without_missing_nodes(page, name):
     open_example(page, name)
-    assert page.evaluate("() => window.app.graph.nodes.filter((n) => n.has_errors).length") == 0
+    # A host may mark core's loaders, whose files are not here.
+    wrong = page.evaluate(
+        """() => window.app.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type]
+            || (n.has_errors && n.type.startsWith('CNTLoRA'))).map((n) => n.type)"""
+    )
+    assert wrong == []
     assert page.get_by_text("Validation error").count() == 0
     shot(page, f"template_{name}")
 

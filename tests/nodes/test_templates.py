@@ -1,0 +1,90 @@
+"""The templates as an artist opens them: a note, groups, room for what a run shows, and the values
+that the nodes expect."""
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATES = sorted((ROOT / "example_workflows").glob("*.json"))
+API = ROOT / "tests/e2e/workflows"
+
+# Folded, after a run, in the renderer that needs more (px): panels, words, pictures.
+SHOWN = {
+    "CNTLoRACalibrate": (380, 440),
+    "CNTLoRATrain": (420, 560),
+    "CNTLoRASubjectImages": (320, 450),
+    "CNTLoRAPreviewLoRA": (320, 430),
+    "CNTLoRASaveLoRA": (270, 150),
+}
+HEAD = 30  # a node's title lies above its position
+
+pytestmark = pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
+
+
+def nodes_of(path):
+    return json.loads(path.read_text(encoding="utf-8"))["nodes"]
+
+
+def test_a_note_says_what_to_change_and_groups_say_what_belongs_together(path):
+    template = json.loads(path.read_text(encoding="utf-8"))
+    (note,) = [n for n in template["nodes"] if n["type"] == "MarkdownNote"]
+    assert note["widgets_values"][0].startswith("# ")
+    assert len(template["groups"]) >= 3
+
+
+def test_nodes_have_room_for_what_a_run_shows(path):
+    nodes = nodes_of(path)
+    for node in nodes:
+        width, height = SHOWN.get(node["type"], (0, 0))
+        assert node["size"][0] >= width, node["id"]
+        assert node["size"][1] >= height, node["id"]
+    for a, b in combinations(nodes, 2):
+        apart = [
+            a["pos"][i] + a["size"][i] + gap <= b["pos"][i]
+            or b["pos"][i] + b["size"][i] + gap <= a["pos"][i]
+            for i, gap in ((0, 0), (1, HEAD))
+        ]
+        assert any(apart), (a["type"], b["type"])
+
+
+def test_the_api_form_says_the_same(path):
+    """Every widget has its value, in order, and every link its source."""
+    api_path = API / path.name
+    if not api_path.exists():
+        assert not any(n["type"].startswith("CNTLoRA") for n in nodes_of(path))
+        return
+    api = json.loads(api_path.read_text(encoding="utf-8"))
+    template = json.loads(path.read_text(encoding="utf-8"))
+    links = {link[0]: [str(link[1]), link[2]] for link in template["links"]}
+    for node in template["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        same = api[str(node["id"])]
+        assert same["class_type"] == node["type"]
+        widgets = [slot["name"] for slot in node["inputs"] if "widget" in slot]
+        values = dict(zip(widgets, node["widgets_values"], strict=True))
+        linked = {s["name"]: links[s["link"]] for s in node["inputs"] if s["link"] is not None}
+        assert same["inputs"] == values | linked
+
+
+def test_the_widgets_are_the_schemas_in_its_order(path, pack):
+    schemas = {s.node_id: s for s in (node.define_schema() for node in pack.NODES)}
+    for node in nodes_of(path):
+        if node["type"] not in schemas:
+            continue
+        fields = schemas[node["type"]].inputs
+        fields = sorted(fields, key=lambda f: bool(f.options.get("optional")))  # as the host does
+        known = [f.id for f in fields]
+        assert [slot["name"] for slot in node["inputs"]] == known, node["type"]
+
+
+def test_the_first_template_validates_on_nothing_foreign(path):
+    """An own folder must not be measured by the example's pictures."""
+    folders = [n for n in nodes_of(path) if n["type"] == "CNTLoRASubjectImages"]
+    if path.stem == "compare_starts":
+        assert [n.get("title") for n in folders] == [None, "Pictures to validate with"]
+    else:
+        assert len(folders) <= 1

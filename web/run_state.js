@@ -27,7 +27,9 @@ function addValidation(state, event) {
 
 const HANDLERS = {
   status: (s, e) => { s.status = e.text; s.phase = null; },
-  training: (s, e) => { s.steps = e.steps; s.status = `Training ${e.steps} steps`; s.phase = null; },
+  training: (s, e) => { // steps may have been auto until now
+    Object.assign(s, { steps: e.steps, status: `Training ${e.steps} steps`, phase: null });
+  },
   warning: (s, e) => s.notices.push(e.text),
   progress: (s, e) => { s.phase = e; },
   base: (s, e) => { s.base = e.loss; },

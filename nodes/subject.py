@@ -8,15 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from ..cntlora_core.config import DataConfig
-from ..cntlora_core.data.images import (
-    PictureFile,
-    check_pictures,
-    fill_words,
-    open_pictures,
-    picture_files,
-    with_words,
-)
+from ..cntlora_core.data.captions import prepare_captions
+from ..cntlora_core.data.checks import check_pictures
+from ..cntlora_core.data.folder import PictureFile, picture_files
+from ..cntlora_core.data.images import open_pictures
 from ..cntlora_core.errors import CNTLoRAError, ImageError, SettingError
+from ..cntlora_core.events import Event, Notice, Observer, ignore
 from ..cntlora_core.model.loader import MINI_SD_FOLDER
 from ..cntlora_core.report.charts import contact_sheet
 from ..cntlora_core.settings import read_settings
@@ -32,11 +29,11 @@ EXAMPLES = {
 }
 
 
-def files_of(name: str) -> list[PictureFile]:
+def files_of(name: str, observer: Observer = ignore) -> list[PictureFile]:
     """The pictures of a name in the list. Raises SettingError or ImageError; reads nothing outside
     ComfyUI's input folder."""
     if name in EXAMPLES:
-        return picture_files(EXAMPLES[name])
+        return picture_files(EXAMPLES[name], observer)
     root = host.input_folder()
     folder = inside(root, name)
     if not folder.is_dir():
@@ -45,10 +42,10 @@ def files_of(name: str) -> list[PictureFile]:
             "refresh."
         )
     try:
-        files = picture_files(folder)
+        files = picture_files(folder, observer)
     except ImageError as error:
         raise ImageError(str(error).replace(str(folder), f"input/{name}")) from error
-    for path in (p for file in files for p in (file.path, file.caption)):
+    for path in (p for file in files for p in file.sources):
         if not path.resolve().is_relative_to(root.resolve()):
             raise SettingError(
                 f"'{path.name}' is a link to a place outside ComfyUI's input folder: copy the file "
@@ -72,9 +69,10 @@ class SubjectImages(io.ComfyNode):
                     "folder",
                     options=[*host.input_subfolders(), *EXAMPLES],
                     default=next(iter(EXAMPLES)),
-                    tooltip="A folder in ComfyUI's input folder with 3-20 pictures (.png .jpg "
-                    ".jpeg .webp). Fewer teach only one view; many near-duplicates teach "
-                    "their background.",
+                    tooltip="A folder in ComfyUI's input folder with 3-20 pictures (PNG, JPEG, "
+                    "WebP, AVIF, BMP, TIFF, GIF; HEIC with pillow-heif), captions beside them "
+                    "(cat.txt). Fewer teach only one view; many near-duplicates teach their "
+                    "background.",
                 ),
                 io.String.Input(
                     "trigger",
@@ -117,10 +115,11 @@ class SubjectImages(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, folder: str, resolution: Any = None
+        cls, folder: str, resolution: Any = None, images: object = "none"
     ) -> bool | str:  # only what it judges: the host repeats it for every argument
         try:
-            files_of(folder)
+            if images is not None:  # None: connected, and the folder is not read
+                files_of(folder)
         except CNTLoRAError as error:
             return str(error)
         return refusal(DataConfig, {"resolution": resolution})
@@ -128,11 +127,9 @@ class SubjectImages(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder: str, **others: object) -> str:
         try:
-            paths = [
-                p for file in files_of(folder) for p in (file.path, file.caption) if p.is_file()
-            ]
+            paths = [p for file in files_of(folder) for p in file.sources]
             seen: list[object] = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-        except CNTLoRAError as error:
+        except (CNTLoRAError, OSError) as error:
             seen = [str(error)]
         return hashlib.sha256(
             repr((folder, seen, sorted((k, str(v)) for k, v in others.items()))).encode()
@@ -154,16 +151,17 @@ class SubjectImages(io.ComfyNode):
                 "'dog'."
             )
         notices: list[str] = []
-        if images is None:
-            pictures = open_pictures(
-                files_of(folder), lambda event: notices.append(getattr(event, "text", ""))
-            )
-        else:
-            pictures = from_batch(images)
-        pictures = with_words(pictures, trigger, class_name)
+
+        def note(event: Event) -> None:
+            if isinstance(event, Notice):
+                notices.append(event.text)
+
         data = read_settings(DataConfig, settings)
+        pictures = (
+            open_pictures(files_of(folder, note), note) if images is None else from_batch(images)
+        )
+        pictures, prompt = prepare_captions(pictures, prompt, (trigger, class_name), observer=note)
         notices += check_pictures(pictures, data.resolution)
-        prompt = fill_words(prompt, trigger, class_name)
         sizes = sorted(min(p.image.size) for p in pictures)
         text = (
             f"{len(pictures)} pictures, shorter sides {sizes[0]}-{sizes[-1]} px. "

@@ -16,6 +16,7 @@ from ..errors import CNTLoRAError, Interrupted
 from ..events import Observer, ignore
 from ..model.prediction import AUTO, PREDICTIONS
 from ..settings import settings_of
+from . import check
 from .console import Console
 from .options import add_arguments, add_settings, settings_from
 from .train import run_train
@@ -92,15 +93,11 @@ def _parser() -> argparse.ArgumentParser:
         run = command(name, _train, what)
         _model_arguments(run)
         add_arguments(run, training=name == "train")
-    check = command(
-        "check", _check, "look at the pictures before training: sizes, captions, near-duplicates"
+    check.add_arguments(
+        command(
+            "check", check.run_check, "look at the pictures before training: sizes, captions, masks"
+        )
     )
-    check.add_argument("--images", required=True, metavar="DIR")
-    check.add_argument(
-        "--resolution", type=int, default=512, metavar="PX", help="planned (default: %(default)s)"
-    )
-    check.add_argument("--sheet", metavar="FILE.png", help="draw a contact sheet")
-    check.add_argument("--overwrite", action="store_true")
     _sample_arguments(
         command("sample", _sample, "draw pictures with a checkpoint, with or without a LoRA")
     )
@@ -171,27 +168,6 @@ def _load(
 
 def _train(args: argparse.Namespace) -> None:
     run_train(args, _load)
-
-
-def _check(args: argparse.Namespace) -> None:
-    from ..data.images import check_pictures, find_pictures
-    from ..report.charts import contact_sheet
-
-    said: list[str] = []
-    pictures = find_pictures(args.images, lambda event: said.append(getattr(event, "text", "")))
-    said += check_pictures(pictures, args.resolution)
-    if args.sheet:
-        from ..files import check_output
-
-        sheet = check_output(args.sheet, overwrite=args.overwrite, suffix=".png")
-        contact_sheet([p.image for p in pictures], [p.name for p in pictures]).save(sheet)
-    found = [
-        {"name": p.name, "size": list(p.image.size), "caption": p.caption, "repeats": p.repeats}
-        for p in pictures
-    ]
-    sys.stdout.write(
-        json.dumps({"pictures": found, "findings": said}, indent=2, ensure_ascii=False) + "\n"
-    )
 
 
 def _demo(args: argparse.Namespace) -> None:

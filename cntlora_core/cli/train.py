@@ -207,7 +207,14 @@ def _priors(
     from ..training.prior_loss import BasePrediction, ClassImages
 
     if args.class_images:
-        drawn = read_subject(model, args.class_images, args.class_prompt, data, observer=observer)
+        drawn = read_subject(
+            model,
+            args.class_images,
+            args.class_prompt,
+            data,
+            words=("", args.class_name),
+            observer=observer,
+        )
     else:
         many = args.prior == "images"
         drawn = class_images(

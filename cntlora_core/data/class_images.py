@@ -71,6 +71,7 @@ def class_images(
         prompt=prompt,
         resolution=side,
         digest=hashlib.sha256(repr(keys).encode()).hexdigest(),
+        groups=("",) * count,
     )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +20,14 @@ from ..events import Notice, Observer, Progress, ignore
 from ..model.conditioning import Conditioning, encode_prompts
 from ..model.loader import StableDiffusion, temporarily_on
 from .buckets import Crop, crops_of
-from .images import Picture, check_pictures, fill_words, find_pictures, with_words
+from .captions import prepare_captions
+from .checks import check_pictures
+from .folder import some
+from .images import Picture, find_pictures
 from .latent_cache import LatentCache
 
 ENCODE_BATCH = 4
+HOLD_OUT_FROM = 5  # pictures; with fewer each is needed for training
 VIEW_SEED = 7  # of random crops: the same in every run, so that a cache can hold them
 
 
@@ -32,7 +38,8 @@ class EncodedImages:
     Of each, the scaled latent's mean and standard deviation `[c, h, w]` fp32 (the VAE's posterior;
     sizes may differ), what of it counts (`masks`, `[1, h, w]` of 0 to 1, None: everything), its row
     of conditioning, and how often a pass shows it. `empty_prompt` is one row, the empty prompt.
-    `pictures[i]` is the picture that view i shows.
+    `pictures[i]` is the picture that view i shows, `groups[i]` the part of the subject it is of (a
+    subfolder): each part keeps a picture to train on.
     """
 
     names: tuple[str, ...]
@@ -46,6 +53,7 @@ class EncodedImages:
     prompt: str
     resolution: int
     digest: str
+    groups: tuple[str, ...]
     captions: tuple[str, ...] = ()  # of each view
     trigger: str = ""  # the word that calls the subject, where it was said
 
@@ -74,21 +82,21 @@ class EncodedImages:
 
     def only(self, views: Sequence[int]) -> EncodedImages:
         """The same with some of the views."""
-        rows = torch.tensor(list(views))
-        return EncodedImages(
-            names=tuple(self.names[i] for i in views),
-            pictures=tuple(self.pictures[i] for i in views),
-            mean=tuple(self.mean[i] for i in views),
-            std=tuple(self.std[i] for i in views),
-            masks=None if self.masks is None else tuple(self.masks[i] for i in views),
-            repeats=tuple(self.repeats[i] for i in views),
-            conditioning=self.conditioning[rows],
-            empty_prompt=self.empty_prompt,
-            prompt=self.prompt,
-            resolution=self.resolution,
-            digest=self.digest,
-            captions=tuple(self.captions[i] for i in views if self.captions),
-            trigger=self.trigger,
+
+        def part(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(values[i] for i in views)
+
+        return replace(
+            self,
+            names=part(self.names),
+            pictures=part(self.pictures),
+            mean=part(self.mean),
+            std=part(self.std),
+            masks=None if self.masks is None else part(self.masks),
+            repeats=part(self.repeats),
+            conditioning=self.conditioning[torch.tensor(list(views), dtype=torch.long)],
+            groups=part(self.groups),
+            captions=part(self.captions) if self.captions else (),
         )
 
     def to(self, device: str | torch.device) -> EncodedImages:
@@ -110,11 +118,21 @@ class EncodedImages:
         return sum(t.nbytes for t in (*self.mean, *self.std, *(self.masks or ()), *words))
 
     def hold_out(self) -> tuple[EncodedImages, EncodedImages]:
-        """All pictures but the last to train on, and that one to validate with."""
-        chosen = max(self.pictures)
+        """All pictures but one to train on, and that one to validate with: the last of each group
+        of 5 or more, else the last of the largest. A group's only picture is trained on, so the
+        second may be empty."""
+        members: dict[str, set[int]] = {}
+        for picture, group in zip(self.pictures, self.groups, strict=True):
+            members.setdefault(group, set()).add(picture)
+        large = [group for group in members.values() if len(group) >= HOLD_OUT_FROM]
+        largest = max(members.values(), key=lambda group: (len(group), max(group)))
+        held = {max(group) for group in large or [largest] if len(group) > 1}
         views = range(len(self))
-        held = [i for i in views if self.pictures[i] == chosen]
-        return self.only([i for i in views if self.pictures[i] != chosen]), self.only(held[:1])
+        first = {self.pictures[i]: i for i in reversed(views)}
+        return (
+            self.only([i for i in views if self.pictures[i] not in held]),
+            self.only([first[picture] for picture in sorted(held)]),
+        )
 
 
 def check_resolution(model: StableDiffusion, resolution: int | None) -> int:
@@ -159,6 +177,7 @@ def encode_subject(
     _tell_sizes([v for _, v in views], resolution, observer)
     latents = _encode_all(model, [v for _, v in views], cache, observer)
     prompts = [v.picture.caption or prompt for _, v in views]
+    _tell_cut(model, list(dict.fromkeys(prompts)), observer)
     masked = data.masked and any(p.mask is not None for p in pictures)
     return EncodedImages(
         names=tuple(v.picture.name for _, v in views),
@@ -173,10 +192,19 @@ def encode_subject(
         empty_prompt=encode_prompts(model, [""], size=(resolution, resolution)),
         prompt=prompt,
         resolution=resolution,
-        digest=hashlib.sha256("".join(p.digest for p in pictures).encode()).hexdigest(),
+        digest=_digest(pictures),
+        groups=tuple(v.picture.group for _, v in views),
         captions=tuple(prompts),
         trigger=trigger,
     )
+
+
+def _digest(pictures: Sequence[Picture]) -> str:
+    """Of the pictures and, where they have any, of their captions."""
+    digest = hashlib.sha256("".join(p.digest for p in pictures).encode())
+    for n, picture in enumerate(pictures):
+        digest.update(f"{n} {picture.caption}".encode() if picture.caption else b"")
+    return digest.hexdigest()
 
 
 def _tell_sizes(views: Sequence[Crop], resolution: int, observer: Observer) -> None:
@@ -193,6 +221,26 @@ def _tell_sizes(views: Sequence[Crop], resolution: int, observer: Observer) -> N
                 f"{', '.join(under[:3])}."
             )
         )
+
+
+def _tell_cut(model: StableDiffusion, prompts: Sequence[str], observer: Observer) -> None:
+    """Captions that are longer than what the text encoder reads, and those that only differ
+    there."""
+    tokenizer = model.tokenizers[0]
+    limit = tokenizer.model_max_length
+    ids = [tuple(row) for row in tokenizer(list(prompts), verbose=False).input_ids]
+    long = [prompt for prompt, row in zip(prompts, ids, strict=True) if len(row) > limit]
+    if not long:
+        return
+    read = Counter(row[: limit - 1] for row in ids if len(row) > limit)
+    same = sum(times for times in read.values() if times > 1)
+    alike = f"; {same} of them are the same to it" if same else ""
+    observer(
+        Notice(
+            f"{len(long)} captions are longer than the {limit - 2} tokens that the text encoder "
+            f"reads, the rest is not seen{alike}: {some([f'{p[:40]}...' for p in long])}."
+        )
+    )
 
 
 def _encode_all(
@@ -267,26 +315,22 @@ def read_subject(
 ) -> EncodedImages:
     """A folder of pictures as the trainer reads it. `words` fill `{trigger}` and `{class}` in the
     prompt and the captions."""
-    pictures = with_words(find_pictures(folder, observer), *words)
+    pictures, prompt = prepare_captions(
+        find_pictures(folder, observer), prompt, words, observer=observer
+    )
     for finding in check_pictures(
         pictures, check_resolution(model, data.resolution if data else None)
     ):
         observer(Notice(finding))
     return encode_subject(
-        model,
-        pictures,
-        fill_words(prompt, *words),
-        data,
-        trigger=words[0],
-        cache=cache,
-        observer=observer,
+        model, pictures, prompt, data, trigger=words[0], cache=cache, observer=observer
     )
 
 
-HOLD_OUT_FROM = 5  # pictures; with fewer each is needed for training
-
-
 def with_validation(subject: EncodedImages) -> tuple[EncodedImages, EncodedImages]:
-    """What to train on and what to validate with, when nobody gave pictures for it: the last
-    picture where there are 5 or more, else the same pictures for both."""
-    return subject.hold_out() if subject.picture_count >= HOLD_OUT_FROM else (subject, subject)
+    """What to train on and what to validate with, when nobody gave pictures for it: one left out
+    where there are 5 or more, else the same pictures for both."""
+    if subject.picture_count < HOLD_OUT_FROM:
+        return subject, subject
+    training, held = subject.hold_out()
+    return (training, held) if len(held) else (subject, subject)

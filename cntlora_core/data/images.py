@@ -1,216 +1,242 @@
-"""A folder of pictures, as people keep them: captions beside them, kohya's repeats, phone
-rotations, transparency."""
+"""Picture files -> RGB in sRGB, upright, on white, with their masks and captions. What cannot be
+used is named in a sentence."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-import re
+import struct
+import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..errors import ImageError
 from ..events import Notice, Observer, ignore
+from .caption_files import CaptionReader
+from .folder import PictureFile, picture_files, readable
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MIN_SIDE = 16  # px; below this there is nothing to learn from
 MAX_PIXELS = 100_000_000  # a decompression bomb, not a photograph
-MAX_CAPTION = 10_000  # bytes; CLIP reads 75 tokens of it
-REPEATS = re.compile(r"(\d{1,4})_.*")
-NEAR = 3  # of 255: mean difference of thumbnails up to which two pictures count as near-duplicates
-
-
-@dataclass(frozen=True)
-class PictureFile:
-    """A picture's file, the file its caption would be in, and how often each pass shows it."""
-
-    path: Path
-    repeats: int = 1
-
-    @property
-    def caption(self) -> Path:
-        return self.path.with_suffix(".txt")
+DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # grey levels of more than 8 bits
+MOVING = ("GIF", "WEBP", "PNG", "AVIF", "TIFF")  # a JPEG's second frame is a phone's preview
+SAME_COLOUR = 2  # of 255: a profile that moves no colour further is sRGB by another name
+UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, MemoryError, EOFError, ArithmeticError, LookupError),
+    *(TypeError, AttributeError, RuntimeError, struct.error, zlib.error),
+    Image.DecompressionBombError,
+)  # what Pillow's readers raise over damaged files
 
 
 @dataclass(frozen=True)
 class Picture:
     """A readable picture of the subject: RGB, upright, transparent parts on white.
 
-    `mask` is its alpha channel (mode L, 255 = subject) when it has one; `caption` is None when it
-    has none of its own.
+    `mask` (mode L, 255 = subject) is its mask file, else its alpha channel; `caption` is None when
+    it has none of its own, `caption_file` is where it stood. `digest` is a SHA-256 over the files
+    and how they were read. `group` tells the subfolders of one folder apart.
     """
 
     name: str
     image: Image.Image
-    digest: str  # SHA-256 of the file
+    digest: str
     mask: Image.Image | None = None
     caption: str | None = None
     repeats: int = 1
+    caption_file: str = ""
+    group: str = ""
 
 
-def picture_files(folder: str | os.PathLike[str]) -> list[PictureFile]:
-    """The folder's pictures by name, then those of its subfolders named `10_anything` (kohya: ten
-    times a pass).
-
-    Raises ImageError when the folder is missing or holds no picture.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        raise ImageError(
-            f"The picture folder '{path}' does not exist. Give a folder with 3-20 pictures of the "
-            "subject."
-        )
-    files = [PictureFile(file) for file in _pictures_in(path)]
-    for sub in sorted(p for p in path.iterdir() if p.is_dir()):
-        if match := REPEATS.fullmatch(sub.name):
-            files += [PictureFile(file, max(1, int(match[1]))) for file in _pictures_in(sub)]
-    if not files:
-        raise ImageError(
-            f"No images in '{path}': found 0 of {' '.join(SUFFIXES)}. Put 3-20 pictures of the "
-            "subject there."
-        )
-    return files
-
-
-def _pictures_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+def find_pictures(
+    folder: str | os.PathLike[str],
+    observer: Observer = ignore,
+    *,
+    masks: str | os.PathLike[str] | None = None,
+) -> list[Picture]:
+    """All usable pictures of a folder. Raises ImageError when the folder is missing or nothing
+    usable is in it."""
+    return open_pictures(picture_files(folder, observer, masks=masks), observer)
 
 
 def open_pictures(files: Iterable[PictureFile], observer: Observer = ignore) -> list[Picture]:
     """All usable pictures. Unusable ones are named in a Notice and left out; ImageError when none
     is left."""
     files = list(files)
+    captions = CaptionReader(observer)
     pictures = []
     for file in files:
         try:
-            pictures.append(_open(file, observer))
+            pictures.append(_open(file, captions, observer))
         except ImageError as error:
             observer(Notice(str(error)))
     if not pictures:
-        where = f"'{files[0].path.parent}'" if files else "the folder"
+        where = f"'{readable(files[0].path.parent)}'" if files else "the folder"
         raise ImageError(
             f"No images in {where}: none of {len(files)} could be used. Put 3-20 pictures of the "
             "subject there."
         )
+    captions.finish()
     return pictures
 
 
-def find_pictures(folder: str | os.PathLike[str], observer: Observer = ignore) -> list[Picture]:
-    """All usable pictures of a folder. Raises ImageError when the folder is missing or nothing
-    usable is in it."""
-    return open_pictures(picture_files(folder), observer)
-
-
-def _open(file: PictureFile, observer: Observer) -> Picture:
-    name = file.path.name
+def _open(file: PictureFile, captions: CaptionReader, observer: Observer) -> Picture:
+    name, said = readable(file.path.name), _Said()
     try:
-        with Image.open(file.path) as opened:
-            width, height = opened.size
-            if min(width, height) < MIN_SIDE:
-                raise ImageError(
-                    f"Skipped '{name}': {width}x{height} px is too small (at least {MIN_SIDE} px a "
-                    "side)."
-                )
-            if width * height > MAX_PIXELS:
-                raise ImageError(
-                    f"Skipped '{name}': {width}x{height} px is too large (at most 100 megapixels)."
-                )
-            image, mask = _on_white(ImageOps.exif_transpose(opened))
-        digest = hashlib.sha256(file.path.read_bytes()).hexdigest()
+        with _reader(file.path) as opened:
+            _check_size(opened.size, name)
+            image, mask = _upright(opened, said)
+        digest = hashlib.sha256(file.path.read_bytes())
     except ImageError:
         raise
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         reason = str(error).rstrip(".") or type(error).__name__
-        raise ImageError(f"Skipped '{name}': it cannot be read ({reason}).") from error
-    return Picture(name, image, digest, mask, _caption(file.caption, observer), file.repeats)
+        raise ImageError(f"Skipped '{name}': it cannot be read ({readable(reason)}).") from error
+    for text in said.changes:  # a cache must not give what an earlier version made of the file
+        digest.update(text.encode())
+    if file.mask:
+        mask = _mask_file(file.mask, image.size, said) or mask
+        digest.update(b"mask" + (mask.tobytes() if mask else b""))
+    for text in said.notices:
+        observer(Notice(f"'{name}': {text}."))
+    caption, source = captions.of(file)
+    return Picture(
+        name, image, digest.hexdigest(), mask, caption, file.repeats, source, file.subfolder
+    )
 
 
-def _on_white(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+class _Said:
+    """What is to be told of a picture, and what was done to it that a cache must know."""
+
+    def __init__(self) -> None:
+        self.notices: list[str] = []
+        self.changes: list[str] = []
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    width, height = size
+    if min(size) < MIN_SIDE:
+        raise ImageError(
+            f"Skipped '{name}': {width}x{height} px is too small (at least {MIN_SIDE} px a side)."
+        )
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"Skipped '{name}': {width}x{height} px is too large (at most 100 megapixels)."
+        )
+
+
+def _reader(path: Path) -> Image.Image:
+    """The opened file. HEIC, which Pillow does not read, through pillow-heif where installed."""
+    suffix = path.suffix.lower()
+    name = readable(path.name)
+    if suffix not in (".heic", ".heif"):
+        try:
+            return Image.open(path)
+        except UnidentifiedImageError as error:
+            if suffix == ".avif" and ".avif" not in Image.registered_extensions():
+                raise ImageError(
+                    f"Skipped '{name}': this Pillow does not read AVIF. Update it with "
+                    "`pip install -U pillow` (11.3 or newer), or save the picture as PNG."
+                ) from error
+            raise ValueError("no picture, or of a kind that Pillow does not know") from error
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ImageError(
+            f"Skipped '{name}': HEIC needs the package pillow-heif (`pip install pillow-heif`), or "
+            "save the picture as PNG."
+        ) from error
+    picture: Image.Image = pillow_heif.open_heif(path).to_pillow()
+    return picture
+
+
+def _upright(opened: Image.Image, said: _Said) -> tuple[Image.Image, Image.Image | None]:
+    """RGB on white as a viewer shows it, and the alpha channel."""
+    frames = getattr(opened, "n_frames", 1)
+    if frames > 1 and opened.format in MOVING:
+        opened.seek(0)
+        said.notices.append(f"the first of its {frames} pictures is used")
+    profile, kind = opened.info.get("icc_profile"), opened.format
+    image = ImageOps.exif_transpose(opened)
+    if image.mode in DEEP:
+        image = _eight_bits(image, png=kind == "PNG")
+        said.changes.append("scaled from more than 8 bits")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
+        if profile:
+            rgba = Image.merge(
+                "RGBA", [*_in_srgb(rgba, profile, said).split(), rgba.getchannel("A")]
+            )
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB"), rgba.getchannel("A")
-    return image.convert("RGB"), None
+    return (_in_srgb(image, profile, said) if profile else image.convert("RGB")), None
 
 
-def _caption(path: Path, observer: Observer) -> str | None:
-    if not path.is_file():
-        return None
+def _eight_bits(image: Image.Image, *, png: bool) -> Image.Image:
+    """Grey levels of 16 or 32 bits, or floating point, scaled to mode L; Pillow's own conversion
+    clips them."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(min=0)
+    top = float(values.max())
+    if png or image.mode.startswith("I;16"):
+        white = 65535.0
+    else:  # the file does not say what is white: the first usual range that holds all
+        white = next((w for w in (1.0, 255.0, 65535.0) if top <= w), top)
+        if image.mode == "I" and white == 1.0:
+            white = 255.0
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+
+
+def _in_srgb(image: Image.Image, profile: bytes, said: _Said) -> Image.Image:
+    """RGB with the colours that the embedded ICC profile means."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_CAPTION + 1)
-        if len(raw) > MAX_CAPTION:
-            raise ValueError(f"more than {MAX_CAPTION} bytes")
-        return " ".join(raw.decode("utf-8-sig").split()) or None
-    except (OSError, ValueError) as error:
-        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
-        observer(Notice(f"The caption '{path.name}' was left out: it cannot be read ({reason})."))
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(
+            source.profile.xcolor_space.strip(), ""
+        )
+        if not space or (space == "CMYK") != (image.mode == "CMYK"):
+            raise ValueError(f"it is for {source.profile.xcolor_space.strip()}")
+        plain = image.convert(space)
+        meant = ImageCms.profileToProfile(
+            plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+        assert meant is not None
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError) as error:
+        said.notices.append(f"its colour profile is left out ({readable(error)})")
+        return image.convert("RGB")
+    asis = image.convert("RGB")
+    if np.asarray(ImageChops.difference(asis, meant)).max() <= SAME_COLOUR:
+        return asis
+    said.changes.append("colour profile")
+    return meant
+
+
+def _mask_file(path: Path, size: tuple[int, int], said: _Said) -> Image.Image | None:
+    """A mask, white where the subject is, at the picture's size."""
+    name = readable(path.name)
+    try:
+        with _reader(path) as opened:
+            _check_size(opened.size, name)
+            shown, alpha = _upright(opened, _Said())
+    except ImageError as error:
+        said.notices.append(f"its mask is left out ({str(error).rstrip('.')})")
         return None
+    except UNREADABLE as error:
+        said.notices.append(f"its mask '{name}' is left out, it cannot be read ({readable(error)})")
+        return None
+    return fitted_mask(alpha if alpha is not None else shown.convert("L"), size, said.notices)
 
 
-# --- words ----------------------------------------------------------------------------------------
-
-
-def fill_words(text: str, trigger: str, class_name: str) -> str:
-    """`{trigger}` and `{class}` filled in, spaces tidied."""
-    return " ".join(text.replace("{trigger}", trigger).replace("{class}", class_name).split())
-
-
-def with_words(pictures: Iterable[Picture], trigger: str, class_name: str) -> list[Picture]:
-    """The pictures with `{trigger}` and `{class}` of their captions filled in."""
-    return [
-        p if p.caption is None else replace(p, caption=fill_words(p.caption, trigger, class_name))
-        for p in pictures
-    ]
-
-
-# --- a look at the data before training -----------------------------------------------------------
-
-
-def check_pictures(pictures: Iterable[Picture], resolution: int) -> list[str]:
-    """What a person would want to know before training on these, a sentence each; empty when all is
-    well."""
-    pictures = list(pictures)
-    findings = []
-    if len(pictures) < 3:
-        findings.append(f"Only {len(pictures)} pictures: 3-20 teach a subject better.")
-    small = [p.name for p in pictures if min(p.image.size) < resolution]
-    if small:
-        findings.append(
-            f"{len(small)} of {len(pictures)} are smaller than {resolution} px: {_some(small)}."
-        )
-    captioned = sum(p.caption is not None for p in pictures)
-    if 0 < captioned < len(pictures):
-        missing = [p.name for p in pictures if p.caption is None]
-        findings.append(
-            f"{len(missing)} have no caption of their own and take the prompt: {_some(missing)}."
-        )
-    pairs = near_duplicates(pictures)
-    if pairs:
-        named = [f"'{a}' and '{b}'" for a, b in pairs]
-        findings.append(
-            f"{len(pairs)} pairs look almost the same, which teaches them twice: {_some(named)}."
-        )
-    return findings
-
-
-def near_duplicates(pictures: Iterable[Picture]) -> list[tuple[str, str]]:
-    """Pairs of names whose 16 x 16 thumbnails differ by at most 3 of 255 on average: a copy,
-    another size, another compression."""
-    seen: list[tuple[str, np.ndarray]] = []
-    pairs = []
-    for picture in pictures:
-        small = np.asarray(picture.image.resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
-        pairs += [
-            (name, picture.name) for name, other in seen if np.abs(small - other).mean() <= NEAR
-        ]
-        seen.append((picture.name, small))
-    return pairs
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def fitted_mask(mask: Image.Image, size: tuple[int, int], notices: list[str]) -> Image.Image | None:
+    """The mask at the picture's size; None for one that shows nothing. What was done is told."""
+    if not mask.getbbox():
+        notices.append("its mask is black everywhere and is left out")
+        return None
+    if mask.size == size:
+        return mask
+    notices.append(
+        f"its mask of {mask.size[0]}x{mask.size[1]} px is resized to {size[0]}x{size[1]}"
+    )
+    return mask.resize(size, Image.Resampling.BILINEAR)

@@ -11,14 +11,10 @@ from PIL import Image
 from cntlora_core.config import DataConfig, TrainConfig
 from cntlora_core.data.batches import batch_order, draw_noised, fixed_noised, mean_loss
 from cntlora_core.data.buckets import bucket_size, crops_of
+from cntlora_core.data.captions import prepare_captions
+from cntlora_core.data.checks import check_pictures, near_duplicates
 from cntlora_core.data.dataset import encode_subject
-from cntlora_core.data.images import (
-    Picture,
-    check_pictures,
-    find_pictures,
-    near_duplicates,
-    with_words,
-)
+from cntlora_core.data.images import Picture, find_pictures
 from cntlora_core.data.latent_cache import LatentCache
 from cntlora_core.errors import SettingError
 from cntlora_core.model import denoising_loss
@@ -40,13 +36,15 @@ def test_captions_repeats_and_words(tmp_path):
     save(tmp_path / "3_cat" / "c.png", color="green")
     save(tmp_path / "others" / "d.png")
     said = []
-    pictures = with_words(find_pictures(tmp_path, said.append), "sks", "cat")
+    pictures, _ = prepare_captions(find_pictures(tmp_path, said.append), "x", ("sks", "cat"))
     assert [(p.name, p.caption, p.repeats) for p in pictures] == [
         ("a.png", "a photo of sks cat, sitting", 1),
         ("b.png", None, 1),
         ("c.png", None, 3),
     ]
-    assert "'b.txt' was left out" in said[0].text
+    texts = [event.text for event in said]
+    assert any("'b.txt' was left out" in text for text in texts)
+    assert any("Left out the folder 'others' with 1 pictures" in text for text in texts)
 
 
 def test_what_one_would_want_to_know_before_training(tmp_path):

@@ -1,0 +1,235 @@
+"""Which files of a folder are pictures, and what lies beside each: its caption, its mask, kohya's
+repeats."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ImageError
+from ..events import Notice, Observer, ignore
+
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".heic", ".heif"),
+    *(".bmp", ".tif", ".tiff", ".gif"),
+)
+CAPTION_SUFFIXES = (".txt", ".caption")
+METADATA = "metadata.jsonl"  # captions of a whole folder, as diffusers and kohya's scripts write
+MASK_ENDINGS = ("-masklabel", ".mask")  # cat-masklabel.png, cat.mask.png
+MASK_FOLDERS = ("masks", "mask")
+PASSED_OVER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")  # systems leave them behind
+REPEATS = re.compile(r"([0-9]+)_.*")
+MOST_REPEATS = 100  # a pass; a larger number is a year or a date
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture's file and how often each pass shows it; the files of its caption and mask, where
+    there are any; the subfolder it came from, "" for none."""
+
+    path: Path
+    repeats: int = 1
+    caption: Path | None = None
+    mask: Path | None = None
+    subfolder: str = ""
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Every file that is read for it."""
+        return tuple(p for p in (self.path, self.caption, self.mask) if p)
+
+
+def readable(name: object) -> str:
+    """A file's name as text that any file and screen takes: what is no valid text is replaced."""
+    text = os.fsencode(str(name)).decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """The first of the names and how many more there are."""
+    names = [readable(name) for name in names]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def picture_files(
+    folder: str | os.PathLike[str],
+    observer: Observer = ignore,
+    *,
+    masks: str | os.PathLike[str] | None = None,
+) -> list[PictureFile]:
+    """The folder's pictures by name, then those of its subfolders named `10_anything` (kohya: ten
+    times a pass); of plain subfolders only where there are no others. `masks` is a folder of masks
+    with the pictures' names.
+
+    What is left out is named in a Notice. Raises ImageError when the folder is missing or holds no
+    picture.
+    """
+    path = Path(folder)
+    shown = readable(path)
+    if not path.is_dir():
+        raise ImageError(
+            f"The picture folder '{shown}' does not exist. Give a folder with 3-20 pictures of the "
+            "subject."
+        )
+    extra = _Listing(Path(masks)) if masks else None
+    root = _Listing(path)
+    files = _pictures(root, observer, masks=extra)
+    plain = []
+    for sub in root.folders:
+        if sub.name.casefold() in MASK_FOLDERS:
+            continue
+        if match := REPEATS.fullmatch(sub.name):
+            repeats = _repeats(sub, int(match[1]), observer)
+            files += _pictures(_Listing(sub), observer, repeats, sub.name, extra) if repeats else []
+        else:
+            plain.append(sub)
+    files += _plain(plain, files, observer, extra)
+    if not files:
+        found = some(p.name for p in root.files)
+        raise ImageError(
+            f"No images in '{shown}': found 0 of {' '.join(SUFFIXES)}"
+            f"{f', only {found}' if found else ''}. Put 3-20 pictures of the subject there."
+        )
+    return files
+
+
+def _repeats(folder: Path, times: int, observer: Observer) -> int:
+    name = readable(folder.name)
+    if times == 0:
+        observer(Notice(f"Left out the folder '{name}': its name says 0 times a pass."))
+    if times <= MOST_REPEATS:
+        return times
+    observer(
+        Notice(
+            f"The folder '{name}' is shown once a pass: {times} times cannot be meant "
+            f"(at most {MOST_REPEATS})."
+        )
+    )
+    return 1
+
+
+def _plain(
+    folders: list[Path], others: list[PictureFile], observer: Observer, masks: _Listing | None
+) -> list[PictureFile]:
+    """The pictures of plain subfolders where there are no others; else those are told and left."""
+    files = []
+    for folder in folders:
+        listing = _Listing(folder)
+        count = sum(p.suffix.lower() in SUFFIXES for p in listing.files)
+        name = readable(folder.name)
+        if count and others:
+            observer(
+                Notice(
+                    f"Left out the folder '{name}' with {count} pictures: call it '1_{name}' to "
+                    "train on them too."
+                )
+            )
+        elif count:
+            observer(Notice(f"The pictures are those of the subfolder '{name}' ({count})."))
+            files += _pictures(listing, observer, 1, folder.name, masks)
+    return files
+
+
+class _Listing:
+    """A folder's entries by name, but for what systems leave behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            entries = sorted(p for p in folder.iterdir() if not _passed_over(p.name))
+        except OSError as error:
+            raise ImageError(
+                f"The folder '{readable(folder)}' cannot be read ({error.strerror})."
+            ) from error
+        self.folders = [p for p in entries if p.is_dir()]
+        self.files = [p for p in entries if p.is_file()]
+        self.broken = [p for p in entries if not p.is_dir() and not p.is_file()]
+        self._by_name = {same_name(p.name): p for p in reversed(self.files)}
+        self._by_name |= {p.name: p for p in self.files}  # the exact name comes first
+
+    def find(self, *names: str) -> Path | None:
+        """The first file there is, whatever its case and its accents' encoding."""
+        for name in names:
+            if found := self._by_name.get(name) or self._by_name.get(same_name(name)):
+                return found
+        return None
+
+
+def _passed_over(name: str) -> bool:
+    return name.startswith(".") or name.casefold() in PASSED_OVER
+
+
+def same_name(name: str) -> str:
+    """The same for names that differ only in case or in how their accents are written."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _pictures(
+    listing: _Listing,
+    observer: Observer,
+    repeats: int = 1,
+    subfolder: str = "",
+    masks: _Listing | None = None,
+) -> list[PictureFile]:
+    pictures = [p for p in listing.files if p.suffix.lower() in SUFFIXES]
+    stems = {same_name(p.stem) for p in pictures}
+    aside = {p for p in pictures if (base := _unmasked(p.stem)) and same_name(base) in stems}
+    listings = [masks] if masks else []
+    listings += [_Listing(f) for f in listing.folders if f.name.casefold() in MASK_FOLDERS]
+    metadata = listing.find(METADATA)
+    files = []
+    for path in (p for p in pictures if p not in aside):
+        beside = [f"{path.stem}{suffix}" for suffix in CAPTION_SUFFIXES]
+        beside += [f"{path.name}{suffix}" for suffix in CAPTION_SUFFIXES]
+        files.append(
+            PictureFile(
+                path,
+                repeats,
+                listing.find(*beside) or metadata,
+                _mask(path, listing, listings),
+                subfolder,
+            )
+        )
+    used = {source for file in files for source in file.sources}
+    _tell_unused(listing, used, observer)
+    return files
+
+
+def _unmasked(stem: str) -> str:
+    """The stem of the picture whose mask would be called so, "" for other names."""
+    for ending in MASK_ENDINGS:
+        if stem.lower().endswith(ending):
+            return stem[: -len(ending)]
+    return ""
+
+
+def _mask(path: Path, beside: _Listing, folders: list[_Listing]) -> Path | None:
+    names = [f"{path.stem}{ending}{suffix}" for ending in MASK_ENDINGS for suffix in SUFFIXES]
+    if found := beside.find(*names):
+        return found
+    same = [path.name, *(f"{path.stem}{suffix}" for suffix in SUFFIXES), *names]
+    return next((found for folder in folders if (found := folder.find(*same))), None)
+
+
+def _tell_unused(listing: _Listing, used: set[Path], observer: Observer) -> None:
+    """Names each file of the folder that nothing reads, with the reason."""
+    kinds: dict[str, list[str]] = {}
+    for path in listing.files:
+        if path in used or same_name(path.name) == METADATA:
+            continue
+        if path.suffix.lower() in CAPTION_SUFFIXES:
+            kinds.setdefault("no picture has that name", []).append(path.name)
+        elif path.suffix.lower() in SUFFIXES:
+            kinds.setdefault("a second mask of one picture", []).append(path.name)
+        else:
+            kinds.setdefault("no picture, no caption", []).append(path.name)
+    if listing.broken:
+        kinds["a link that leads nowhere, or no file"] = [p.name for p in listing.broken]
+    where = f" of '{readable(listing.folder.name)}'" if kinds else ""
+    for reason, names in kinds.items():
+        observer(Notice(f"Left out {some(names, 8)}{where}: {reason}."))

@@ -1,0 +1,235 @@
+"""What the model reads of each picture, however its caption came."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cntlora_core.data.caption_files import decode_text
+from cntlora_core.data.captions import fill_words, prepare_captions
+from cntlora_core.data.dataset import encode_subject, read_subject, with_validation
+from cntlora_core.data.images import Picture, find_pictures
+from cntlora_core.events import Notice
+
+
+def save(path, color="red"):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    Image.new("RGB", (64, 64), color).save(path)
+
+
+def read(folder, prompt="a photo", trigger="", class_name="", **options):
+    """What the model reads of each picture by name, and what was said."""
+    said = []
+    pictures, prompt = prepare_captions(
+        find_pictures(folder, said.append),
+        prompt,
+        (trigger, class_name),
+        observer=said.append,
+        **options,
+    )
+    return {p.name: p.caption or prompt for p in pictures}, [e.text for e in said]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "a cät\r\n sitting".encode(),
+        "\ufeffa cät\n sitting\n".encode(),
+        "a cät sitting".encode("utf-16"),
+        "a cät sitting".encode("utf-16-le"),
+        "a cät sitting".encode("utf-16-be"),
+        b"\xfe\xff" + "a cät sitting".encode("utf-16-be"),
+    ],
+)
+@pytest.mark.parametrize("name", ["cat.txt", "CAT.TXT", "cat.caption", "cat.png.txt"])
+def test_captions_of_any_program(tmp_path, raw, name):
+    save(tmp_path / "cat.png")
+    (tmp_path / name).write_bytes(raw)
+    assert read(tmp_path) == ({"cat.png": "a cät sitting"}, [])
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"x" * 10_000_000, "more than 10000 bytes"),
+        (b"caf\xe9", "neither UTF-8 nor UTF-16"),
+        (b"\xff\xfe\x00", "neither UTF-8 nor UTF-16"),
+        (b"\x1b[31mred", "control characters"),
+        (b" \n", "is empty"),
+    ],
+)
+def test_captions_that_cannot_be_meant_are_left_out_and_named(tmp_path, raw, says):
+    save(tmp_path / "cat.png")
+    (tmp_path / "cat.txt").write_bytes(raw)
+    texts, said = read(tmp_path)
+    assert texts == {"cat.png": "a photo"}
+    assert len(said) == 1
+    assert "'cat.txt'" in said[0]
+    assert says in said[0]
+
+
+@given(st.binary(max_size=60))
+@settings(deadline=None)
+def test_no_bytes_crash_the_caption_reader(raw):
+    try:
+        text = decode_text(raw)
+    except ValueError:
+        return
+    assert text == " ".join(text.split())
+    assert "\0" not in text
+
+
+def lines(*rows):
+    return "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        lines({"file_name": "a.png", "text": "one sks"}, {"file_name": "b.png", "text": "two sks"}),
+        lines(
+            {"image_path": "/x/a.png", "caption": "one sks"},
+            {"image": "b.png", "prompt": "two sks"},
+        ),
+        lines({"a.png": {"caption": "one", "tags": "sks"}, "b.png": {"tags": "two sks"}}),
+        "\ufeff"
+        + lines(
+            {"file_name": "sub\\A.PNG", "text": "one sks"},
+            "",
+            {"file_name": "b.png", "text": "two sks"},
+        ),
+    ],
+)
+def test_captions_of_a_metadata_file(tmp_path, text):
+    save(tmp_path / "a.png")
+    save(tmp_path / "b.png", "blue")
+    (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8")
+    texts, said = read(tmp_path, trigger="sks")
+    assert {name: words.replace(",", "") for name, words in texts.items()} == {
+        "a.png": "one sks",
+        "b.png": "two sks",
+    }
+    assert said == []
+
+
+def test_a_metadata_file_without_a_trigger_is_told_and_not_used(tmp_path):
+    """Many programs write one; nothing would call what its captions teach."""
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(lines({"file_name": "a.png", "text": "a cat"}))
+    texts, said = read(tmp_path, "a sks cat")
+    assert texts == {"a.png": "a sks cat"}
+    assert len(said) == 1
+    assert "1 captions of metadata.jsonl are not used" in said[0]
+
+
+def test_wrong_lines_and_strangers_of_a_metadata_file_are_told(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(
+        lines(
+            "not json",
+            [1],
+            {"text": "no file"},
+            {"file_name": "a.png", "text": "a \ud800 cat"},
+            {"file_name": "z.png", "text": "of nobody"},
+            "[" * 100_000,
+        )
+    )
+    texts, said = read(tmp_path, trigger="sks")
+    assert texts == {"a.png": "sks, a ? cat"}
+    assert "line 1, 2, 3 and 1 more was left out" in said[0]
+    assert "1 captions of metadata.jsonl are of no picture here: z.png." in said[1]
+
+
+def test_the_trigger_is_put_in_front_of_captions_that_lack_it(tmp_path):
+    for name, text in {
+        "a": "a cat",
+        "b": "SKS on a sofa",
+        "c": "asksb",
+        "d": "{trigger} {Class} asleep",
+    }.items():
+        save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(text)
+    save(tmp_path / "e.png")
+    texts, said = read(tmp_path, "a {trigger} {class}", "sks", "cat")
+    assert texts == {
+        "a.png": "sks, a cat",
+        "b.png": "SKS on a sofa",
+        "c.png": "sks, asksb",
+        "d.png": "sks cat asleep",
+        "e.png": "a sks cat",
+    }
+    assert said == ["2 captions lack 'sks', it was put in front: a.png, c.png."]
+    texts, said = read(tmp_path, "a {trigger} {class}", "sks", "cat", add_trigger=False)
+    assert texts["a.png"] == "a cat"
+    assert said == ["2 captions lack 'sks', what they show will not answer to it: a.png, c.png."]
+
+
+def test_a_prompt_that_lacks_the_trigger_is_told(tmp_path):
+    save(tmp_path / "a.png")
+    texts, said = read(tmp_path, "a cat", "sks")
+    assert texts == {"a.png": "sks, a cat"}
+    assert said == ["The prompt lacks 'sks', it was put in front."]
+
+
+def test_placeholders_that_nothing_fills_are_told(tmp_path):
+    save(tmp_path / "a.png")
+    texts, said = read(tmp_path, "a {trigger} {class} by {artist}")
+    assert texts == {"a.png": "a by {artist}"}
+    assert said == [
+        "{trigger} stands for nothing: no trigger was given, it is left out.",
+        "{class} stands for nothing: no class was given, it is left out.",
+        "{artist} stays as it is: only {trigger} and {class} are filled in.",
+    ]
+
+
+def test_words_with_any_characters_are_filled_in_as_they_are():
+    assert fill_words("a {trigger}  {class}", r"s\1(k", "{trigger}") == r"a s\1(k {trigger}"
+
+
+def test_captions_that_differ_only_where_the_encoder_stops_are_told(mini_sd):
+    start = "cat " * 40
+    pictures = [
+        Picture(f"{n}", Image.new("RGB", (64, 64)), f"{n}", caption=start + end)
+        for n, end in enumerate(("red", "blue"))
+    ]
+    said = []
+    encode_subject(mini_sd, pictures, "x", observer=said.append)
+    (text,) = [e.text for e in said if isinstance(e, Notice)]
+    assert text.startswith("2 captions are longer than the 30 tokens")
+    assert "2 of them are the same to it" in text
+
+
+def test_changed_captions_are_other_data(mini_sd, tmp_path):
+    """A run does not go on from a checkpoint of other words."""
+    save(tmp_path / "a.png")
+    plain = read_subject(mini_sd, tmp_path, "x").digest
+    (tmp_path / "a.txt").write_text("one")
+    one = read_subject(mini_sd, tmp_path, "x").digest
+    (tmp_path / "a.txt").write_text("two")
+    assert len({plain, one, read_subject(mini_sd, tmp_path, "x").digest}) == 3
+
+
+@pytest.mark.parametrize(
+    ("folders", "held"),
+    [
+        ({"3_cat": 5, "10_dog": 1}, {"3_cat": 1}),
+        ({"1_a": 5, "1_b": 6}, {"1_a": 1, "1_b": 1}),
+        ({"1_a": 3, "1_b": 2}, {"1_a": 1}),
+        ({f"1_{n}": 1 for n in range(6)}, {}),
+        ({"1_a": 4}, {}),
+    ],
+)
+def test_a_part_of_the_subject_keeps_a_picture_to_train_on(mini_sd, tmp_path, folders, held):
+    for folder, count in folders.items():
+        for n in range(count):
+            save(tmp_path / folder / f"{n}.png", (n * 40, 90, 200))
+    subject = read_subject(mini_sd, tmp_path, "x")
+    training, validation = with_validation(subject)
+    assert set(training.groups) == set(folders)
+    if held:
+        assert {g: validation.groups.count(g) for g in set(validation.groups)} == held
+        assert not set(training.pictures) & set(validation.pictures)
+    else:
+        assert training is validation is subject

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Pictures:
 
     def encode_all(self, model: StableDiffusion, observer: Observer) -> EncodedImages:
         """All of them; what the same model has encoded before is found beside it."""
-        seen = tuple(replace(p, image=None, mask=None) for p in self.pictures)  # by their digests
+        seen = tuple((p.name, p.digest, p.caption, p.repeats, p.group) for p in self.pictures)
         key = (seen, self.prompt, self.trigger, self.data)
         held: EncodedImages | None = model.encoded.get(key)
         if held is None:

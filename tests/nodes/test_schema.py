@@ -72,7 +72,8 @@ def test_the_examples_name_only_inputs_there_are(pack):
 
 
 def test_the_examples_values_stand_in_the_order_of_the_widgets(pack):
-    """The page gives `widgets_values` out by place: required widgets first, then optional ones."""
+    """The page gives `widgets_values` out by place, required widgets first, then optional ones;
+    what is missing at the end has its default."""
     schemas = {s.node_id: s for s in (node.define_schema() for node in pack.NODES)}
     for example in (ROOT / "example_workflows").glob("*.json"):
         for node in json.loads(example.read_text())["nodes"]:
@@ -81,8 +82,29 @@ def test_the_examples_values_stand_in_the_order_of_the_widgets(pack):
             widgets = [f for f in schemas[node["type"]].inputs if f.io_type in WIDGETS]
             widgets.sort(key=lambda f: bool(f.options.get("optional")))
             written = [i["name"] for i in node["inputs"] if "widget" in i]
-            assert written == [f.id for f in widgets], (example.name, node["type"])
-            assert len(node["widgets_values"]) == len(widgets), (example.name, node["type"])
+            assert len(node["widgets_values"]) == len(written), (example.name, node["type"])
+            assert written == [f.id for f in widgets[: len(written)]], (example.name, node["type"])
+            left = widgets[len(written) :]
+            assert all(f.options.get("optional") for f in left), (example.name, node["type"])
+
+
+def test_the_two_forms_of_an_example_say_the_same(pack):
+    """The workflow that the page opens and the graph that a script sends."""
+    schemas = {s.node_id: s for s in (node.define_schema() for node in pack.NODES)}
+    for graph in (ROOT / "tests/e2e/workflows").glob("*.json"):
+        opened = json.loads((ROOT / "example_workflows" / graph.name).read_text())["nodes"]
+        shown = {str(node["id"]): node for node in opened}
+        for key, sent in json.loads(graph.read_text()).items():
+            if sent["class_type"] not in schemas:
+                continue
+            names = [i["name"] for i in shown[key]["inputs"] if "widget" in i]
+            values = dict(zip(names, shown[key]["widgets_values"], strict=True))
+            fields = schemas[sent["class_type"]].inputs
+            defaults = {f.id: f.options.get("default") for f in fields if f.id in values}
+            assert values == {name: sent["inputs"].get(name, defaults[name]) for name in values}, (
+                graph.name,
+                key,
+            )
 
 
 @pytest.mark.parametrize(

@@ -156,19 +156,14 @@ def test_an_automatic_setting_takes_a_number_a_text_or_a_wire(pack, value):
     assert pack.SubjectImages.validate_inputs(folder=EXAMPLE, resolution=value) is True
 
 
-def _table(schema):
-    rows = ["| input | what it does |", "|---|---|"]
-    for field in schema.inputs:
-        rows.append(
-            f"| `{field.id}`{' (advanced)' if field.advanced else ''} | {field.options['tooltip']} "
-            "|"
-        )
-    rows += ["", "| output | what it is |", "|---|---|"]
-    rows += [
-        f"| `{field.options['display_name']}` | {field.options['tooltip']} |"
-        for field in schema.outputs
+def _list(schema):
+    """A list, not a table: the page shows help in a narrow column."""
+    inputs = [
+        f"- **{f.id}**{' (advanced)' if f.advanced else ''}: {f.options['tooltip']}"
+        for f in schema.inputs
     ]
-    return "\n".join(rows) + "\n"
+    outputs = [f"- **{f.options['display_name']}**: {f.options['tooltip']}" for f in schema.outputs]
+    return "\n".join(["## Inputs", "", *inputs, "", "## Outputs", "", *outputs]) + "\n"
 
 
 def test_the_help_page_lists_the_inputs_as_they_are(schema):
@@ -177,9 +172,17 @@ def test_the_help_page_lists_the_inputs_as_they_are(schema):
     written, _, table = text.partition("<!-- inputs -->\n")
     assert re.match(r"# .+\n\n\S.{80,}", written, re.S)
     if UPDATE:
-        page.write_text(f"{written}<!-- inputs -->\n{_table(schema)}", encoding="utf-8")
-        table = _table(schema)
-    assert table == _table(schema)
+        page.write_text(f"{written}<!-- inputs -->\n{_list(schema)}", encoding="utf-8")
+        table = _list(schema)
+        _english(page).parent.mkdir(exist_ok=True)
+        _english(page).write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    assert table == _list(schema)
+    # The page asks for its language first; other languages fall back to the file without one.
+    assert _english(page).read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+
+
+def _english(page):
+    return page.with_suffix("") / "en.md"
 
 
 def test_the_english_locale_says_what_the_schema_says(pack):

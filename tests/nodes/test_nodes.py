@@ -2,7 +2,6 @@
 and a whole short run."""
 
 import json
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,6 +20,18 @@ TRAIN = {
     "weight_decay": 0.01,
     "gradient_checkpointing": False,
     "sample_prompt": "",
+}
+
+CALIBRATE = {
+    "init": "target",
+    "rank": 2,
+    "rank_rule": "data",
+    "seed": 0,
+    "effort": "quick",
+    "batch_size": 2,
+    "targets": "auto",
+    "preservation": 1.0,
+    "gradient_checkpointing": False,
 }
 
 
@@ -285,19 +296,6 @@ def test_an_empty_prompt_draws_what_was_trained(pack, model, pictures, monkeypat
         run(pack.PreviewLoRA, sd_model=model, lora={}, prompt="", **settings)
 
 
-@pytest.mark.parametrize("core", [None, "training", "model/training"])
-def test_our_nodes_stand_beside_the_hosts_training(pack, monkeypatch, core):
-    known = {"TrainLoraNode": SimpleNamespace(CATEGORY=core)} if core else {}
-    monkeypatch.setitem(sys.modules, "nodes", SimpleNamespace(NODE_CLASS_MAPPINGS=known))
-    assert pack.CalibrateLoRA.define_schema().category == f"{core or 'training'}/CNTLoRA"
-
-
-def test_comfyuis_own_folders_are_not_offered(pack, folder):
-    (pack.base / "input/3d").mkdir()
-    assert folder.name in pack.host.input_subfolders()
-    assert "3d" not in pack.host.input_subfolders()
-
-
 def test_an_error_is_shown_without_the_path_of_the_pack(pack):
     with pytest.raises(ValueError, match=r"\.") as error:
         run(pack.SaveLoRA, lora={}, name="x", precision="fp16")
@@ -307,35 +305,6 @@ def test_an_error_is_shown_without_the_path_of_the_pack(pack):
 def test_a_foreign_lora_is_sent_to_comfyuis_own_node(pack):
     with pytest.raises(ValueError, match="Save LoRA Weights"):
         run(pack.SaveLoRA, lora={}, name="x", precision="fp16")
-
-
-@pytest.mark.parametrize(
-    ("page", "folder"),
-    [
-        (None, "12_5"),
-        ({"workflow": {"id": "1a-2b"}}, "1a-2b-12_5"),
-        ({"workflow": {"id": "../../etc"}}, "______etc-12_5"),
-        ({"workflow": {}}, "12_5"),
-        ({"workflow": ["strange"]}, "12_5"),
-        ("strange", "12_5"),
-    ],
-)
-def test_each_workflow_has_its_own_runs_under_temp(pack, page, folder):
-    node = SimpleNamespace(hidden=SimpleNamespace(unique_id="12:5", extra_pnginfo=page))
-    assert pack.host.identity(node).folder == f"cntlora/{folder}"
-
-
-CALIBRATE = {
-    "init": "target",
-    "rank": 2,
-    "rank_rule": "data",
-    "seed": 0,
-    "effort": "quick",
-    "batch_size": 2,
-    "targets": "auto",
-    "preservation": 1.0,
-    "gradient_checkpointing": False,
-}
 
 
 def test_what_validates_was_neither_calibrated_nor_trained_on(pack, model, pictures, monkeypatch):

@@ -5,6 +5,7 @@ swallows it.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
@@ -16,11 +17,20 @@ class Event:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, `type` first."""
-        return {"type": self.type, **asdict(self)}
+        return {"type": self.type, **plain(asdict(self))}
 
     def to_json(self) -> str:
         """One line of JSON with `type` first."""
-        return json.dumps(self.to_dict(), ensure_ascii=False)
+        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: what is not a finite number is null."""
+    if isinstance(value, dict):
+        return {key: plain(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +18,11 @@ from .config import CalibrationConfig, TrainConfig
 from .data.batches import NoisedSet
 from .data.dataset import EncodedImages
 from .distributed import ALONE, Group
-from .errors import NonFiniteError, OutOfMemory
-from .events import Base, Observer, Saved, Status, Training, Validation, ignore
+from .errors import CNTLoRAError, NonFiniteError, OutOfMemory, OutputError
+from .events import Base, Event, Notice, Observer, Saved, Status, Training, Validation, ignore
+from .files import DISK, Disk, other_places
 from .lora.adapter import LoRA, attached_lora
-from .lora.file import save_lora
+from .lora.file import overflows, save_lora
 from .lora.metadata import Source, Taught, describe
 from .model.cpu_convolutions import convolutions_as_matmul
 from .model.gradient_checkpointing import recomputing_activations
@@ -87,9 +88,9 @@ def run_training(
 
     `preserve` feeds the calibration's preservation, which training keeps up (a resumed run measures
     it again); `prior` is a second loss on pictures. When training ends early, by a host's Cancel
-    (an exception of `observer`), NaN or want of memory, nothing is lost: the checkpoint is written,
-    `on_stop` gets the run as far as it went, and the exception goes on. Raises OutOfMemory with
-    what to try next.
+    (an exception of `observer`), NaN or want of memory, nothing is lost: `on_stop` gets the run as
+    far as it went, the checkpoint is written, and the exception goes on. A checkpoint that cannot
+    be written is told, and training goes on. Raises OutOfMemory with what to try next.
     """
     saved = checkpoints.read() if checkpoints else None
     base_loss = _base_loss(model, validate, training, subject.resolution, observer)
@@ -111,9 +112,18 @@ def run_training(
             saved.restore(state)
         observer(Training(training.steps, state.step))
 
+        stopped: list[BaseException] = []
+
+        def watched(event: Event) -> None:
+            try:
+                observer(event)
+            except BaseException as error:
+                stopped.append(error)
+                raise
+
         def save(state: TrainState) -> None:
             if checkpoints and checkpoints.due(state.step) and group.rank == 0:
-                checkpoints.write(state)
+                checkpoints.try_to_write(state, watched)
 
         def result(best: bool) -> RunResult:
             weights, kept = state.weights(training) if best else (adapters.factors(), state.step)
@@ -129,17 +139,30 @@ def run_training(
                 preservation=start.preservation and start.preservation.on(model.device),
                 validate=validate,
                 save=save,
-                observer=observer,
+                observer=watched,
                 group=group,
             )
         except BaseException as error:
-            worthless = isinstance(error, NonFiniteError) or _out_of_memory(error)
-            if checkpoints and group.rank == 0 and not worthless:
-                checkpoints.write(state)
-            if on_stop:
-                on_stop(result(best=isinstance(error, NonFiniteError)))
+            try:
+                if on_stop:
+                    on_stop(result(best=isinstance(error, NonFiniteError) or state.judged))
+            finally:
+                # An observer leaves between two steps. Anything else leaves half a step, and the
+                # checkpoint before it stays.
+                if checkpoints and group.rank == 0 and error in stopped:
+                    _write_last(checkpoints, state, error)
             raise
         return result(best=True)
+
+
+def _write_last(checkpoints: RunSnapshots, state: TrainState, error: BaseException) -> None:
+    """The checkpoint of a run that `error` ends; when it cannot be written, that is told with
+    it."""
+    try:
+        checkpoints.write(state)
+    except OutputError as failure:
+        if isinstance(error, CNTLoRAError):
+            error.add_sentence(str(failure))
 
 
 def run_untrained(
@@ -237,24 +260,54 @@ def save_run(
     source: Source | None = None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
+    elsewhere: Sequence[Path] = (),
+    disk: Disk = DISK,
     observer: Observer = ignore,
 ) -> Path:
-    """Save a LoRA with its whole story in the metadata."""
-    metadata = describe(
-        lora,
-        family=model.family,
-        prediction=model.schedule.prediction,
-        title=Path(path).stem,
-        model_name=model.name,
-        taught=_taught(subject),
-        steps=steps,
-        calibration=calibration,
-        training=training,
-        source=source,
-    )
-    saved = save_lora(path, lora, model.family, metadata, dtype=dtype, overwrite=overwrite)
+    """Save a LoRA with its whole story in the metadata, and tell where it is.
+
+    What cannot be written at `path` is written under a free name beside it, or in one of the
+    folders `elsewhere`; weights too large for `dtype` are written in fp32. Raises OutputError when
+    no place takes it.
+    """
+    if dtype != torch.float32 and overflows(lora, dtype):
+        observer(Notice("Weights of the LoRA are too large for its precision: it is in fp32."))
+        dtype = torch.float32
+
+    def save(place: Path) -> Path:
+        metadata = describe(
+            lora,
+            family=model.family,
+            prediction=model.schedule.prediction,
+            title=place.stem,
+            model_name=model.name,
+            taught=_taught(subject),
+            steps=steps,
+            calibration=calibration,
+            training=training,
+            source=source,
+        )
+        return save_lora(
+            place, lora, model.family, metadata, dtype=dtype, overwrite=overwrite, disk=disk
+        )
+
+    try:
+        saved = save(Path(path))
+    except OutputError as error:
+        saved = _save_elsewhere(save, other_places(Path(path), elsewhere), error)
+        observer(Notice(f"{error} The LoRA is in '{saved}' instead."))
     observer(Saved(str(saved)))
     return saved
+
+
+def _save_elsewhere(
+    save: Callable[[Path], Path], places: Iterable[Path], first: OutputError
+) -> Path:
+    for place in places:
+        with suppress(OutputError):
+            return save(place)
+        first.add_sentence(f"'{place}' failed too.")
+    raise first
 
 
 def _taught(subject: EncodedImages) -> Taught:

@@ -107,8 +107,15 @@ def lora_path(name: str) -> Path:
 
 
 def lora_name(path: Path) -> str:
-    """The name under which Load LoRA lists the file."""
-    return path.relative_to(_loras_folder()).as_posix()
+    """The name under which Load LoRA lists the file; its whole path where it does not."""
+    folder = _loras_folder()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+
+def other_folders() -> list[Path]:
+    """Where a LoRA goes that the loras folder does not take: ComfyUI's output, then its temp."""
+    roots = (folder_paths.get_output_directory(), folder_paths.get_temp_directory())
+    return [Path(root, "cntlora-saved") for root in roots]
 
 
 def _loras_folder() -> Path:

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
 
-from ..cntlora_core.events import Event, Progress, Saved, Step, Training
+from ..cntlora_core.events import Event, Notice, Progress, Saved, Step, Training
+from ..cntlora_core.files import DISK, Disk, LineFile, reason
 from . import host
 
 FREQUENT = (Step.type, Progress.type)
@@ -64,16 +66,19 @@ class Reporter:
     rebuilds what it missed; a run that ComfyUI's cache gives again is still there.
     """
 
-    def __init__(self, node: host.Identity, kind: str, steps: int = 0) -> None:
+    def __init__(
+        self, node: host.Identity, kind: str, steps: int = 0, *, disk: Disk = DISK
+    ) -> None:
         self.node, self.kind, self.steps, self.sequence = node, kind, steps, 0
         self.run = f"{time.time_ns():x}"
         self.folder: Path = node.path
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self.unsent: list[dict[str, Any]] = []
         self.sent = 0.0
         self.saved = False
         self.show = host.progress_bar(node.node)
-        self.file = (self.folder / f"events_{self.run}.jsonl").open("w", encoding="utf-8")
+        self.lines = LineFile(self.folder / f"events_{self.run}.jsonl", disk=disk)
         self.note(Run(kind, steps, time.time(), node.folder))
 
     def __enter__(self) -> Reporter:
@@ -85,7 +90,7 @@ class Reporter:
         try:
             self.note(End(kind is None, self._ending(error)))
         finally:
-            self.file.close()
+            self.lines.close()
 
     def _ending(self, error: BaseException | None) -> str:
         if isinstance(error, host.Cancelled):
@@ -97,9 +102,10 @@ class Reporter:
         self.saved |= isinstance(event, Saved)
         self.sequence += 1
         line = {"run": self.run, "seq": self.sequence, "time": time.time(), **event.to_dict()}
-        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.file.flush()
         self.unsent.append(line)
+        if failure := self.lines.write(json.dumps(line, ensure_ascii=False)):
+            text = f"The run's events cannot be kept ({failure}): a reloaded page will lack them."
+            self.note(Notice(text))
         if event.type in FREQUENT and time.monotonic() - self.sent < SEND_EVERY:
             return
         host.send({"v": 1, **self._source, "events": self.unsent})
@@ -125,7 +131,11 @@ class Reporter:
             strip.paste(p, (left, 0))
             left += p.width
         name = f"{self.run}_{step:06d}.png"
-        strip.save(self.folder / name)
+        try:
+            strip.save(self.folder / name)
+        except OSError as error:
+            self.note(Notice(f"'{name}' could not be written ({reason(error)})."))
+            return
         self.note(Sample(step, name))
 
     def kept(self, step: int) -> None:

@@ -6,13 +6,16 @@ from torch import Tensor
 
 from ..cntlora_core.devices import DTYPES
 from ..cntlora_core.errors import CNTLoRAError, LoRAFileError
-from ..cntlora_core.files import free_name
+from ..cntlora_core.events import Event, Notice
+from ..cntlora_core.files import DISK, free_name
 from . import host
 from .host import io
 from .types import LoRAModel
 
 
 class SaveLoRA(io.ComfyNode):
+    disk = DISK
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return host.schema(
@@ -65,7 +68,12 @@ class SaveLoRA(io.ComfyNode):
             raise LoRAFileError(
                 "This LoRA does not come from CNTLoRA: save it with ComfyUI's Save LoRA Weights."
             )
-        saved = lora.write(free_name(host.lora_path(name)), DTYPES[precision])
-        return io.NodeOutput(
-            host.lora_name(saved), ui={"text": (f"Saved as {host.lora_name(saved)}",)}
-        )
+        said: list[str] = []
+
+        def note(event: Event) -> None:
+            if isinstance(event, Notice):
+                said.append(event.text)
+
+        path = free_name(host.lora_path(name))
+        saved = host.lora_name(lora.write(path, DTYPES[precision], note, cls.disk))
+        return io.NodeOutput(saved, ui={"text": (" ".join([f"Saved as {saved}", *said]),)})

@@ -13,7 +13,7 @@ from ..cntlora_core.data.dataset import EncodedImages
 from ..cntlora_core.defaults import resolve
 from ..cntlora_core.errors import CNTLoRAError
 from ..cntlora_core.events import Event, Notice, Saved, Step, Training
-from ..cntlora_core.files import free_name
+from ..cntlora_core.files import DISK, Disk, free_name
 from ..cntlora_core.lora.adapter import attached_lora
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.model.sampling import sample
@@ -55,6 +55,8 @@ ORDINARY = CalibrationConfig(init="gaussian")  # the start when none is connecte
 
 
 class TrainLoRA(io.ComfyNode):
+    disk = DISK
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return host.schema(
@@ -140,7 +142,7 @@ class TrainLoRA(io.ComfyNode):
         made = lora_init.calibration if lora_init else None
         config = read_settings(TrainConfig, own | (settings.fields if settings else {}))
         with (
-            Reporter(host.identity(cls), "CNTLoRATrain", config.steps) as report,
+            Reporter(host.identity(cls), "CNTLoRATrain", config.steps, disk=cls.disk) as report,
             host.working(sd_model),
         ):
             encoded, held_out = subject.encode(sd_model, report)
@@ -150,11 +152,15 @@ class TrainLoRA(io.ComfyNode):
                 held_out = validation.encode_all(sd_model, report)
             config = resolve(config, sd_model.name, start.init, encoded.picture_count, report)
             sampler = Sampler(sd_model, sample_prompt or encoded.prompt, sample_every, report)
-            kept: list[str] = []
 
             def finished(run: RunResult) -> LoRAModel:
                 return lora_model(run.lora, sd_model, encoded, start, config, run.kept_step)
 
+            def keep(run: RunResult) -> None:
+                if run.steps:
+                    kept.append(_keep(finished(run), run, report, cls.disk))
+
+            kept: list[str] = []
             try:
                 run = run_training(
                     sd_model,
@@ -166,13 +172,13 @@ class TrainLoRA(io.ComfyNode):
                     validate=validation_loss(sd_model, held_out, config.batch_size)
                     if config.validate_every
                     else None,
-                    on_stop=lambda run: kept.extend(_keep(finished(run), run.kept_step, report)),
+                    on_stop=keep,
                     observer=sampler,
                 )
             except CNTLoRAError as error:
-                raise CNTLoRAError(
-                    " ".join([str(error), *(f"What was trained is in loras/{k}." for k in kept)])
-                ) from error
+                for place in kept:
+                    error.add_sentence(f"What was trained is in {place}.")
+                raise
             if (
                 run.kept_step != run.steps
             ):  # the weights given out are not those of the last samples
@@ -199,16 +205,19 @@ def _prior_loss(prior: EncodedImages | None, settings: ExtraSettings | None) -> 
     return ClassImages(prior)
 
 
-def _keep(lora: LoRAModel, step: int, report: Reporter) -> list[str]:
-    """Save what an interrupted run has learnt. Its name; none when no step was finished."""
-    if step == 0:
-        return []
-    path = free_name(
-        host.lora_path(f"cntlora-interrupted/{time.strftime('%Y-%m-%d_%H%M%S')}_step{step}")
-    )
-    name = host.lora_name(lora.write(path))
+def _keep(lora: LoRAModel, run: RunResult, report: Reporter, disk: Disk) -> str:
+    """Save what an interrupted run has learnt, and say where."""
+    moment = time.strftime("%Y-%m-%d_%H%M%S")
+    path = free_name(host.lora_path(f"cntlora-interrupted/{moment}_step{run.kept_step}"))
+
+    def note(event: Event) -> None:
+        if isinstance(event, Notice):
+            report.note(event)
+
+    saved = lora.write(path, observer=note, disk=disk)
+    name = host.lora_name(saved)
     report.note(Saved(name))
-    return [name]
+    return name if saved.is_absolute() and name == str(saved) else f"loras/{name}"
 
 
 class Sampler:

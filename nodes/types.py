@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from ..cntlora_core.calibration.calibrate import Calibration
 from ..cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
 from ..cntlora_core.data.dataset import EncodedImages, encode_subject, with_validation
 from ..cntlora_core.data.images import Picture
-from ..cntlora_core.events import Observer
+from ..cntlora_core.events import Observer, ignore
+from ..cntlora_core.files import DISK, Disk
 from ..cntlora_core.lora.adapter import LoRA
 from ..cntlora_core.lora.file import to_state_dict
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.run import save_run
+from . import host
 from .host import io
 
 SDModel = io.Custom("CNTLORA_SD_MODEL")
@@ -100,8 +103,14 @@ def lora_model(
 ) -> LoRAModel:
     state = LoRAModel(to_state_dict(lora, model.family))
 
-    def save(path: Path, dtype: torch.dtype = torch.float32) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def save(
+        path: Path,
+        dtype: torch.dtype = torch.float32,
+        observer: Observer = ignore,
+        disk: Disk = DISK,
+    ) -> Path:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
         return save_run(
             path,
             lora,
@@ -111,6 +120,9 @@ def lora_model(
             calibration=config,
             training=training,
             dtype=dtype,
+            elsewhere=host.other_folders(),
+            disk=disk,
+            observer=observer,
         )
 
     state.write, state.prompt = save, subject.prompt

@@ -12,6 +12,7 @@ const SMOOTHING = 0.9; // of the moving average; its start is corrected as in Ad
 
 function addStep(state, event) {
   state.step = event.step;
+  if (event.loss === null) return; // it was not a finite number
   state.losses.push([event.step, event.loss]);
   const n = state.losses.length;
   state.average = state.average * SMOOTHING + event.loss * (1 - SMOOTHING);
@@ -21,6 +22,7 @@ function addStep(state, event) {
 }
 
 function addValidation(state, event) {
+  if (event.loss === null) return;
   state.validations.push([event.step, event.loss]);
   if (!state.best || event.loss < state.best[1]) state.best = [event.step, event.loss];
 }

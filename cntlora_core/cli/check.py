@@ -4,10 +4,9 @@ trained."""
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 
 from ..events import Event, Notice
+from .console import print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +53,4 @@ def run_check(args: argparse.Namespace) -> None:
         }
         for before, p in zip(found, pictures, strict=True)
     ]
-    sys.stdout.write(
-        json.dumps({"pictures": table, "findings": said}, indent=2, ensure_ascii=False) + "\n"
-    )
+    print_json({"pictures": table, "findings": said}, indent=2)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -22,6 +24,7 @@ from ..events import (
     Training,
     Validation,
     ignore,
+    plain,
 )
 from ..files import LineFile
 
@@ -29,8 +32,8 @@ from ..files import LineFile
 class Console:
     """Shows a run on stderr: one bar per phase, one line per result. Use as a context manager."""
 
-    def __init__(self, total_steps: int = 0) -> None:
-        self.total_steps = total_steps
+    def __init__(self) -> None:
+        self.total_steps = self.made_before = 0
         self.bar: tqdm | None = None
         self.phase = ""
 
@@ -49,7 +52,8 @@ class Console:
         if isinstance(event, Progress):
             self._advance(event.phase, event.done, event.total)
         elif isinstance(event, Step):
-            self._advance("training", event.step, self.total_steps, f"loss {event.loss:.4f}")
+            note = f"loss {event.loss:.4f}"
+            self._advance("training", event.step, self.total_steps, note, self.made_before)
         elif isinstance(event, Validation) and event.step % self.total_steps_shown == 0:
             self._line(f"  step {event.step}: held-out loss {event.loss:.5f}")
         elif isinstance(event, Status):
@@ -57,6 +61,7 @@ class Console:
             self._line(event.text)
         elif isinstance(event, Training):
             self._close()
+            self.total_steps, self.made_before = event.steps, event.done
             self._line(
                 f"Training {event.steps} steps"
                 + (f", going on after {event.done}" if event.done else "")
@@ -82,19 +87,27 @@ class Console:
         """Validation losses are printed a handful of times, not at every validation."""
         return max(1, self.total_steps // 2)
 
-    def _advance(self, phase: str, done: int, total: int, note: str = "") -> None:
+    def _advance(
+        self, phase: str, done: int, total: int, note: str = "", made_before: int = 0
+    ) -> None:
+        """`made_before` were not made by this run, and say nothing of its speed."""
         if self.bar is None or self.phase != phase:
             self._close()
             self.phase = phase
             self.bar = tqdm(
-                total=total, desc=phase, file=sys.stderr, leave=False, dynamic_ncols=True
+                total=total,
+                initial=made_before,
+                desc=phase,
+                file=sys.stderr,
+                leave=False,
+                dynamic_ncols=True,
             )
         if note:
             self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(done - self.bar.n)
 
     def _line(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(printable(text, sys.stderr), file=sys.stderr)
 
     def _close(self) -> None:
         if self.bar is not None:
@@ -133,6 +146,21 @@ class EventFile:
                     "run goes on without."
                 )
             )
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """On stdout, as it is read everywhere: no NaN, and escapes where the encoding lacks a
+    character."""
+    text = json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    if printable(text, sys.stdout) != text:
+        text = json.dumps(plain(value), indent=indent, allow_nan=False)
+    sys.stdout.write(text + "\n")
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """`text` without what the stream's encoding lacks (a Windows console's, a Latin-1 locale's)."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def broadcast(*observers: Observer) -> Observer:

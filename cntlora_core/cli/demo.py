@@ -39,7 +39,7 @@ def run_demo(folder: Path) -> dict[str, Any]:
         raise SettingError(
             f"The output folder '{folder}' cannot be made ({error.strerror})."
         ) from error
-    with Console(TRAINING.steps) as console, EventFile(folder / "events.jsonl") as events:
+    with Console() as console, EventFile(folder / "events.jsonl") as events:
         observer = broadcast(console, events)
         result = _run(folder, observer)
         result["seconds"] = round(time.monotonic() - started, 1)

@@ -7,17 +7,24 @@ import threading
 from types import FrameType, TracebackType
 
 from ..errors import Interrupted
-from ..events import Event
+from ..events import Event, Training
 
 
 class Interrupts:
     """An observer that raises Interrupted at the first event after a signal. Use as a context
-    manager; a second signal acts as if there were none of this."""
+    manager.
+
+    A second signal raises at once, but not while steps are made: there it would leave half a step,
+    and the whole one is over soon. However many come, the run is left once; those that come while
+    its work is kept change nothing.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.stepping = False
+        self.leaving = False
         self.before: dict[int, object] = {}
 
     def __enter__(self) -> Interrupts:
@@ -31,16 +38,25 @@ class Interrupts:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
-
-    def __call__(self, event: Event) -> None:
-        if self.received is not None:
-            raise Interrupted("Interrupted.", 128 + self.received)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def __call__(self, event: Event) -> None:
+        self.stepping = self.stepping or isinstance(event, Training)
+        if self.received is not None:
+            self._leave(self.received)
+
+    def finish(self) -> None:
+        """The run is over: what is left is to keep its work, which no signal stops."""
+        self.leaving = True
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again = self.received is not None
+        self.received = number
+        if again and not self.stepping:
+            self._leave(number)
+
+    def _leave(self, number: int) -> None:
+        if not self.leaving:
+            self.leaving = True
+            raise Interrupted("Interrupted.", 128 + number)

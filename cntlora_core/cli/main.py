@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import traceback
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, NoReturn
 from ..config import DataConfig, SampleConfig
 from ..errors import CNTLoRAError, Interrupted
 from ..events import Observer, ignore
+from ..files import DISK, Disk
 from ..model.prediction import AUTO, PREDICTIONS
 from ..settings import settings_of
 from . import check
-from .console import Console
+from .console import Console, print_json, printable
 from .options import add_arguments, add_settings, settings_from
 from .train import run_train
 
@@ -34,10 +34,11 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"Error: {message}. See `{self.prog} --help`.\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, disk: Disk = DISK) -> int:
     """Run one command. Returns the exit status: 0 done, 1 a user's error (one sentence on stderr),
     130 interrupted."""
     args = _parser().parse_args(argv)
+    args.disk = disk
     logging.basicConfig(
         level=logging.DEBUG if args.debug else logging.WARNING, format="%(message)s"
     )
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str, debug: bool, status: int = 1) -> int:
     if debug:
         traceback.print_exc()
-    sys.stderr.write(f"Error: {message}\n")
+    sys.stderr.write(printable(f"Error: {message}\n", sys.stderr))
     return status
 
 
@@ -167,14 +168,14 @@ def _load(
 
 
 def _train(args: argparse.Namespace) -> None:
-    run_train(args, _load)
+    run_train(args, _load, args.disk)
 
 
 def _demo(args: argparse.Namespace) -> None:
     from .demo import run_demo
 
     result = run_demo(Path(args.output))
-    sys.stdout.write(json.dumps(result) + "\n")
+    print_json(result)
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -211,16 +212,16 @@ def _sample(args: argparse.Namespace) -> None:
     sample_sheet(
         [(Path(args.lora).stem if args.lora else "base", pictures)], title=args.prompt
     ).save(output)
-    sys.stdout.write(json.dumps({"picture": str(output), "seeds": list(seeds)}) + "\n")
+    print_json({"picture": str(output), "seeds": list(seeds)})
 
 
 def _inspect(args: argparse.Namespace) -> None:
     from ..lora.summary import inspect_file
 
-    sys.stdout.write(json.dumps(inspect_file(args.file), indent=2, ensure_ascii=False) + "\n")
+    print_json(inspect_file(args.file), indent=2)
 
 
 def _info(args: argparse.Namespace) -> None:
     from .info import environment
 
-    sys.stdout.write(json.dumps(environment(), indent=2) + "\n")
+    print_json(environment(), indent=2)

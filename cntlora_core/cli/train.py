@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -16,161 +15,128 @@ from ..config import (
     TrainConfig,
     to_dict,
 )
-from ..errors import CNTLoRAError, Interrupted, SettingError
+from ..errors import CNTLoRAError
 from ..events import Done, Observer, ignore
-from .console import Console, EventFile, broadcast
+from ..files import DISK, Disk
+from .checks import check_arguments, check_outputs, check_room
+from .console import Console, EventFile, broadcast, print_json
 from .interrupts import Interrupts
+from .keeper import Keeper
 from .options import CLASS_STEPS, settings_from
 
 if TYPE_CHECKING:
     from ..data.batches import NoisedSet
     from ..data.dataset import EncodedImages
+    from ..distributed import Group
     from ..lora.adapter import LoRA
     from ..lora.metadata import Source
     from ..model.loader import StableDiffusion
     from ..run import RunResult
     from ..training.prior_loss import PriorLoss
-    from ..training.resume import RunSnapshots
 
 
-def run_train(args: argparse.Namespace, load: Any) -> None:
+def run_train(args: argparse.Namespace, load: Any, disk: Disk = DISK) -> None:
     """Everything `train` does. `load(args, device, observer)` gives the model."""
     data = settings_from(DataConfig, args)
     calibration = settings_from(CalibrationConfig, args)
     training = settings_from(TrainConfig, args)
-    _check(args)
-    from ..calibration.calibrate import continued
-    from ..data.dataset import read_subject, with_validation
+    check_arguments(args)
     from ..defaults import resolve
     from ..devices import DTYPES, pick_device
     from ..distributed import local_device, process_group
-    from ..files import check_output
-    from ..run import run_training, run_untrained, save_run
-    from ..training.resume import state_path
-    from ..training.validation import validation_loss
 
-    going_on = args.resume and state_path(Path(args.output)).is_file()
-    overwrite = args.overwrite or going_on  # the interrupted run wrote it
-    output = check_output(args.output, overwrite=overwrite)
+    output, overwrite, checkpoints = check_outputs(args, disk)
     device = local_device(pick_device(args.device))
     with ExitStack() as stack:
-        observer: Observer = stack.enter_context(Interrupts())
+        interrupts = stack.enter_context(Interrupts())
         group = stack.enter_context(process_group(device))
-        if group.rank == 0:
-            console = stack.enter_context(Console())
-            observer = broadcast(console, observer)
-        if args.events and group.rank == 0:
-            events = check_output(args.events, overwrite=overwrite, suffix=".jsonl")
-            observer = broadcast(stack.enter_context(EventFile(events)), observer)
+        tell = _reports(args, stack, overwrite) if group.rank == 0 else ignore
+        observer = broadcast(tell, interrupts)
         model = load(args, device, observer)
-        source, source_lora = _source(args, model)
-        cache = _cache(args, model)
-        words = (args.trigger, args.class_name)
-        subject = read_subject(
-            model, args.images, args.prompt, data, words=words, cache=cache, observer=observer
-        )
-        held_out = subject
-        if args.validation_images:
-            held_out = read_subject(
-                model,
-                args.validation_images,
-                args.prompt,
-                data,
-                words=words,
-                cache=cache,
-                observer=observer,
-            )
-        elif args.validate_every and data.hold_out:
-            subject, held_out = with_validation(subject)
+        source, lora = _source(args, model)
+        subject, held_out = _pictures(args, model, data, observer)
         if args.trains:
             training = resolve(training, model.name, args.init, subject.picture_count, observer)
-            if group.rank == 0:
-                console.total_steps = training.steps
+        if checkpoints:
+            held = held_out if args.validate_every else None
+            made_from = _identity(args, model, subject, held)
+            checkpoints.identity = made_from | _settings(data, calibration, training)
+            checkpoints.read()  # refuses another run's before anything is drawn or measured
         preserve, prior = _priors(args, model, subject, data, observer)
         model.drop_encoders()
-        checkpoints = _checkpoints(args, output, subject, calibration, training, data, model)
-
-        kept: list[Path] = []
-
-        def save(run: RunResult, tell: Observer) -> None:
-            if group.rank == 0 and (run.steps or not args.trains):
-                kept.append(output)
-                save_run(
-                    output,
-                    run.lora,
-                    model,
-                    subject,
-                    steps=run.kept_step,
-                    calibration=calibration,
-                    source=source,
-                    training=training if args.trains else None,
-                    dtype=DTYPES[args.save_precision],
-                    overwrite=overwrite,
-                    observer=tell,
-                )
-
-        validate = None
-        if args.validate_every:
-            validate = validation_loss(model, held_out, args.batch_size, group)
+        check_room(args, output, model, lora, bool(checkpoints))
+        story = {
+            "model": model,
+            "subject": subject,
+            "calibration": calibration,
+            "training": training if args.trains else None,
+            "source": source,
+            "dtype": DTYPES[args.save_precision],
+        }
+        keeper = Keeper(output, story, args.trains, overwrite, checkpoints, tell, disk)
+        shared = {
+            "preserve": preserve,
+            "validate": _validation(args, model, held_out, group),
+            "observer": observer,
+            "group": group,
+        }
         try:
-            start = continued(source_lora) if source_lora else None
-            if args.trains:
-                run = run_training(
-                    model,
-                    subject,
-                    calibration,
-                    training,
-                    preserve=preserve,
-                    prior=prior,
-                    start=start,
-                    validate=validate,
-                    checkpoints=checkpoints,
-                    on_stop=lambda run: save(run, ignore),
-                    observer=observer,
-                    group=group,
-                )
-            else:
-                run = run_untrained(
-                    model,
-                    subject,
-                    calibration,
-                    preserve=preserve,
-                    validate=validate,
-                    observer=observer,
-                    group=group,
-                )
+            run = _run(args, keeper, prior, lora, shared)
+            interrupts.finish()
+            if group.rank:
+                return
+            keeper.keep(run)
         except CNTLoRAError as error:
-            error.args = (_with_location(error, kept, checkpoints),)
+            if group.rank == 0:
+                keeper.locate(error)
             raise
-        save(run, observer)
-        if group.rank:
-            return
         if checkpoints:
             checkpoints.remove()
         result = {
-            "lora": str(output),
+            "lora": str(keeper.saved),
             "steps": run.steps,
             "kept": run.kept_step,
             "loss": _loss_at(run),
         }
-        observer(Done(result))
-    sys.stdout.write(json.dumps(result) + "\n")
+        tell(Done(result))
+    print_json(result)
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.prior != "none" and not args.class_prompt:
-        raise SettingError(
-            f"--prior {args.prior} needs --class-prompt: say the class without the trigger, e.g. "
-            "'a cat'."
-        )
-    if args.class_images and not args.class_prompt:
-        raise SettingError(
-            "--class-images needs --class-prompt: say what the pictures show, e.g. 'a cat'."
-        )
-    if not 1 <= args.class_count <= 1000:
-        raise SettingError(f"class-count is {args.class_count}: it must be between 1 and 1000.")
-    if args.save_every < 0:
-        raise SettingError(f"save-every is {args.save_every}: it must be 0 (never) or more.")
+def _run(
+    args: argparse.Namespace,
+    keeper: Keeper,
+    prior: PriorLoss | None,
+    lora: LoRA | None,
+    shared: dict[str, Any],
+) -> RunResult:
+    from ..calibration.calibrate import continued
+    from ..run import run_training, run_untrained
+
+    model, subject = keeper.story["model"], keeper.story["subject"]
+    calibration, training = keeper.story["calibration"], keeper.story["training"]
+    if not args.trains:
+        return run_untrained(model, subject, calibration, **shared)
+    return run_training(
+        model,
+        subject,
+        calibration,
+        training,
+        prior=prior,
+        start=continued(lora) if lora else None,
+        checkpoints=keeper.checkpoints,
+        on_stop=keeper.keep if shared["group"].rank == 0 else None,
+        **shared,
+    )
+
+
+def _reports(args: argparse.Namespace, stack: ExitStack, overwrite: bool) -> Observer:
+    """The console and the file of events; neither stops a run."""
+    console = stack.enter_context(Console())
+    if not args.events:
+        return console
+    append = overwrite and not args.overwrite  # a run that goes on
+    events = stack.enter_context(EventFile(args.events, console, append=append))
+    return broadcast(console, events)
 
 
 def _source(args: argparse.Namespace, model: StableDiffusion) -> tuple[Source | None, LoRA | None]:
@@ -185,10 +151,37 @@ def _source(args: argparse.Namespace, model: StableDiffusion) -> tuple[Source | 
     return Source.of(args.continue_from), lora
 
 
-def _cache(args: argparse.Namespace, model: StableDiffusion) -> Any:
+def _pictures(
+    args: argparse.Namespace, model: StableDiffusion, data: DataConfig, observer: Observer
+) -> tuple[EncodedImages, EncodedImages]:
+    """What to train on and what to validate with."""
+    from ..data.dataset import read_subject, with_validation
     from ..data.latent_cache import LatentCache
 
-    return LatentCache(args.cache, model.vae) if args.cache else None
+    cache = LatentCache(args.cache, model.vae) if args.cache else None
+    words = (args.trigger, args.class_name)
+
+    def read(folder: str) -> EncodedImages:
+        return read_subject(
+            model, folder, args.prompt, data, words=words, cache=cache, observer=observer
+        )
+
+    subject = read(args.images)
+    if args.validation_images:
+        return subject, read(args.validation_images)
+    if args.validate_every and data.hold_out:
+        return with_validation(subject)
+    return subject, subject
+
+
+def _validation(
+    args: argparse.Namespace, model: StableDiffusion, held_out: EncodedImages, group: Group
+) -> Callable[[], float] | None:
+    from ..training.validation import validation_loss
+
+    if not args.validate_every:
+        return None
+    return validation_loss(model, held_out, args.batch_size, group)
 
 
 def _priors(
@@ -235,28 +228,32 @@ def _priors(
     return class_noised(model, drawn), prior[args.prior]()
 
 
-def _checkpoints(
+def _identity(
     args: argparse.Namespace,
-    output: Path,
-    subject: EncodedImages,
-    calibration: CalibrationConfig,
-    training: TrainConfig,
-    data: DataConfig,
     model: StableDiffusion,
-) -> RunSnapshots | None:
-    if not (args.save_every or args.resume):
-        return None
-    from ..training.resume import RunSnapshots, state_path
+    subject: EncodedImages,
+    held_out: EncodedImages | None,
+) -> dict[str, Any]:
+    """What a run is made from: a checkpoint of another is not resumed."""
+    from ..model.fingerprint import fingerprint
 
-    identity = {
-        **{
-            name: getattr(args, name)
-            for name in ("prior", "class_prompt", "class_count", "continue_from", "precision")
-        },
+    options = ("prior", "class_prompt", "class_count", "continue_from", "precision")
+    return {
+        **{name: getattr(args, name) for name in options},
         "checkpoint": model.name,
+        "checkpoint's content": fingerprint(model)[:16],
         "prediction": model.schedule.prediction,
         "pictures": subject.digest,
+        "validation": held_out and [held_out.digest, *held_out.names],
         "prompt": subject.prompt,
+    }
+
+
+def _settings(
+    data: DataConfig, calibration: CalibrationConfig, training: TrainConfig
+) -> dict[str, Any]:
+    """What a run is made with."""
+    return {
         **{f"data {name}": value for name, value in asdict(data).items()},
         **{f"calibration {name}": value for name, value in to_dict(calibration).items()},
         # More steps may be asked for, unless the learning rate depends on their number.
@@ -266,19 +263,6 @@ def _checkpoints(
             if k != "steps" or training.schedule != "constant"
         },
     }
-    return RunSnapshots(state_path(output), identity, args.save_every, args.resume)
-
-
-def _with_location(error: CNTLoRAError, kept: list[Path], checkpoints: RunSnapshots | None) -> str:
-    """The error, and where the work is."""
-    text = str(error)
-    if kept:
-        text += f" What was trained is in '{kept[0]}'."
-    elif isinstance(error, Interrupted):
-        text += " No step was finished."
-    if isinstance(error, Interrupted) and checkpoints:
-        text += " The same command with --resume goes on."
-    return text
 
 
 def _loss_at(run: RunResult) -> float | None:

@@ -123,7 +123,7 @@ def train(
         state.losses.append(value.item())
         check()
         save(state)
-        observer(Step(state.step, state.losses[-1], lr))
+        observer(Step(state.step, state.losses[-1], state.effective_rate(lr)))
         if config.patience and state.since_best() >= config.patience:
             observer(
                 Notice(

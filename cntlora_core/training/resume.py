@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from ..errors import SettingError
+from ..errors import OutputError, SettingError
+from ..events import Notice, Observer
 from ..files import DISK, Disk, atomic_write
 from ..lora.adapter import Factors, LoRA
 from .state import Best, TrainState
@@ -28,19 +31,23 @@ def state_path(output: Path) -> Path:
     return output.with_name(output.stem + SUFFIX)
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunSnapshots:
     """Where and how often a run is written. `identity`: what it was made from and with; a run goes
     on only from a file of the same.
 
     `every`: steps, 0 for only when the run is stopped. `resume`: go on from `path` where it exists.
+    `overwrite`: start afresh where another run's is. Somebody else's file is never touched.
     """
 
     path: Path
     identity: Mapping[str, Any]
     every: int = 0
     resume: bool = False
+    overwrite: bool = False
     disk: Disk = DISK
+    ours: bool = field(default=False, init=False)  # this run has written or read the file
+    failed: bool = field(default=False, init=False)
 
     def due(self, step: int) -> bool:
         return bool(self.every) and step % self.every == 0
@@ -52,6 +59,33 @@ class RunSnapshots:
         story["identity"] = dict(self.identity)
         payload = serialize(tensors, metadata={"cntlora.state": json.dumps(story)})
         atomic_write(self.path, payload, disk=self.disk)
+        self.ours = True
+
+    def try_to_write(self, state: TrainState, observer: Observer) -> None:
+        """Write while training goes on: a failure is told, once."""
+        try:
+            self.write(state)
+        except OutputError as error:
+            if not self.failed:
+                self.failed = True
+                observer(Notice(f"{error} Training goes on without this checkpoint."))
+
+    def check(self) -> None:
+        """Before any work: what lies at `path` may be replaced. Raises OutputError."""
+        if not os.path.lexists(self.path):
+            return
+        try:
+            step = _read_story(self.path)["step"]
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            raise OutputError(
+                f"'{self.path}' has the name of this run's checkpoint and is none: move it away, "
+                "or choose another output name."
+            ) from error
+        if not (self.resume or self.overwrite):
+            raise OutputError(
+                f"'{self.path}' is the checkpoint of a run of {step} steps: go on with --resume, "
+                "or start afresh with --overwrite."
+            )
 
     def read(self) -> Saved | None:
         """The file to go on from; None when there is none or none is wanted. Raises SettingError
@@ -59,8 +93,8 @@ class RunSnapshots:
         if not self.resume or not self.path.is_file():
             return None
         try:
+            story = _read_story(self.path)
             with safe_open(self.path, framework="pt") as file:
-                story = json.loads((file.metadata() or {})["cntlora.state"])
                 # Copies: in the file's buffer they are not aligned, and vectorised arithmetic then
                 # rounds otherwise.
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
@@ -73,7 +107,8 @@ class RunSnapshots:
             lora = saved.lora
         except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
             raise SettingError(
-                f"'{self.path}' is not a readable checkpoint ({error}): delete it to start afresh."
+                f"'{self.path}' is not a readable checkpoint ({error}): move it away to start "
+                "afresh."
             ) from error
         if not lora:
             raise SettingError(f"'{self.path}' holds no adapters: delete it to start afresh.")
@@ -84,11 +119,20 @@ class RunSnapshots:
                     f"{story['identity'].get(name)!r}, now it is {value!r}. Use the same settings, "
                     "or start without --resume."
                 )
+        self.ours = True
         return saved
 
     def remove(self) -> None:
         """A run that ended needs no checkpoint."""
-        self.path.unlink(missing_ok=True)
+        if self.ours:
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
+
+
+def _read_story(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        story: dict[str, Any] = json.loads((file.metadata() or {})["cntlora.state"])
+    return story
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import TrainConfig
 from ..errors import SettingError
 from ..lora.adapter import Adapters, LoRA
+from .optimizers import optional_optimizer
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
@@ -49,8 +50,17 @@ class TrainState:
     def validated(self, loss: float) -> None:
         """Note a validation at this step, and keep the weights when they are the best."""
         self.validations.append((self.step, loss))
-        if self.best is None or loss < self.best.loss:
+        if math.isfinite(loss) and (self.best is None or loss < self.best.loss):
             self.best = Best(self.step, loss, self.adapters.factors())
+
+    @property
+    def judged(self) -> bool:
+        """Whether a validation has seen what was trained: only then a best one means something."""
+        return any(step for step, _ in self.validations)
+
+    def effective_rate(self, lr: float) -> float:
+        """What the optimiser makes of the learning rate: Prodigy multiplies it by its estimate."""
+        return float(lr * self.optimizer.param_groups[0].get("d", 1.0))
 
     def since_best(self) -> int:
         """Validations without a better one."""
@@ -115,19 +125,7 @@ def _optimizer(parameters: list[Any], config: TrainConfig) -> torch.optim.Optimi
         return torch.optim.AdamW(
             parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused
         )
-    module, name = {
-        "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),
-        "prodigy": ("prodigyopt", "Prodigy"),
-    }[config.optimizer]
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, OSError, RuntimeError) as error:
-        package = module.split(".")[0]
-        raise SettingError(
-            f"optimizer is '{config.optimizer}', which needs the package {package}: install it "
-            f"(pip install {package}), or take 'adamw'."
-        ) from error
-    optimizer: torch.optim.Optimizer = kind(
+    optimizer: torch.optim.Optimizer = optional_optimizer(config.optimizer)(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
     )
     return optimizer

@@ -71,6 +71,7 @@ def stand_ins(base):
             "get_full_path": lambda name, file: str(base / name / file),
             "get_folder_paths": lambda name: [str(base / name)],
             "get_input_directory": lambda: str(base / "input"),
+            "get_output_directory": lambda: str(base / "output"),
             "get_temp_directory": lambda: str(base / "temp"),
         },
         "comfy_api": {},

@@ -155,7 +155,7 @@ def test_a_signal_ends_within_a_step_and_resume_goes_on(tmp_path, number, status
     started.send_signal(number)
     error = started.communicate(timeout=60)[1]
     assert started.returncode == status
-    assert "--resume goes on" in error
+    assert "--resume goes on from" in error
     with safe_open(out, "pt") as file:
         steps = int(file.metadata()["ss_steps"])
     assert log.read_text().count('"type": "step"') == steps

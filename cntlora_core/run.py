@@ -3,6 +3,7 @@ share."""
 
 from __future__ import annotations
 
+import math
 import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from .config import CalibrationConfig, TrainConfig
 from .data.batches import NoisedSet
 from .data.dataset import EncodedImages
 from .distributed import ALONE, Group
+from .effects import without_effect_in_training
 from .errors import CNTLoRAError, NonFiniteError, OutOfMemory, OutputError
 from .events import Base, Event, Notice, Observer, Saved, Status, Training, Validation, ignore
 from .files import DISK, Disk, other_places
@@ -94,6 +96,10 @@ def run_training(
     far as it went, the checkpoint is written, and the exception goes on. A checkpoint that cannot
     be written is told, and training goes on. Raises OutOfMemory with what to try next.
     """
+    for text in without_effect_in_training(
+        training, validates=validate is not None, has_prior=prior is not None
+    ):
+        observer(Notice(text))
     saved = checkpoints.read() if checkpoints else None
     base_loss = _base_loss(model, validate, training, subject.resolution, observer)
     if start is None and (saved is None or preserve is not None):
@@ -211,6 +217,11 @@ def _base_loss(
         return None
     with _run_conditions(model, config, resolution):
         loss = validate()
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"The loss of '{model.name}' is not finite before training: nothing was trained. Try "
+            "precision fp32 or bf16, or another VAE."
+        )
     observer(Base(loss))
     return loss
 

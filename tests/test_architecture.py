@@ -49,6 +49,7 @@ COMMON = {
     "defaults",
     "devices",
     "distributed",
+    "effects",
     "errors",
     "events",
     "files",

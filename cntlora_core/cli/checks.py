@@ -6,8 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config import CalibrationConfig
+from ..effects import class_matters, without_effect_in_calibration
 from ..errors import SettingError
 from ..files import Disk, check_output, check_space
+from .options import CLASS_COUNT, settings_from
 
 if TYPE_CHECKING:
     from ..lora.adapter import LoRA
@@ -41,6 +44,48 @@ def check_arguments(args: argparse.Namespace) -> None:
         read_lora(args.continue_from)
     if args.trains:
         optional_optimizer(args.optimizer)
+
+
+def class_used(args: argparse.Namespace) -> bool:
+    """Whether anything asks for the class: calibration, to preserve it, or the prior loss."""
+    if not args.class_prompt:
+        return False
+    calibration = settings_from(CalibrationConfig, args)
+    preserved = class_matters(calibration, continued=bool(args.continue_from))
+    return preserved or args.prior != "none"
+
+
+def without_effect(args: argparse.Namespace, calibration: CalibrationConfig) -> list[str]:
+    """Options that do nothing beside the others, a sentence each."""
+    used, drawn = class_used(args), args.prior == "images" and not args.class_images
+    rules = [
+        (
+            bool(args.class_prompt) and not used,
+            "--class-prompt has no effect here: nothing is calibrated that would preserve the "
+            "class. Add --prior images or --prior base.",
+        ),
+        (
+            args.class_count != CLASS_COUNT and not drawn,
+            "--class-count has no effect: pictures are drawn for --prior images without "
+            "--class-images.",
+        ),
+        (
+            bool(args.validation_images) and not args.validate_every,
+            "--validation-images has no effect with --validate-every 0.",
+        ),
+        (
+            args.continue_shared and not args.continue_from,
+            "--continue-shared has no effect without --continue-from.",
+        ),
+        (
+            bool(args.class_images) and not used,
+            "--class-images has no effect: nothing asks for the class.",
+        ),
+    ]
+    continued = bool(args.continue_from)
+    return [text for holds, text in rules if holds] + without_effect_in_calibration(
+        calibration, continued=continued, has_class=used
+    )
 
 
 def check_outputs(args: argparse.Namespace, disk: Disk) -> tuple[Path, bool, RunSnapshots | None]:

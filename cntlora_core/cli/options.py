@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, training: bool) -> None:
         trains=training,
         prior="none",
         continue_from=None,
+        continue_shared=False,
         save_every=0,
         resume=False,
     )
@@ -94,6 +95,12 @@ def _training(parser: argparse.ArgumentParser, start: Any, prior: Any, run: Any)
     )
     start.add_argument(
         "--continue-from", metavar="FILE", help="train on from this LoRA, with its ranks"
+    )
+    start.add_argument(
+        "--continue-shared",
+        action="store_true",
+        help="with --continue-from: leave out layers that CNTLoRA does not train (text encoder, "
+        "convolutions)",
     )
     loop = parser.add_argument_group("training")
     add_settings(loop, TrainConfig, _without(TrainConfig, COMMON))

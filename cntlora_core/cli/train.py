@@ -16,9 +16,9 @@ from ..config import (
     to_dict,
 )
 from ..errors import CNTLoRAError
-from ..events import Done, Observer, ignore
+from ..events import Done, Notice, Observer, ignore
 from ..files import DISK, Disk
-from .checks import check_arguments, check_outputs, check_room
+from .checks import check_arguments, check_outputs, check_room, class_used, without_effect
 from .console import Console, EventFile, broadcast, print_json
 from .interrupts import Interrupts
 from .keeper import Keeper
@@ -53,6 +53,8 @@ def run_train(args: argparse.Namespace, load: Any, disk: Disk = DISK) -> None:
         tell = _reports(args, stack, overwrite) if group.rank == 0 else ignore
         observer = broadcast(tell, interrupts)
         model = load(args, device, observer)
+        for text in without_effect(args, calibration):
+            observer(Notice(text))
         source, lora = _source(args, model)
         subject, held_out = _pictures(args, model, data, observer)
         if args.trains:
@@ -147,7 +149,12 @@ def _source(args: argparse.Namespace, model: StableDiffusion) -> tuple[Source | 
     from ..lora.metadata import Source
     from ..lora.targets import ALL, find_projections
 
-    lora, _ = load_lora(args.continue_from, find_projections(model.unet, ALL), model.family)
+    lora, _ = load_lora(
+        args.continue_from,
+        find_projections(model.unet, ALL),
+        model.family,
+        shared=args.continue_shared,
+    )
     return Source.of(args.continue_from), lora
 
 
@@ -192,7 +199,7 @@ def _priors(
     observer: Observer,
 ) -> tuple[NoisedSet | None, PriorLoss | None]:
     """What calibration preserves, and the second loss of training."""
-    if not args.class_prompt:
+    if not class_used(args):
         return None, None
     from ..data.class_images import PRIOR_PICTURES, PRIOR_STEPS, class_images, class_noised
     from ..data.dataset import read_subject
@@ -237,7 +244,14 @@ def _identity(
     """What a run is made from: a checkpoint of another is not resumed."""
     from ..model.fingerprint import fingerprint
 
-    options = ("prior", "class_prompt", "class_count", "continue_from", "precision")
+    options = (
+        "prior",
+        "class_prompt",
+        "class_count",
+        "continue_from",
+        "continue_shared",
+        "precision",
+    )
     return {
         **{name: getattr(args, name) for name in options},
         "checkpoint": model.name,

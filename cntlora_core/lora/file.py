@@ -69,10 +69,14 @@ def to_state_dict(
 
 
 def from_state_dict(
-    state: Mapping[str, Tensor], projections: Sequence[Projection], family: str
+    state: Mapping[str, Tensor],
+    projections: Sequence[Projection],
+    family: str,
+    *,
+    shared: bool = False,
 ) -> LoRA:
-    """Factors by projection name, alpha folded into `up`. Raises LoRAFileError for keys or shapes
-    that do not fit the model."""
+    """Factors by projection name, alpha folded into `up`. `shared`: leave out tensors of other
+    layers. Raises LoRAFileError for keys, shapes or values that do not fit."""
     lora: LoRA = {}
     known: set[str] = set()
     for p in projections:
@@ -82,23 +86,62 @@ def from_state_dict(
             continue
         if down is None or up is None:
             raise LoRAFileError(f"The LoRA has only one half of '{key}'.")
-        rank = down.shape[0]
-        if tuple(down.shape) != (rank, p.in_features) or tuple(up.shape) != (p.out_features, rank):
-            raise LoRAFileError(
-                f"'{key}' has shapes {tuple(down.shape)} and {tuple(up.shape)}; this model's layer "
-                f"is {p.in_features} -> {p.out_features}. The LoRA was made for another model."
-            )
-        scale = 1.0 if alpha is None else float(alpha) / rank
-        lora[p.name] = Factors(up.float() * scale, down.float())
+        lora[p.name] = _factors_of(key, p, down, up, alpha)
         known.update(f"{key}.{suffix}" for suffix in _SUFFIXES)
     foreign = sorted(set(state) - known)
-    if foreign:
+    if foreign and not (shared and lora and _plain(foreign)):
         raise LoRAFileError(
             f"{len(foreign)} of {len(state)} tensors do not belong to this model's attention and "
-            f"feed-forward layers, e.g. '{foreign[0]}'. The LoRA was made for another model or by "
-            "another trainer."
+            f"feed-forward layers, e.g. '{foreign[0]}'. {_next_step(foreign, bool(lora))}"
         )
     return lora
+
+
+def _factors_of(
+    key: str, projection: Projection, down: Tensor, up: Tensor, alpha: Tensor | None
+) -> Factors:
+    rank = down.shape[0] if down.ndim == 2 else 0
+    fits = (rank, projection.in_features), (projection.out_features, rank)
+    if (tuple(down.shape), tuple(up.shape)) != fits:
+        raise LoRAFileError(
+            f"'{key}' has shapes {tuple(down.shape)} and {tuple(up.shape)}; this model's layer is "
+            f"{projection.in_features} -> {projection.out_features}. The LoRA was made for another "
+            "model."
+        )
+    if not rank:
+        raise LoRAFileError(f"'{key}' has rank 0, so nothing can be trained there: mend the file.")
+    if alpha is not None and alpha.numel() != 1:
+        raise LoRAFileError(
+            f"'{key}.alpha' holds {alpha.numel()} values, where a LoRA has one: mend the file."
+        )
+    for name, tensor in ((_SUFFIXES[0], down), (_SUFFIXES[1], up), (_SUFFIXES[2], alpha)):
+        if tensor is not None and not torch.isfinite(tensor.float()).all():
+            raise LoRAFileError(
+                f"'{key}.{name}' holds NaN or infinite values: the file is damaged, or its "
+                "training exploded. Take an earlier one."
+            )
+    scale = 1.0 if alpha is None else float(alpha.reshape(())) / rank
+    return Factors(up.float() * scale, down.float())
+
+
+# Parts of key names -> what such a file is. These are no sums of W and up @ down.
+OTHER_KINDS = {"dora_scale": "a DoRA", "hada_": "a LoHa", "lokr_": "a LoKr", "oft_": "an OFT"}
+
+
+def _plain(keys: Sequence[str]) -> bool:
+    return not any(part in key for part in OTHER_KINDS for key in keys)
+
+
+def _next_step(foreign: Sequence[str], any_known: bool) -> str:
+    for part, kind in OTHER_KINDS.items():
+        if any(part in key for key in foreign):
+            return (
+                f"It is {kind}, which is no plain LoRA: merge it into the checkpoint and train on "
+                "that, or train a new LoRA."
+            )
+    if any_known:
+        return "To train on without them: --continue-shared (what they did is then lost)."
+    return "The LoRA was made for another model or by another trainer: choose another."
 
 
 def save_lora(
@@ -177,11 +220,19 @@ def read_lora(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
 
 
 def load_lora(
-    path: str | os.PathLike[str], projections: Sequence[Projection], family: str
+    path: str | os.PathLike[str],
+    projections: Sequence[Projection],
+    family: str,
+    *,
+    shared: bool = False,
 ) -> tuple[LoRA, dict[str, str]]:
-    """A LoRA file as factors for this model, and its metadata."""
+    """A LoRA file as factors for this model, and its metadata. `shared`: only the layers that
+    CNTLoRA trains."""
     state, metadata = read_lora(path)
-    lora = from_state_dict(state, projections, family)
+    try:
+        lora = from_state_dict(state, projections, family, shared=shared)
+    except LoRAFileError as error:
+        raise LoRAFileError(f"'{Path(path).name}': {error}") from error
     if not lora:
         raise LoRAFileError(
             f"'{path}' holds no LoRA for the UNet's attention or feed-forward layers."

@@ -17,6 +17,7 @@ from ..defaults import MINI_SD
 from ..errors import CheckpointError
 from ..events import Observer, ignore
 from .families import config_of, detect_family
+from .finite import check_weights
 from .memo import Memo
 from .noise_schedule import NoiseSchedule
 from .prediction import AUTO, EPSILON, check_prediction, detect_prediction, scheduler_keys
@@ -91,8 +92,11 @@ def load_checkpoint(
             f"folder, or {MINI_SD}."
         )
     if folder.is_file():
-        return _from_file(folder, device, dtype, vae, prediction, tokenizer, observer)
-    return _from_folder(folder, str(path), device, dtype, prediction)
+        model = _from_file(folder, device, dtype, vae, prediction, tokenizer, observer)
+    else:
+        model = _from_folder(folder, str(path), device, dtype, prediction)
+    check_weights(model.name, model.unet, model.vae, model.text_encoders)
+    return model
 
 
 def _from_file(

@@ -191,3 +191,69 @@ def test_peft_reads_it_as_we_do(tmp_path, mini_sd):
         base = mini_sd.unet.get_submodule(p.name).weight
         fused = pipe.unet.get_submodule(p.name).weight
         torch.testing.assert_close(fused, base + lora[p.name].delta(), rtol=1e-4, atol=1e-4)
+
+
+def foreign(**more):
+    state = to_state_dict(make(), "sd1")
+    key = kohya_name(PROJECTIONS[0].name, "sd1")
+    return state, key, {name.replace("KEY", key): value for name, value in more.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("lora_down.weight", torch.ones(0, 6), "has shapes"),
+        ("lora_down.weight", torch.tensor(1.0), "has shapes"),
+        ("alpha", torch.ones(3), "holds 3 values, where a LoRA has one"),
+        ("alpha", torch.tensor(float("nan")), "alpha' holds NaN or infinite"),
+        ("lora_up.weight", torch.full((5, 2), float("inf")), "lora_up.weight' holds NaN"),
+    ],
+)
+def test_strange_files_are_a_sentence(name, value, words):
+    state, key, _ = foreign()
+    with pytest.raises(LoRAFileError, match=words):
+        from_state_dict(state | {f"{key}.{name}": value}, PROJECTIONS, "sd1")
+
+
+def test_a_layer_of_rank_0_is_a_sentence():
+    state, key, _ = foreign()
+    empty = {f"{key}.lora_down.weight": torch.ones(0, 6), f"{key}.lora_up.weight": torch.ones(5, 0)}
+    with pytest.raises(LoRAFileError, match="has rank 0"):
+        from_state_dict(state | empty, PROJECTIONS, "sd1")
+
+
+def test_an_alpha_of_one_value_is_an_alpha():
+    state, key, _ = foreign()
+    alpha = state[f"{key}.alpha"]
+    read = from_state_dict(state | {f"{key}.alpha": alpha.reshape(1)}, PROJECTIONS, "sd1")
+    assert torch.equal(
+        read[PROJECTIONS[0].name].up,
+        from_state_dict(state, PROJECTIONS, "sd1")[PROJECTIONS[0].name].up,
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight", "--continue-shared"),
+        ("lora_unet_mid_block_attentions_0_proj_in.lora_up.weight", "--continue-shared"),
+        ("KEY.dora_scale", "It is a DoRA"),
+        ("KEY.hada_w1_a", "It is a LoHa"),
+        ("KEY.lokr_w1", "It is a LoKr"),
+    ],
+)
+def test_a_foreign_lora_gets_a_next_step(key, words):
+    state, _, more = foreign(**{key: torch.ones(2, 2)})
+    with pytest.raises(LoRAFileError, match=words):
+        from_state_dict(state | more, PROJECTIONS, "sd1")
+
+
+def test_the_shared_layers_of_a_foreign_lora_can_be_trained_on():
+    state, _, more = foreign(lora_te_x=torch.ones(2))
+    shared = from_state_dict(state | more, PROJECTIONS, "sd1", shared=True)
+    assert set(shared) == {p.name for p in PROJECTIONS}
+    with pytest.raises(LoRAFileError, match="choose another"):  # nothing is shared
+        from_state_dict(more, PROJECTIONS, "sd1", shared=True)
+    _, _, dora = foreign(**{"KEY.dora_scale": torch.ones(2)})
+    with pytest.raises(LoRAFileError, match="DoRA"):
+        from_state_dict(state | dora, PROJECTIONS, "sd1", shared=True)

@@ -1,0 +1,99 @@
+"""No setting is ignored in silence: each that has no effect beside the others says so, and those
+that have one say nothing."""
+
+import pytest
+
+from cntlora_core.cli.checks import class_used, without_effect
+from cntlora_core.cli.main import _parser
+from cntlora_core.cli.options import settings_from
+from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.effects import without_effect_in_training
+
+BASE = ["train", "--checkpoint", "mini-sd", "--images", "i", "--prompt", "p"]
+BASE += ["--output", "x.safetensors"]
+CLASS = ["--class-prompt", "a cat"]
+ORDINARY = ["--init", "gaussian"]
+CONTINUED = ["--continue-from", "a.safetensors"]
+
+
+def said(*more):
+    args = _parser().parse_args([*BASE, *more])
+    return args, " ".join(without_effect(args, settings_from(CalibrationConfig, args)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([*CLASS, *ORDINARY], "--class-prompt has no effect"),
+        ([*CLASS, *CONTINUED], "--class-prompt has no effect"),
+        ([*CLASS, "--preservation", "0"], "--class-prompt has no effect"),
+        ([*CLASS, *ORDINARY, "--class-images", "c"], "--class-images has no effect"),
+        (["--class-count", "9"], "--class-count has no effect"),
+        ([*CLASS, "--class-count", "9"], "--class-count has no effect"),
+        (
+            [*CLASS, "--prior", "images", "--class-images", "c", "--class-count", "9"],
+            "--class-count has no effect",
+        ),
+        (["--validation-images", "v", "--validate-every", "0"], "--validation-images has no"),
+        (["--continue-shared"], "--continue-shared has no effect"),
+        *(
+            ([*CONTINUED, option, value], option[2:].replace("-", "_"))
+            for option, value in [
+                ("--init", "domain"),
+                ("--rank", "8"),
+                ("--rank-rule", "uniform"),
+                ("--effort", "quick"),
+                ("--targets", "attention"),
+                ("--rho", "1"),
+            ]
+        ),
+        ([*ORDINARY, "--effort", "quick"], "effort: without effect, because init is 'gaussian'"),
+        ([*ORDINARY, "--rank-rule", "uniform"], "rank_rule: without effect"),
+        ([*ORDINARY, "--rho", "1"], "rho: without effect"),
+        (["--init", "domain", "--effort", "quick"], "init 'domain' is one sweep"),
+        (["--preservation", "2"], "there is no class to preserve"),
+    ],
+)
+def test_what_has_no_effect_is_said(options, words):
+    assert words in said(*options)[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        CLASS,
+        [*CLASS, *ORDINARY, "--prior", "base"],
+        [*CLASS, *CONTINUED, "--prior", "images", "--class-count", "9"],
+        [*CLASS, "--preservation", "2"],
+        [*CONTINUED, "--continue-shared"],
+        ["--validation-images", "v"],
+        ["--effort", "quick", "--rank-rule", "uniform", "--rank", "8"],
+        [*ORDINARY, "--rank", "8", "--targets", "attention"],
+    ],
+)
+def test_what_has_an_effect_is_not_talked_about(options):
+    assert said(*options)[1] == ""
+
+
+def test_no_pictures_of_the_class_are_drawn_for_nothing():
+    assert not class_used(said(*CLASS, *ORDINARY)[0])
+    assert class_used(said(*CLASS)[0])
+    assert class_used(said(*CLASS, *ORDINARY, "--prior", "base")[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "validates", "has_prior", "words"),
+    [
+        ({"warmup": 10}, True, False, "never reaches its full height"),
+        ({"patience": 5}, False, False, "nothing is validated"),
+        ({"prior_weight": 2.0}, True, False, "there is no prior loss"),
+        ({"prior_weight": 0.0}, True, True, "the prior loss has no effect"),
+        ({"warmup": 9, "patience": 5, "prior_weight": 2.0}, True, True, ""),
+    ],
+)
+def test_the_trainings_own_settings(settings, validates, has_prior, words):
+    config = TrainConfig(steps=10, **settings)
+    found = without_effect_in_training(config, validates=validates, has_prior=has_prior)
+    assert bool(found) == bool(words)
+    assert words in " ".join(found)

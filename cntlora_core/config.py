@@ -17,15 +17,15 @@ Init = Literal["target", "domain", "gaussian", "default"]
 RankRule = Literal["data", "uniform"]
 Effort = Literal["quick", "balanced", "thorough"]
 Targets = Literal["auto", "attention", "attention+ff"]  # layers that get an adapter
-Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
+Optimizer = Literal["auto", "natural", "adamw", "adamw8bit", "prodigy"]
 Schedule = Literal["constant", "cosine"]
 
 CALIBRATED = ("target", "domain")  # the inits that look at the pictures
 EFFORTS = {
-    "quick": (8, 0),
-    "balanced": (4, 20),
-    "thorough": (4, 64),
-}  # batches of the sweep, batches that refine it
+    "quick": (4, 8),
+    "balanced": (4, 48),
+    "thorough": (4, 108),
+}  # sweep, refinement: batches
 
 MOST_STEPS = 1_000_000
 
@@ -39,7 +39,7 @@ def to_dict(config: DataConfig | CalibrationConfig | TrainConfig) -> dict[str, A
 
 def _batch_size() -> Any:
     return setting(
-        4,
+        2,
         "Pictures a batch. Lower it when memory runs out; higher is steadier and slower.",
         low=1,
         high=1024,
@@ -50,8 +50,7 @@ def _batch_size() -> Any:
 def _gradient_checkpointing() -> Any:
     return setting(
         False,
-        "Far less memory, about a third slower. Off: on CUDA still on where the run would not fit "
-        "without.",
+        "Far less memory, about a third slower. For large models on small cards.",
         advanced=True,
     )
 
@@ -132,8 +131,8 @@ class CalibrationConfig:
     seed: int = _seed()
     effort: Effort = setting(
         "balanced",
-        "How long init target calibrates. quick: one sweep. balanced: refined over 20 batches, the "
-        "time of about 30 training steps. thorough: over 64, about 75 training steps.",
+        "How long init target calibrates. quick: a look, 12 batches. balanced: 52 batches of 2, "
+        "the time of about 30 training steps of 4 pictures. thorough: 112, about 60.",
     )
     batch_size: int = _batch_size()
     targets: Targets = setting(
@@ -214,9 +213,8 @@ class TrainConfig:
         "do no harm.",
     )
     patience: int = setting(
-        0,
-        "Stop after so many validations without a better one; 0: never. 5 is sensible with "
-        "validation pictures.",
+        5,
+        "Stop after so many validations without a better one; 0: never.",
         high=10_000,
     )
     accumulation: int = setting(
@@ -237,9 +235,18 @@ class TrainConfig:
         step=0.1,
     )
     optimizer: Optimizer = setting(
-        "adamw",
-        "adamw8bit and prodigy need their packages (bitsandbytes, prodigyopt); prodigy finds "
-        "its own rate.",
+        "auto",
+        "auto: natural after a calibration with init target, else adamw. natural: goes on with the "
+        "steps of the calibration, which need no learning rate. adamw8bit and prodigy need their "
+        "packages (bitsandbytes, prodigyopt); prodigy finds its own rate.",
+        advanced=True,
+    )
+    averaging: float = setting(
+        0.95,
+        "The LoRA is a running mean of the weights over the steps; this share of it stays at each. "
+        "Smoother and less dependent on the learning rate. 0: the last weights alone.",
+        high=0.9999,
+        step=0.01,
         advanced=True,
     )
     # Hang et al. 2023

@@ -30,10 +30,17 @@ def resolve(
     chosen: dict[str, Any] = {}
     if not config.steps:
         chosen["steps"] = default_steps(model, init, pictures)
+    optimizer = config.optimizer
+    if optimizer == "auto":
+        chosen["optimizer"] = optimizer = "natural" if init == "target" else "adamw"
     if not config.learning_rate:
-        chosen["learning_rate"] = default_learning_rate(model, init, config.optimizer)
-    if chosen:
-        words = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in chosen.items())
+        chosen["learning_rate"] = default_learning_rate(model, init, optimizer)
+    told = {k: v for k, v in chosen.items() if (k, optimizer) != ("learning_rate", "natural")}
+    if told:
+        words = ", ".join(
+            f"{name.replace('_', ' ')} {value if isinstance(value, str) else f'{value:g}'}"
+            for name, value in told.items()
+        )
         observer(Status(f"Chosen by model and pictures: {words}"))
     return replace(config, **chosen)
 

@@ -8,13 +8,15 @@ import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from .calibration.calibrate import Calibration, calibrate, continued
+from .calibration.constraints import Metric
+from .calibration.natural import NaturalStart
 from .config import CalibrationConfig, TrainConfig
 from .data.batches import NoisedSet
 from .data.dataset import EncodedImages
@@ -26,16 +28,42 @@ from .files import DISK, Disk, other_places
 from .lora.adapter import LoRA, attached_lora
 from .lora.file import overflows, save_lora
 from .lora.metadata import Source, Taught, describe
+from .lora.targets import ALL, find_projections
 from .model.cpu_convolutions import convolutions_as_matmul
 from .model.gradient_checkpointing import recomputing_activations
 from .training.loop import train
-from .training.memory_plan import COPIES_OF_ADAPTERS, fitted_to_memory
 from .training.prior_loss import PriorLoss
-from .training.resume import RunSnapshots
+from .training.resume import RunSnapshots, SavedState
 from .training.state import TrainState, start_state
 
 if TYPE_CHECKING:
     from .model.loader import StableDiffusion
+
+
+def _resumed(
+    saved: SavedState,
+    model: StableDiffusion,
+    measured: Calibration | None,
+    config: CalibrationConfig,
+) -> Calibration:
+    """The start of a run that goes on."""
+    natural = measured.natural if measured else None
+    metric = natural.metric if natural else Metric(config.rho)
+    return replace(
+        continued(saved.lora, measured.preservation if measured else None),
+        importance=saved.importance,
+        natural=saved.natural(metric, find_projections(model.unet, ALL)),
+    )
+
+
+def _natural(start: Calibration, training: TrainConfig, observer: Observer) -> NaturalStart | None:
+    """The metric of natural-gradient steps, where they are wanted and can be made."""
+    if training.optimizer not in ("auto", "natural"):
+        return None
+    if start.natural is None and training.optimizer == "natural":
+        text = "Natural-gradient steps go on from a calibration with init target that lowered the "
+        observer(Notice(text + "loss, and there is none: adamw trains instead."))
+    return start.natural
 
 
 @dataclass(frozen=True)
@@ -64,7 +92,6 @@ def run_calibration(
     group: Group = ALONE,
 ) -> Calibration:
     """Calibrate, with what a run needs around it. Raises OutOfMemory with what to try next."""
-    config = fitted_to_memory(model, config, subject.resolution, fixed=0, observer=observer)
     observer(Status(f"Calibrating ({config.init}) on {len(subject)} pictures"))
     with _run_conditions(model, config, subject.resolution):
         start = calibrate(model, subject, config, prior=preserve, observer=observer, group=group)
@@ -107,21 +134,16 @@ def run_training(
             model, subject, calibration, preserve=preserve, observer=observer, group=group
         )
     if saved:  # what to preserve is not in the file: it was measured again, to the same numbers
-        start = continued(saved.lora, start.preservation if start else None)
+        start = _resumed(saved, model, start, calibration)
     assert start is not None
-    adapters_bytes = COPIES_OF_ADAPTERS * sum(
-        f.up.nbytes + f.down.nbytes for f in start.lora.values()
-    )
-    training = fitted_to_memory(
-        model, training, subject.resolution, fixed=adapters_bytes, observer=observer
-    )
 
     with (
         _run_conditions(model, training, subject.resolution),
         attached_lora(model.unet, start.lora, trainable=True) as adapters,
         recomputing_activations(model.unet, training.gradient_checkpointing),
     ):
-        state = start_state(model, adapters, training)
+        natural = _natural(start, training, observer)
+        state = start_state(model, adapters, training, natural, start.importance, group)
         if saved:
             saved.restore(state)
         observer(Training(training.steps, state.step))

@@ -5,21 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..config import CalibrationConfig
 from ..data.batches import Batch, NoisedSet, batch_order, draw_batch, draw_noised, mean_loss
+from ..data.importance import Importance
 from ..distributed import ALONE, Group
 from ..events import Calibrated, Notice, Observer, ignore
 from ..lora.adapter import Factors, LoRA, attached_lora, default_init, gaussian_init
 from ..lora.targets import Projection, find_projections, targets_for
 from .closed_form import Components, cholesky, output_power, parabola_step, unit_response
 from .constraints import Constraint, Metric, make_constraint
-from .measure import measure
+from .measure import Sweep, measure
 from .moments import Moments
+from .natural import NaturalStart
 from .preservation import Preservation, preserve
 from .ranks import MAX_RANK_FACTOR, budget_of, data_ranks, uniform_ranks
 from .refine import refine
@@ -35,12 +36,14 @@ FIRST_CHANGE = 0.17
 
 @dataclass(frozen=True)
 class Calibration:
-    """The start: a LoRA, the report of how it came about, and what training should go on to
-    preserve."""
+    """The start: a LoRA, the report of how it came about, and what training goes on with: what to
+    preserve, where in the schedule to draw, the metric of natural-gradient steps."""
 
     lora: LoRA
     report: Calibrated
     preservation: Preservation | None = None
+    importance: Importance | None = None
+    natural: NaturalStart | None = None
 
 
 def calibrate(
@@ -56,11 +59,11 @@ def calibrate(
 ) -> Calibration:
     """Compute the LoRA's start. No weight of the model is trained or changed.
 
-    `projections`: which layers get an adapter; those of `config.targets` when None.
-    `ranks`: of every projection, instead of the rule's.
-    `prior`: triples of what the model should keep (class pictures under the class prompt); their
-    activations give C_p. The processes of `group` share the pictures (`batch_size` is that of each)
-    and add up what they measured. Raises NonFiniteError when the model's loss is not a number.
+    `projections`: which layers get an adapter; those of `config.targets` when None. `ranks`: of
+    every projection, instead of the rule's. `prior`: triples of what the model should keep (class
+    pictures under the class prompt); their activations give C_p. The processes of `group` share the
+    pictures (`batch_size` is that of each) and add up what they measured. Raises NonFiniteError
+    when the model's loss is not a number.
     """
     started = time.monotonic()
     generator = torch.Generator().manual_seed(config.seed)
@@ -68,58 +71,56 @@ def calibrate(
     _tell_clipped(projections, config.rank, observer)
     if config.init in ("gaussian", "default"):
         return _plain_start(projections, config, generator, started)
-    constraint = make_constraint(config.init, config.rho)
-    sweep = partial(
-        measure, model, projections, batch_size=config.batch_size,
-        gradient_checkpointing=config.gradient_checkpointing, observer=observer, group=group,
-    )  # fmt: skip
-    cost = _Cost()
-    kept = None
-    if prior is not None and config.preservation:
-        kept, _ = sweep(prior, backward=False, phase="measuring the prior")
-        cost.add(len(prior), 0)
-    metric = Metric(config.rho, kept, config.preservation)
+    constraint, timesteps = make_constraint(config.init, config.rho), len(model.schedule)
+    passes = _Passes(model, config, observer, group)
 
-    triples = draw_noised(
-        subject, config.passes * config.batch_size * group.size, len(model.schedule), generator
-    )
-    moments, base = sweep(triples, backward=constraint.backward, phase="calibrating")
-    cost.add(len(triples), len(triples) if constraint.backward else 0)
+    # measure
+    metric = passes.metric(projections, prior)
+    count = config.passes * config.batch_size * group.size
+    triples = draw_noised(subject, count, timesteps, generator, Importance.usual())
+    swept = passes.measure(projections, triples, constraint.backward, "calibrating")
+    moments, base = swept.moments, swept.loss
+
+    # solve, choose ranks
     solved = _solve(model, projections, constraint, moments, metric, config, generator)
     ranks = ranks or _ranks(projections, solved, config)
     projections = [p for p in projections if ranks[p.name]]
     update = {
         p.name: _factors(p, solved[p.name].truncated(ranks[p.name]), moments) for p in projections
     }
-    slope = _slope(projections, update, moments, len(triples)) if constraint.backward else None
+
+    # fit the step
+    slope = _slope(projections, update, moments, count) if constraint.backward else None
     first = FIRST_CHANGE / max(_relative_change(model, projections, update, moments), 1e-12)
-
-    def loss_with(lora: LoRA) -> float:
-        cost.add(len(triples), 0)
-        with attached_lora(model.unet, lora):
-            return mean_loss(model, triples, config.batch_size, group)
-
-    step, loss = parabola_step(lambda step: loss_with(_scaled(update, step)), base, first, slope)
+    step, loss = parabola_step(
+        lambda step: passes.loss(triples, _scaled(update, step)), base, first, slope
+    )
     lora = _scaled(update, step)
-    if config.refinements and constraint.backward and step:
-        batches = _batches(subject, config, len(model.schedule), generator, group)
-        pictures = config.refinements * config.batch_size * group.size
-        cost.add(pictures, pictures)
-        refined = refine(
-            model, projections, lora, moments, metric, step, batches, config.refinements,
+    energy = {p.name: float(solved[p.name].score[: ranks[p.name]].sum()) for p in projections}
+    if swept.norms is None or not step:
+        return _finish(config, lora, energy, base, loss, step, passes, started)
+
+    # refine
+    importance = Importance.measured(swept.timesteps, swept.norms, timesteps)
+    natural = NaturalStart(projections, metric, moments, step)
+    if config.refinements:
+        batches = _batches(subject, config, timesteps, generator, group, importance)
+        refined, reached = refine(
+            model, lora, natural, batches, config.refinements,
             gradient_checkpointing=config.gradient_checkpointing, observer=observer, group=group,
         )  # fmt: skip
+        passes.add(config.refinements * config.batch_size * group.size, backward=True)
         # Against the base, not the start: the start was fitted to these very triples, so its loss
         # on them flatters it.
-        if (after := loss_with(refined)) < base:
-            lora, loss = refined, after
-    energy = {p.name: float(solved[p.name].score[: ranks[p.name]].sum()) for p in projections}
-    done = _finish(config, projections, lora, energy, base, loss, step, cost, started)
-    if kept is None or not constraint.backward or not step:
+        if (after := passes.loss(triples, refined)) < base:
+            lora, loss, natural = refined, after, reached
+    done = _finish(config, lora, energy, base, loss, step, passes, started)
+    done = replace(done, importance=importance, natural=natural)
+    if metric.prior is None:
         return done
     preservation = preserve(
-        projections, kept, moments,
-        weight=config.preservation, rho=config.rho, step=abs(step), pictures=len(triples),
+        projections, metric.prior, swept.moments,
+        weight=config.preservation, rho=config.rho, step=abs(step), pictures=count,
     )  # fmt: skip
     return replace(done, preservation=preservation)
 
@@ -132,15 +133,43 @@ def continued(lora: LoRA, preservation: Preservation | None = None) -> Calibrati
     )
 
 
-class _Cost:
-    """Passes made, in single pictures."""
+@dataclass
+class _Passes:
+    """The passes of a calibration, and their number in single pictures."""
 
-    def __init__(self) -> None:
-        self.forward = self.backward = 0
+    model: StableDiffusion
+    config: CalibrationConfig
+    observer: Observer
+    group: Group
+    forward: int = 0
+    backward: int = 0
 
-    def add(self, forward: int, backward: int) -> None:
-        self.forward += forward
-        self.backward += backward
+    def add(self, pictures: int, *, backward: bool) -> None:
+        self.forward += pictures
+        self.backward += pictures if backward else 0
+
+    def measure(
+        self, projections: Sequence[Projection], triples: NoisedSet, backward: bool, phase: str
+    ) -> Sweep:
+        self.add(len(triples), backward=backward)
+        return measure(
+            self.model, projections, triples,
+            batch_size=self.config.batch_size, backward=backward, phase=phase,
+            gradient_checkpointing=self.config.gradient_checkpointing,
+            observer=self.observer, group=self.group,
+        )  # fmt: skip
+
+    def metric(self, projections: Sequence[Projection], prior: NoisedSet | None) -> Metric:
+        """That of the config, with C_p where there is a prior."""
+        if prior is None or not self.config.preservation:
+            return Metric(self.config.rho)
+        kept = self.measure(projections, prior, backward=False, phase="measuring the prior").moments
+        return Metric(self.config.rho, kept, self.config.preservation)
+
+    def loss(self, triples: NoisedSet, lora: LoRA) -> float:
+        self.add(len(triples), backward=False)
+        with attached_lora(self.model.unet, lora):
+            return mean_loss(self.model, triples, self.config.batch_size, self.group)
 
 
 def _plain_start(
@@ -151,7 +180,7 @@ def _plain_start(
 ) -> Calibration:
     init = gaussian_init if config.init == "gaussian" else default_init
     lora = init(projections, uniform_ranks(projections, config.rank), generator)
-    return _finish(config, projections, lora, {}, None, None, None, _Cost(), started)
+    return _finish(config, lora, {}, None, None, None, None, started)
 
 
 def _solve(
@@ -237,6 +266,7 @@ def _batches(
     timesteps: int,
     generator: torch.Generator,
     group: Group,
+    importance: Importance | None,
 ) -> Iterator[Batch]:
     """This process's part of fresh batches for the refinement, drawn as they are asked for: more of
     them leave the first as they are."""
@@ -247,7 +277,8 @@ def _batches(
         torch.Generator().manual_seed(config.seed),
     )
     for index in order:
-        yield draw_batch(subject, index, timesteps, generator)[group.rank :: group.size]
+        batch = draw_batch(subject, index, timesteps, generator, importance)
+        yield batch[group.rank :: group.size]
 
 
 def _tell_clipped(projections: Sequence[Projection], rank: int, observer: Observer) -> None:
@@ -262,13 +293,12 @@ def _tell_clipped(projections: Sequence[Projection], rank: int, observer: Observ
 
 def _finish(
     config: CalibrationConfig,
-    projections: Sequence[Projection],
     lora: LoRA,
     energy: dict[str, float],
     base_loss: float | None,
     loss: float | None,
     step: float | None,
-    cost: _Cost,
+    passes: _Passes | None,
     started: float,
 ) -> Calibration:
     report = Calibrated(
@@ -276,10 +306,10 @@ def _finish(
         base_loss=base_loss,
         loss=loss,
         step_size=step,
-        ranks={p.name: lora[p.name].rank for p in projections},
+        ranks={name: factors.rank for name, factors in lora.items()},
         energy=energy,
-        forward_passes=cost.forward,
-        backward_passes=cost.backward,
+        forward_passes=passes.forward if passes else 0,
+        backward_passes=passes.backward if passes else 0,
         seconds=time.monotonic() - started,
     )
     return Calibration(lora, report)

@@ -204,13 +204,20 @@ def unit_response(up: Tensor, down: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     return up * response, down / response[:, None]
 
 
-def natural_step(
-    up: Tensor, down: Tensor, grad_up: Tensor, grad_down: Tensor, P: Tensor, K: Tensor, L: Tensor
+def factor_steps(
+    up: Tensor,
+    down: Tensor,
+    grad_up: Tensor,
+    grad_down: Tensor,
+    P: Tensor,
+    K: Tensor,
+    M: Tensor,
+    L: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The natural-gradient directions of both factors of D = B A, each with the other fixed
     (derived here).
 
-    `up` B `[m, r]`, `down` A `[r, d]` and their gradients G A^T, B^T G; `P` `[m, m]` is the
+    `up` B `[m, r]`, `down` A `[r, d]` and their gradients G A^T, B^T G; `P = M M^T` `[m, m]` is the
     output's metric, `K = L L^T` `[d, d]` the input's. The quadratic model <G, D> + 1/2 tr(P D K
     D^T) is least along P^-1 G A^T (A K A^T)^-1 in B, and along (B^T P B)^-1 B^T G K^-1 in A. Rows
     of A answer alike (unit response), columns of B do not: `COLUMN_DAMPING` times their mean
@@ -218,7 +225,7 @@ def natural_step(
     """
     rows = down @ moment_matmul(K, down.T)
     columns = up.T @ moment_matmul(P, up)
-    step_up = torch.linalg.solve(damped(rows, ROW_DAMPING), solve(cholesky(P), grad_up).T).T
+    step_up = torch.linalg.solve(damped(rows, ROW_DAMPING), solve(M, grad_up).T).T
     step_down = torch.linalg.solve(damped(columns, COLUMN_DAMPING), solve(L, grad_down.T).T)
     return step_up, step_down
 

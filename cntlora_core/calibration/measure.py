@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..data.batches import NoisedSet
 from ..distributed import Group
@@ -19,6 +22,17 @@ if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """What a pass measured: the moments over all triples, the mean `loss` of the model as it
+    stands, and with gradients the norm of each triple's, `norms` `[n]` at `timesteps` `[n]`."""
+
+    moments: Moments
+    loss: float
+    timesteps: Tensor
+    norms: Tensor | None = None
+
+
 def measure(
     model: StableDiffusion,
     projections: Sequence[Projection],
@@ -30,13 +44,12 @@ def measure(
     phase: str,
     observer: Observer,
     group: Group,
-) -> tuple[Moments, float]:
-    """The moments over all triples, and the mean loss of the model as it stands; `backward` adds
-    what needs gradients.
+) -> Sweep:
+    """One pass; `backward` adds what needs gradients.
 
     Raises NonFiniteError when the loss is not a number.
     """
-    total, done = torch.zeros(1, dtype=torch.float64), 0
+    total, done, norms = torch.zeros(1, dtype=torch.float64), 0, []
     mine = triples.share(group)
     recompute = recomputing_activations(model.unet, gradient_checkpointing and backward)
     scale = gradient_scale(model.dtype)
@@ -46,15 +59,27 @@ def measure(
                 losses = batch.loss(model)
             if backward:
                 (losses.sum() * scale).backward()
+                weights = 1 if batch.weights is None else batch.weights
+                norms.append(moments.gradient_norms() / weights)
             total += losses.detach().cpu().double().sum()
             done += len(batch)
             observer(Progress(phase, done, len(mine)))
     group.sum_([total])
     moments.combine(group)
     loss = float(total) / len(triples)
-    if not torch.isfinite(torch.tensor(loss)):
+    if not math.isfinite(loss):
         raise NonFiniteError(_why_not_finite(model), step=0)
-    return moments, loss
+    timesteps = torch.cat([batch.timesteps.cpu() for batch in triples.sizes])
+    return Sweep(moments, loss, timesteps, _gathered(norms, triples, group) if backward else None)
+
+
+def _gathered(norms: list[Tensor], triples: NoisedSet, group: Group) -> Tensor:
+    """The norms of all processes' triples, in the order of `triples`."""
+    places = torch.arange(len(triples)).split([len(batch) for batch in triples.sizes])
+    everyone = torch.zeros(len(triples))
+    everyone[torch.cat([part[group.rank :: group.size] for part in places])] = torch.cat(norms)
+    group.sum_([everyone])
+    return everyone
 
 
 def gradient_scale(dtype: torch.dtype) -> float:

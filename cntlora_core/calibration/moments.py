@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -58,12 +58,19 @@ class Moments:
     `inputs[key]`: C = E[x x^T] `[d, d]`, one per distinct input. `grads[name]`: S = E[delta
     delta^T] `[m, m]` and `cross[name]`: G = E[delta x^T] `[m, d]` with delta = dLoss/dy, one per
     projection (backward sweeps only). Where a projection asks for the diagonal alone, C is `[d]` or
-    S is `[m]`.
+    S is `[m]`. With G, `squares` holds each picture's ||G||^2 `[n]` by projection.
     """
 
     inputs: dict[str, RunningMean] = field(default_factory=dict)
     grads: dict[str, RunningMean] = field(default_factory=dict)
     cross: dict[str, RunningMean] = field(default_factory=dict)
+    squares: list[Tensor] = field(default_factory=list)
+
+    def gradient_norms(self) -> Tensor:
+        """Of each picture since this was last asked, over all projections `[n]`, on the host."""
+        norms = torch.stack(self.squares).sum(0).sqrt().cpu()
+        self.squares.clear()
+        return norms
 
     def C(self, projection: Projection) -> Tensor:
         return self.inputs[projection.input_key].get()
@@ -85,14 +92,40 @@ class Moments:
                 mine.setdefault(key, RunningMean()).merge(mean)
 
     def on(self, device: torch.device) -> Moments:
-        """C and S alone, on `device`."""
+        """A copy of C and S alone, on `device`."""
 
         def moved(means: dict[str, RunningMean]) -> dict[str, RunningMean]:
             return {
-                key: RunningMean(mean.get().to(device), mean.count) for key, mean in means.items()
+                key: RunningMean(mean.get().to(device, copy=True), mean.count)
+                for key, mean in means.items()
             }
 
         return Moments(moved(self.inputs), moved(self.grads))
+
+    def to_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """C and S by name, with their counts."""
+        tensors = {}
+        for kind, means in (("C", self.inputs), ("S", self.grads)):
+            for key, mean in means.items():
+                tensors[f"{prefix}{kind}.{key}"] = mean.get()
+                tensors[f"{prefix}{kind}#{key}"] = torch.tensor(mean.count)
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str) -> Moments:
+        """The other way."""
+
+        def means(kind: str) -> dict[str, RunningMean]:
+            start = f"{prefix}{kind}."
+            return {
+                key.removeprefix(start): RunningMean(
+                    value, int(tensors[f"{prefix}{kind}#{key.removeprefix(start)}"])
+                )
+                for key, value in tensors.items()
+                if key.startswith(start)
+            }
+
+        return cls(means("C"), means("S"))
 
     def combine(self, group: Group) -> None:
         """The mean over the tokens of all processes."""
@@ -124,6 +157,11 @@ def moment_bytes(projections: Sequence[Projection]) -> int:
 
 def _rows(x: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1]).float()
+
+
+def _pictures(rows: Tensor, like: Tensor) -> Tensor:
+    """`[n, tokens, features]`."""
+    return rows.view(len(like), -1, rows.shape[-1])
 
 
 def _moment(rows: Tensor, diagonal: bool) -> Tensor:
@@ -180,7 +218,9 @@ class _Recorder:
             self.moments.grads, projection.name, _moment(delta, projection.diagonal_out), len(delta)
         )
         if x is not None:
-            self._add(self.moments.cross, projection.name, delta.T @ _rows(x), len(delta))
+            by_picture = _pictures(delta, grad).transpose(1, 2) @ _pictures(_rows(x), x)
+            self.moments.squares.append(by_picture.square().sum((1, 2)))
+            self._add(self.moments.cross, projection.name, by_picture.sum(0), len(delta))
 
     def _add(self, into: dict[str, RunningMean], key: str, total: Tensor, count: int) -> None:
         into.setdefault(key, RunningMean()).update(total.to(self.storage), count)

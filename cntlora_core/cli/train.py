@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,8 @@ def run_train(args: argparse.Namespace, load: Any, disk: Disk = DISK) -> None:
         source, lora = _source(args, model)
         subject, held_out = _pictures(args, model, data, observer)
         if args.trains:
+            if args.continue_from and training.optimizer == "auto":
+                training = replace(training, optimizer="adamw")  # a LoRA file holds no metric
             training = resolve(training, model.name, args.init, subject.picture_count, observer)
         if checkpoints:
             held = held_out if args.validate_every else None

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..distributed import ALONE, Group
 from ..model.denoising_loss import denoising_loss
-from ..model.noise_schedule import bin_centres, stratified_timesteps
+from ..model.noise_schedule import bin_centres
+from .importance import Importance, draw_timesteps
 
 if TYPE_CHECKING:
     from ..model.conditioning import Conditioning
@@ -26,37 +27,43 @@ VALIDATION_SEED = 20250709  # one noise for every run of everybody, whatever its
 @dataclass(frozen=True)
 class Batch:
     """n triples of one size: `latents` and `noise` `[n, c, h, w]`, `timesteps` `[n]`,
-    `conditioning` of n rows, and what counts of each picture, `mask` `[n, 1, h, w]` (None:
-    everything)."""
+    `conditioning` of n rows, what counts of each picture, `mask` `[n, 1, h, w]` (None: everything),
+    and what each loss counts, `weights` `[n]` (None: alike)."""
 
     latents: Tensor
     timesteps: Tensor
     noise: Tensor
     conditioning: Conditioning
     mask: Tensor | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def __getitem__(self, part: slice) -> Batch:
-        mask = None if self.mask is None else self.mask[part]
+        def rows(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[part]
+
         return Batch(
-            self.latents[part],
-            self.timesteps[part],
-            self.noise[part],
-            self.conditioning[part],
-            mask,
-        )
+            self.latents[part], self.timesteps[part], self.noise[part], self.conditioning[part],
+            rows(self.mask), rows(self.weights),
+        )  # fmt: skip
 
     def split(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
     def loss(self, model: StableDiffusion) -> Tensor:
-        """The denoising loss of each triple `[n]`, in one pass."""
-        return denoising_loss(
-            model, self.latents, self.timesteps, self.noise, self.conditioning, mask=self.mask
+        """The denoising loss of each triple `[n]`, weighted, in one pass."""
+        return self.weighted(
+            denoising_loss(
+                model, self.latents, self.timesteps, self.noise, self.conditioning, mask=self.mask
+            )
         )
+
+    def weighted(self, losses: Tensor) -> Tensor:
+        """Losses `[n]` so that their mean is that of uniform timesteps."""
+        return losses if self.weights is None else losses * self.weights.to(losses.device)
 
 
 @dataclass(frozen=True)
@@ -104,25 +111,34 @@ def batch_order(
 
 
 def draw_batch(
-    subject: EncodedImages, index: Tensor, timesteps: int, generator: torch.Generator
+    subject: EncodedImages,
+    index: Tensor,
+    timesteps: int,
+    generator: torch.Generator,
+    importance: Importance | None = None,
 ) -> Batch:
     """The views at `index` (of one size) at stratified timesteps with fresh noise."""
     latents = subject.sample_latents(index, generator)
-    t = stratified_timesteps(len(index), timesteps, generator)
-    return _batch(subject, index, latents, t, generator)
+    t, weights = draw_timesteps(importance, len(index), timesteps, generator)
+    return _batch(subject, index, latents, t, generator, weights)
 
 
 def draw_noised(
-    subject: EncodedImages, count: int, timesteps: int, generator: torch.Generator
+    subject: EncodedImages,
+    count: int,
+    timesteps: int,
+    generator: torch.Generator,
+    importance: Importance | None = None,
 ) -> NoisedSet:
     """`count` triples: views equally often, timesteps stratified over the whole schedule, fresh
     noise."""
     index = shuffled_cycle(count, len(subject), generator)
-    t = stratified_timesteps(count, timesteps, generator)
+    t, weights = draw_timesteps(importance, count, timesteps, generator)
     sizes = []
     for rows in _by_size(subject, index):
         latents = subject.sample_latents(index[rows], generator)
-        sizes.append(_batch(subject, index[rows], latents, t[rows], generator))
+        some = None if weights is None else weights[rows]
+        sizes.append(_batch(subject, index[rows], latents, t[rows], generator, some))
     return NoisedSet(tuple(sizes))
 
 
@@ -149,13 +165,19 @@ def _by_size(subject: EncodedImages, index: Tensor) -> Sequence[Tensor]:
 
 
 def _batch(
-    subject: EncodedImages, index: Tensor, latents: Tensor, t: Tensor, generator: torch.Generator
+    subject: EncodedImages,
+    index: Tensor,
+    latents: Tensor,
+    t: Tensor,
+    generator: torch.Generator,
+    weights: Tensor | None = None,
 ) -> Batch:
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     mask = (
         None if subject.masks is None else torch.stack([subject.masks[i] for i in index.tolist()])
     )
-    return Batch(latents, t.to(latents.device), noise, subject.conditioning[index], mask)
+    words = subject.conditioning[index]
+    return Batch(latents, t.to(latents.device), noise, words, mask, weights)
 
 
 @torch.no_grad()

@@ -135,6 +135,27 @@ class Adapters:
     def parameters(self) -> list[nn.Parameter]:
         return [p for layer in self.layers.values() for p in (layer.down, layer.up)]
 
+    def flatten(self) -> nn.Parameter:
+        """One parameter of which all factors become parts: an optimiser's step, a norm, a copy are
+        one call each, not hundreds."""
+        parameters = self.parameters()
+        flat = torch.cat([p.detach().flatten() for p in parameters])
+        for parameter, part in zip(
+            parameters, flat.split([p.numel() for p in parameters]), strict=True
+        ):
+            parameter.data = part.view_as(parameter)
+        return nn.Parameter(flat)
+
+    def gradient(self) -> Tensor:
+        """Of the factors, as one `flat` tensor; theirs are dropped."""
+        parameters = self.parameters()
+        gradient = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+        )
+        for parameter in parameters:
+            parameter.grad = None
+        return gradient
+
     @contextmanager
     def bypassed(self) -> Iterator[None]:
         """The base model alone while the block runs."""

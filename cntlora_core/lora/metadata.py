@@ -27,6 +27,8 @@ ARCHITECTURE = {
 
 
 OPTIMIZERS = {
+    "auto": "torch.optim.adamw.AdamW",  # of a run whose settings were never resolved
+    "natural": "cntlora.NaturalGradient",
     "adamw": "torch.optim.adamw.AdamW",
     "adamw8bit": "bitsandbytes.optim.adamw.AdamW8bit",
     "prodigy": "prodigyopt.prodigy.Prodigy",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..calibration.preservation import Preservation
 from ..config import TrainConfig
@@ -41,17 +44,17 @@ def train(
     host's Cancel) leaves at once, with the state as it is after that step. `preservation` adds what
     calibration measured, `prior` a loss on pictures. The processes of `group` share each step's
     batch. Raises NonFiniteError when loss or gradient stop being numbers; the adapters then hold
-    the last good weights.
+    the weights before that step.
     """
     size = config.batch_size * config.accumulation * group.size  # pictures a step
-    start = torch.Generator().manual_seed(
-        config.seed
-    )  # the order is drawn before all else, also in a resumed run
+    # The order is drawn before all else, also in a resumed run.
+    start = torch.Generator().manual_seed(config.seed)
     order = batch_order(subject, size, config.steps, start)
     if prior:
-        prior.prepare(size, config.steps, start)
+        prior.prepare(size, config.steps, start, state.importance)
     if state.step == 0:
         state.generator.set_state(start.get_state())
+    timesteps, terms = len(model.schedule), _Terms(model, state, config, group)
 
     def check() -> None:
         step = state.step
@@ -63,75 +66,98 @@ def train(
             state.validated(validate())
             observer(Validation(*state.validations[-1]))
 
-    def stop(what: str) -> NonFiniteError:
-        state.back_to_good()
-        return NonFiniteError(
-            f"The {what} became NaN or infinite at step {state.step + 1}; the weights before it "
-            f"are kept. Lower the learning rate (it was {config.learning_rate:g}) or use precision "
-            "bf16 or fp32.",
-            state.step + 1,
-        )
-
     if not state.validations:
         check()
         save(state)
     while state.step < config.steps:
-        batch = _draw(subject, order[state.step], config, len(model.schedule), state.generator)
-        others = (
-            prior.draw(state.step + 1, batch, len(model.schedule), state.generator)
-            if prior
-            else None
-        )
-        lr = config.lr_at(state.step + 1)
-        for settings in state.optimizer.param_groups:
-            settings["lr"] = lr
+        # draw
+        batch = _draw(subject, order[state.step], config, timesteps, state)
+        others = prior.draw(state.step + 1, batch, timesteps, state.generator) if prior else None
+
+        # forward and backward
+        state.begin_step()
         value = torch.zeros(1, device=model.device)
         for part in range(group.rank * config.batch_size, size, group.size * config.batch_size):
             rows = slice(part, part + config.batch_size)
-            share = config.batch_size / size
-            losses = batch[rows].loss(model)
-            if config.min_snr_gamma:
-                losses = losses * model.schedule.min_snr_weight(
-                    batch[rows].timesteps, config.min_snr_gamma
-                )
-            loss = losses.mean() * share
-            state.scaler.scale(loss).backward()
-            value += loss.detach()
+            value += terms.subject(batch[rows])
             if prior and others and config.prior_weight:
-                kept = (
-                    prior.loss(model, state.adapters, others[rows]).mean()
-                    * share
-                    * config.prior_weight
-                )
-                state.scaler.scale(kept).backward()
+                terms.prior(prior, others[rows])
         if preservation:
-            state.scaler.scale(preservation.loss(state.adapters) / group.size).backward()
+            terms.preservation(preservation)
         group.sum_([value, state.gather_gradient()])
-        if not torch.isfinite(value):
-            raise stop("loss")
-        state.keep_good()
-        state.scaler.unscale_(state.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(state.flat, config.max_grad_norm)
-        if not (
-            torch.isfinite(norm) or state.scaler.is_enabled()
-        ):  # the scaler skips such a step and lowers its scale
-            raise stop("gradient")
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.step += 1
+
+        # optimiser step
+        lr = state.natural.share if state.natural else config.lr_at(state.step + 1)
+        if (wrong := _optimise(state, config, lr, value)) is not None:
+            state.abandon_step()
+            raise NonFiniteError(
+                f"The {wrong} became NaN or infinite at step {state.step + 1}; the weights before "
+                "it are kept. " + state.advice(lr),
+                state.step + 1,
+            )
+        state.end_step()
         state.losses.append(value.item())
+
+        # check, save, report
         check()
         save(state)
         observer(Step(state.step, state.losses[-1], state.effective_rate(lr)))
         if config.patience and state.since_best() >= config.patience:
-            observer(
-                Notice(
-                    f"Stopped at step {state.step}: {config.patience} validations without a better "
-                    "one."
-                )
-            )
+            text = f"{config.patience} validations without a better one"
+            observer(Notice(f"Stopped at step {state.step}: {text}."))
             break
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """The loss's terms, each with its backward pass; means over the whole step's pictures."""
+
+    model: StableDiffusion
+    state: TrainState
+    config: TrainConfig
+    group: Group
+
+    @property
+    def pictures(self) -> int:
+        return self.config.batch_size * self.config.accumulation * self.group.size
+
+    def subject(self, batch: Batch) -> Tensor:
+        """The denoising loss of (a part of) the batch."""
+        with self.state.recording(self.model, self.pictures):
+            losses = batch.loss(self.model)
+            if gamma := self.config.min_snr_gamma:
+                losses = losses * self.model.schedule.min_snr_weight(batch.timesteps, gamma)
+            return self._backward(losses.sum() / self.pictures)
+
+    def prior(self, prior: PriorLoss, batch: Batch) -> Tensor:
+        losses = prior.loss(self.model, self.state.adapters, batch)
+        return self._backward(losses.sum() / self.pictures * self.config.prior_weight)
+
+    def preservation(self, preservation: Preservation) -> Tensor:
+        return self._backward(preservation.loss(self.state.adapters) / self.group.size)
+
+    def _backward(self, loss: Tensor) -> Tensor:
+        self.state.scaler.scale(loss).backward()
+        return loss.detach()
+
+
+def _optimise(state: TrainState, config: TrainConfig, lr: float, value: Tensor) -> str | None:
+    """One step of the optimiser; or what is not a number: then no step is made."""
+    if not torch.isfinite(value):
+        return "loss"
+    if not state.natural:
+        for settings in state.optimizer.param_groups:
+            settings["lr"] = lr
+    state.scaler.unscale_(state.optimizer)
+    longest = math.inf if state.natural else config.max_grad_norm
+    norm = torch.nn.utils.clip_grad_norm_(state.flat, longest)
+    # A scaler skips such a step and lowers its scale.
+    if not (torch.isfinite(norm) or state.scaler.is_enabled()):
+        return "gradient"
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    return None
 
 
 def _draw(
@@ -139,10 +165,11 @@ def _draw(
     index: torch.Tensor,
     config: TrainConfig,
     timesteps: int,
-    generator: torch.Generator,
+    state: TrainState,
 ) -> Batch:
     """The step's batch, with the draws that some settings add."""
-    batch = draw_batch(subject, index, timesteps, generator)
+    generator = state.generator
+    batch = draw_batch(subject, index, timesteps, generator, state.importance)
     noise, words = batch.noise, batch.conditioning
     if config.noise_offset:
         shift = torch.randn(*noise.shape[:2], 1, 1, generator=generator).to(noise.device)
@@ -152,4 +179,4 @@ def _draw(
             torch.rand(len(index), generator=generator) < config.caption_dropout,
             subject.empty_prompt,
         )
-    return Batch(batch.latents, batch.timesteps, noise, words, batch.mask)
+    return replace(batch, noise=noise, conditioning=words)

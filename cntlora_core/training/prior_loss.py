@@ -3,12 +3,14 @@ section 3.3)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from ..data.batches import Batch, batch_order, draw_batch
+from ..data.importance import Importance
 from ..lora.adapter import Adapters
 from ..model.conditioning import Conditioning
 from ..model.denoising_loss import predict
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
 class PriorLoss(Protocol):
     """A second loss beside the subject's."""
 
-    def prepare(self, size: int, steps: int, generator: torch.Generator) -> None:
-        """Called once before training: `steps` steps of `size` pictures will be asked for."""
+    def prepare(
+        self, size: int, steps: int, generator: torch.Generator, importance: Importance | None
+    ) -> None:
+        """Called once before training: `steps` steps of `size` pictures will be asked for, at
+        timesteps by `importance`."""
 
     def draw(self, step: int, batch: Batch, timesteps: int, generator: torch.Generator) -> Batch:
         """The prior's batch for a step, as large as the subject's `batch`; the schedule has so many
@@ -39,12 +44,18 @@ class ClassImages:
     def __init__(self, pictures: EncodedImages) -> None:
         self.pictures = pictures
         self.order: list[Tensor] = []
+        self.importance: Importance | None = None
 
-    def prepare(self, size: int, steps: int, generator: torch.Generator) -> None:
+    def prepare(
+        self, size: int, steps: int, generator: torch.Generator, importance: Importance | None
+    ) -> None:
         self.order = batch_order(self.pictures, size, steps, generator)
+        self.importance = importance
 
     def draw(self, step: int, batch: Batch, timesteps: int, generator: torch.Generator) -> Batch:
-        return draw_batch(self.pictures, self.order[step - 1], timesteps, generator)
+        return draw_batch(
+            self.pictures, self.order[step - 1], timesteps, generator, self.importance
+        )
 
     def loss(self, model: StableDiffusion, adapters: Adapters, batch: Batch) -> Tensor:
         return batch.loss(model)
@@ -57,7 +68,9 @@ class BasePrediction:
     def __init__(self, class_prompt: Conditioning) -> None:
         self.class_prompt = class_prompt  # one row
 
-    def prepare(self, size: int, steps: int, generator: torch.Generator) -> None:
+    def prepare(
+        self, size: int, steps: int, generator: torch.Generator, importance: Importance | None
+    ) -> None:
         pass
 
     def draw(self, step: int, batch: Batch, timesteps: int, generator: torch.Generator) -> Batch:
@@ -65,10 +78,10 @@ class BasePrediction:
         words = self.class_prompt[rows]
         if batch.conditioning.time_ids is not None:  # the same size and crop as the picture's
             words = Conditioning(words.tokens, words.pooled, batch.conditioning.time_ids)
-        return Batch(batch.latents, batch.timesteps, batch.noise, words)
+        return replace(batch, conditioning=words, mask=None)
 
     def loss(self, model: StableDiffusion, adapters: Adapters, batch: Batch) -> Tensor:
         arguments = (model, batch.latents, batch.timesteps, batch.noise, batch.conditioning)
         with torch.no_grad(), adapters.bypassed():
             target = predict(*arguments)
-        return (predict(*arguments) - target).square().mean(dim=(1, 2, 3))
+        return batch.weighted((predict(*arguments) - target).square().mean(dim=(1, 2, 3)))

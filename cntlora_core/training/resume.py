@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +15,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from ..calibration.constraints import Metric
+from ..calibration.moments import Moments
+from ..calibration.natural import NaturalStart
+from ..data.importance import Importance
 from ..errors import OutputError, SettingError
 from ..events import Notice, Observer
 from ..files import DISK, Disk, atomic_write
 from ..lora.adapter import Factors, LoRA
+from ..lora.targets import Projection
 from .state import Best, TrainState
 
-VERSION = 2
+VERSION = 3
 SUFFIX = ".state.safetensors"
 
 
@@ -87,7 +92,7 @@ class RunSnapshots:
                 "or start afresh with --overwrite."
             )
 
-    def read(self) -> Saved | None:
+    def read(self) -> SavedState | None:
         """The file to go on from; None when there is none or none is wanted. Raises SettingError
         when it is of another run."""
         if not self.resume or not self.path.is_file():
@@ -103,7 +108,7 @@ class RunSnapshots:
                     f"'{self.path}' was written by another version of CNTLoRA: start without "
                     "--resume."
                 )
-            saved = Saved(tensors, story)
+            saved = SavedState(tensors, story)
             lora = saved.lora
         except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
             raise SettingError(
@@ -136,7 +141,7 @@ def _read_story(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedState:
     """A checkpoint that was read."""
 
     tensors: dict[str, Tensor]
@@ -145,6 +150,22 @@ class Saved:
     @property
     def lora(self) -> LoRA:
         return self._factors("lora")
+
+    @property
+    def importance(self) -> Importance | None:
+        density = self.story["importance"]
+        return Importance(tuple(density)) if density else None
+
+    def natural(self, metric: Metric, projections: Sequence[Projection]) -> NaturalStart | None:
+        """Of a run that made natural-gradient steps."""
+        (settings,) = self.story["optimizer"]["param_groups"]
+        if "made" not in settings:
+            return None
+        prefix = "optimizer.0."
+        tensors = {k.removeprefix(prefix): v for k, v in self.tensors.items() if prefix in k}
+        moments = Moments.from_tensors(tensors, "metric.")
+        trained = [p for p in projections if p.name in self.lora]
+        return NaturalStart(trained, metric, moments, settings["step"], settings["made"])
 
     def restore(self, state: TrainState) -> None:
         """Bring a fresh state, whose adapters have this file's ranks, to where the run was."""
@@ -158,7 +179,9 @@ class Saved:
             step, loss = story["best"]
             state.best = Best(step, loss, self._factors("best"))
         with torch.no_grad():
-            state.good.copy_(tensors["good"])
+            state.live.copy_(tensors["live"])
+            state.average.value.copy_(state.flat)
+        state.average.count = story["averaged"]
         held = story["optimizer"]
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):
@@ -194,7 +217,7 @@ def _pack(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     ):
         for name, factors in lora.items():
             tensors |= {f"{part}.up.{name}": factors.up, f"{part}.down.{name}": factors.down}
-    tensors["good"] = state.good
+    tensors["live"] = state.live
     optimizer = state.optimizer.state_dict()
     plain: dict[str, dict[str, Any]] = {}
     for n, values in optimizer["state"].items():
@@ -207,6 +230,8 @@ def _pack(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "version": VERSION,
         "names": list(state.adapters.layers),
         "step": state.step,
+        "importance": state.importance and list(state.importance.density),
+        "averaged": state.average.count,
         "validations": state.validations,
         "best": [state.best.step, state.best.loss] if state.best else None,
         "optimizer": {"param_groups": optimizer["param_groups"], "state": plain},

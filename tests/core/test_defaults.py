@@ -23,13 +23,19 @@ def test_real_models_learn_more_slowly_and_calibrated_starts_faster_than_ordinar
 def test_what_is_auto_becomes_a_number_and_is_told():
     told = []
     config = resolve(TrainConfig(seed=3), SD, "target", 5, told.append)
-    assert config == TrainConfig(steps=250, learning_rate=5e-4, seed=3)
-    assert told == [Status("Chosen by model and pictures: steps 250, learning rate 0.0005")]
+    chosen = {"steps": 250, "learning_rate": 5e-4, "optimizer": "natural"}
+    assert config == TrainConfig(**chosen, seed=3)
+    # A rate that nobody uses is not told.
+    assert told == [Status("Chosen by model and pictures: steps 250, optimizer natural")]
+    told.clear()
+    assert resolve(TrainConfig(), SD, "gaussian", 5, told.append).optimizer == "adamw"
+    said = "steps 500, optimizer adamw, learning rate 0.0001"
+    assert told == [Status(f"Chosen by model and pictures: {said}")]
 
 
 def test_what_was_said_stays_and_nothing_is_told():
     told = []
-    config = TrainConfig(steps=7, learning_rate=0.1)
+    config = TrainConfig(steps=7, learning_rate=0.1, optimizer="adamw")
     assert resolve(config, SD, "target", 5, told.append) == config
     assert told == []
 

@@ -227,7 +227,7 @@ def test_auto_settings_get_numbers_from_the_model_and_the_page_is_told(
     events = last_run(pack)
     assert [e["steps"] for e in events if e["type"] in ("run", "training")] == [0, 500]
     told = [e["text"] for e in events if e["type"] == "status"]
-    assert "Chosen by model and pictures: steps 500, learning rate 0.0001" in told
+    assert "Chosen by model and pictures: steps 500, optimizer adamw, learning rate 0.0001" in told
 
 
 def test_what_was_chosen_stands_in_the_file(pack, model, pictures):
@@ -252,7 +252,7 @@ def test_running_out_of_memory_says_what_to_try_and_where_the_work_is(
 
     def fail(model, subject, state, *args, observer, **options):
         state.step = 1
-        observer(pack.sampler.Step(1, 0.1, 1e-3))
+        observer(pack.train.Step(1, 0.1, 1e-3))
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(runs, "train", fail)
@@ -266,7 +266,7 @@ def test_a_failed_sample_does_not_stop_training(pack, model, pictures, monkeypat
     def fail(*args, **options):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(pack.sampler, "sample", fail)
+    monkeypatch.setattr(pack.train, "sample", fail)
     out = run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=2, sample_every=1, **TRAIN)
     assert len(out.values[1]["loss"]) == 2
 

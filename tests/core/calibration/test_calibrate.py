@@ -11,6 +11,7 @@ from cntlora_core.calibration.ranks import budget_of
 from cntlora_core.config import CalibrationConfig
 from cntlora_core.data.batches import draw_noised, fixed_noised, mean_loss
 from cntlora_core.data.class_images import class_images, class_noised
+from cntlora_core.data.importance import Importance
 from cntlora_core.errors import NonFiniteError
 from cntlora_core.lora.adapter import attached_lora, parameter_count
 from cntlora_core.lora.targets import find_projections
@@ -25,8 +26,8 @@ def target(mini_sd, subject):
 
 def test_target_lowers_the_loss_before_any_training(target):
     assert target.report.loss < 0.97 * target.report.base_loss
-    assert target.report.backward_passes == 16
-    assert 32 <= target.report.forward_passes <= 48
+    assert target.report.backward_passes == (4 + 8) * 2
+    assert (4 + 8 + 2 * 4) * 2 <= target.report.forward_passes <= (4 + 8 + 3 * 4) * 2
 
 
 def test_refining_goes_on_where_the_sweep_ends(mini_sd, subject, held_out):
@@ -34,13 +35,13 @@ def test_refining_goes_on_where_the_sweep_ends(mini_sd, subject, held_out):
     losses = {}
     validate = fixed_noised(held_out, 1000)
     for effort in ("quick", "balanced", "thorough"):
-        start = calibrate(mini_sd, subject, dataclasses.replace(QUICK, effort=effort, batch_size=4))
+        start = calibrate(mini_sd, subject, dataclasses.replace(QUICK, effort=effort))
         with attached_lora(mini_sd.unet, start.lora):
             losses[effort] = mean_loss(mini_sd, validate, 8)
-    assert start.report.backward_passes == (4 + 64) * 4
+    assert start.report.backward_passes == (4 + 108) * 2
     base = mean_loss(mini_sd, validate, 8)
-    assert losses["thorough"] < losses["balanced"] < 0.9 * losses["quick"] < 0.9 * base
-    assert losses["thorough"] < 0.8 * base
+    assert losses["thorough"] < losses["balanced"] < 0.95 * losses["quick"] < 0.95 * base
+    assert losses["thorough"] < 0.75 * base
 
 
 def test_more_refinement_begins_like_less(mini_sd, subject, monkeypatch):
@@ -52,8 +53,9 @@ def test_more_refinement_begins_like_less(mini_sd, subject, monkeypatch):
         seen = batches.setdefault(count, [])
 
         def keep(*args, into=seen, **more):
-            into.extend(batch.noise for batch in args[6])
-            return args[2]
+            _, lora, natural, drawn, _ = args
+            into.extend(batch.noise for batch in drawn)
+            return lora, natural
 
         monkeypatch.setattr(calibration_module, "refine", keep)
         calibrate(mini_sd, subject, QUICK)
@@ -66,7 +68,8 @@ def test_never_worse_than_the_base_on_its_own_set(mini_sd, subject, init):
     for seed in range(2):
         config = dataclasses.replace(QUICK, init=init, seed=seed)
         start = calibrate(mini_sd, subject, config)
-        triples = draw_noised(subject, 16, 1000, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        triples = draw_noised(subject, 8, 1000, generator, Importance.usual())
         with attached_lora(mini_sd.unet, start.lora):
             after = mean_loss(mini_sd, triples, 4)
         assert after == pytest.approx(start.report.loss, rel=1e-4)
@@ -76,22 +79,22 @@ def test_never_worse_than_the_base_on_its_own_set(mini_sd, subject, init):
 def test_data_ranks_use_the_budget_and_differ(mini_sd, target):
     projections = find_projections(mini_sd.unet)
     budget = budget_of(projections, 4)
-    smallest = min(p.parameters_per_rank for p in projections)
     assert (
         budget - max(p.parameters_per_rank for p in projections)
         < parameter_count(target.lora)
         <= budget
     )
-    assert smallest > 0
     assert len(set(target.report.ranks.values())) > 3
 
 
 @pytest.mark.parametrize("init", ["target", "domain"])
-def test_unit_response_on_the_subject(mini_sd, subject, init):
+def test_unit_response_on_the_subject(mini_sd, subject, init, monkeypatch):
     """a_k^T C a_k = 1 for every row of A, with C measured here by other means."""
+    monkeypatch.setitem(config_module.EFFORTS, "quick", (4, 0))
     config = dataclasses.replace(QUICK, init=init, rank_rule="uniform", targets="attention")
     start = calibrate(mini_sd, subject, config)
-    triples = draw_noised(subject, 16, 1000, torch.Generator().manual_seed(config.seed))
+    generator = torch.Generator().manual_seed(config.seed)
+    triples = draw_noised(subject, 8, 1000, generator, Importance.usual())
     projections = find_projections(mini_sd.unet)
     with record(mini_sd.unet, projections, backward=False) as moments, torch.no_grad():
         triples.sizes[0].loss(mini_sd)

@@ -12,8 +12,8 @@ from cntlora_core.calibration.closed_form import (
     closed_form,
     damped,
     domain_components,
+    factor_steps,
     moment_matmul,
-    natural_step,
     parabola_step,
     solve,
     svd,
@@ -202,8 +202,8 @@ def test_a_natural_step_lands_at_the_models_minimum(m, d, r, thin_in, thin_out, 
     P, K = spd(m, seed + 1), spd(d, seed + 2)
     P, K = P.diagonal().clone() if thin_out else P, K.diagonal().clone() if thin_in else K
     zero = torch.zeros(m, r, dtype=torch.float64)
-    step_up, step_down = natural_step(
-        zero, A, G @ A.T, torch.zeros(r, d, dtype=torch.float64), P, K, cholesky(K)
+    step_up, step_down = factor_steps(
+        zero, A, G @ A.T, torch.zeros(r, d, dtype=torch.float64), P, K, cholesky(P), cholesky(K)
     )
     assert not step_down.any()
     left = (

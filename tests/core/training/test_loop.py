@@ -75,15 +75,16 @@ def test_nan_stops_at_its_step_with_the_last_good_weights(mini_sd, subject):
             if isinstance(event, Step):
                 snapshots[event.step] = adapters.factors()
                 if event.step == 3:
-                    adapters.parameters()[1].data[0, 0] = float("nan")
+                    state.live[0] = float("nan")
 
         config = TrainConfig(steps=9, learning_rate=3e-3, validate_every=0)
+        state = start_state(mini_sd, adapters, config)
         with pytest.raises(NonFiniteError, match="step 4") as caught:
-            train(mini_sd, subject, start_state(mini_sd, adapters, config), config, observer=poison)
+            train(mini_sd, subject, state, config, observer=poison)
         kept = adapters.factors()
     assert caught.value.step == 4
     assert all(torch.isfinite(f.up).all() and torch.isfinite(f.down).all() for f in kept.values())
-    assert all(torch.equal(kept[n].up, snapshots[2][n].up) for n in kept)
+    assert all(torch.equal(kept[n].up, snapshots[3][n].up) for n in kept)
 
 
 @pytest.mark.parametrize("left", ["steps", "learning_rate"])

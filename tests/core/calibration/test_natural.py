@@ -1,0 +1,95 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cntlora_core.calibration.calibrate import calibrate
+from cntlora_core.calibration.natural import FRESH, REFRESH, NaturalGradient
+from cntlora_core.config import CalibrationConfig
+from cntlora_core.data.batches import draw_batch
+from cntlora_core.lora.adapter import attached_lora
+
+
+@pytest.fixture(scope="module")
+def start(mini_sd, subject):
+    return calibrate(mini_sd, subject, CalibrationConfig(rank=2, effort="quick", seed=2))
+
+
+def steps(model, subject, start, count, scale=1.0, generator=None):
+    """The weights after each of `count` steps, and the optimiser."""
+    generator = generator or torch.Generator().manual_seed(3)
+    weights = []
+    with attached_lora(model.unet, start.lora, trainable=True) as adapters:
+        flat = adapters.flatten()
+        natural = NaturalGradient(flat, adapters, start.natural, model.device)
+        for _ in range(count):
+            batch = draw_batch(subject, torch.tensor([0, 1]), 1000, generator, start.importance)
+            with natural.recording(model, 2, scale), torch.enable_grad():
+                (batch.loss(model).mean() * scale).backward()
+            flat.grad = adapters.gradient() / scale
+            natural.step()
+            weights.append(flat.detach().clone())
+    return weights, natural
+
+
+def test_a_step_does_not_depend_on_how_the_loss_is_scaled(mini_sd, subject, start):
+    (plain,), _ = steps(mini_sd, subject, start, 1)
+    (scaled,), _ = steps(mini_sd, subject, start, 1, scale=1024.0)
+    torch.testing.assert_close(plain, scaled, rtol=1e-3, atol=1e-6)
+
+
+def test_the_calibration_it_starts_from_is_left_alone(mini_sd, subject, start):
+    """Two trainings from one start: the graph keeps it for the next run."""
+    before = {k: v.clone() for k, v in start.natural.moments.to_tensors("").items()}
+    first, _ = steps(mini_sd, subject, start, 2)
+    again, _ = steps(mini_sd, subject, start, 2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    after = start.natural.moments.to_tensors("")
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_steps_shrink_and_the_metric_is_kept_between_factorisations(mini_sd, subject, start):
+    assert start.natural.made == FRESH == 8
+    _, natural = steps(mini_sd, subject, start, 2)
+    (settings,) = natural.param_groups
+    assert settings["made"] == FRESH + 2
+    assert natural.since.inputs, "what came in since waits for the next factorisation"
+    kept = natural.factored
+    assert natural.share < 0.4 * start.natural.step
+    reached = natural.reached()
+    assert reached.made == FRESH + 2
+    assert not natural.since.inputs
+    assert kept is natural.factored
+
+
+def test_a_kept_metric_does_not_let_a_step_run(mini_sd, subject, start):
+    """A gradient a thousand times as long as usual moves a factor no farther than usual."""
+    far = replace(start.natural, made=FRESH + 1)
+    with attached_lora(mini_sd.unet, start.lora, trainable=True) as adapters:
+        flat = adapters.flatten()
+        natural = NaturalGradient(flat, adapters, far, mini_sd.device)
+        lengths = []
+        for factor in (1.0, 1000.0):
+            before = flat.detach().clone()
+            batch = draw_batch(
+                subject, torch.tensor([0, 1]), 1000, torch.Generator().manual_seed(3)
+            )
+            with natural.recording(mini_sd, 2), torch.enable_grad():
+                batch.loss(mini_sd).mean().backward()
+            flat.grad = adapters.gradient() * factor
+            natural.step()
+            lengths.append(float((flat.detach() - before).norm()))
+        assert lengths[1] < 2 * lengths[0]
+    assert REFRESH > 2
+
+
+def test_its_state_goes_through_a_dictionary(mini_sd, subject, start):
+    _, natural = steps(mini_sd, subject, start, 3)
+    state = natural.state_dict()
+    with attached_lora(mini_sd.unet, start.lora, trainable=True) as adapters:
+        other = NaturalGradient(adapters.flatten(), adapters, start.natural, mini_sd.device)
+        other.load_state_dict(state)
+    again = other.state_dict()
+    assert again["param_groups"] == state["param_groups"]
+    assert again["state"][0].keys() == state["state"][0].keys()
+    assert all(torch.equal(again["state"][0][k], v) for k, v in state["state"][0].items())

@@ -50,7 +50,8 @@ def _batch_size() -> Any:
 def _gradient_checkpointing() -> Any:
     return setting(
         False,
-        "Far less memory, about a third slower. For large models on small cards.",
+        "Far less memory, about a third slower. Off: on CUDA still on where the run would not fit "
+        "without.",
         advanced=True,
     )
 

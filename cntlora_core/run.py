@@ -32,6 +32,7 @@ from .lora.targets import ALL, find_projections
 from .model.cpu_convolutions import convolutions_as_matmul
 from .model.gradient_checkpointing import recomputing_activations
 from .training.loop import train
+from .training.memory_plan import COPIES_OF_ADAPTERS, fitted_to_memory
 from .training.prior_loss import PriorLoss
 from .training.resume import RunSnapshots, SavedState
 from .training.state import TrainState, start_state
@@ -92,6 +93,7 @@ def run_calibration(
     group: Group = ALONE,
 ) -> Calibration:
     """Calibrate, with what a run needs around it. Raises OutOfMemory with what to try next."""
+    config = fitted_to_memory(model, config, subject.resolution, fixed=0, observer=observer)
     observer(Status(f"Calibrating ({config.init}) on {len(subject)} pictures"))
     with _run_conditions(model, config, subject.resolution):
         start = calibrate(model, subject, config, prior=preserve, observer=observer, group=group)
@@ -136,6 +138,12 @@ def run_training(
     if saved:  # what to preserve is not in the file: it was measured again, to the same numbers
         start = _resumed(saved, model, start, calibration)
     assert start is not None
+    adapters_bytes = COPIES_OF_ADAPTERS * sum(
+        f.up.nbytes + f.down.nbytes for f in start.lora.values()
+    )
+    training = fitted_to_memory(
+        model, training, subject.resolution, fixed=adapters_bytes, observer=observer
+    )
 
     with (
         _run_conditions(model, training, subject.resolution),

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
-
-from PIL import Image
 
 from ..cntlora_core.calibration.calibrate import continued
 from ..cntlora_core.config import CalibrationConfig, TrainConfig
 from ..cntlora_core.data.dataset import EncodedImages
 from ..cntlora_core.defaults import resolve
 from ..cntlora_core.errors import CNTLoRAError
-from ..cntlora_core.events import Event, Notice, Saved, Step, Training
+from ..cntlora_core.events import Event, Notice, Saved
 from ..cntlora_core.files import DISK, Disk, free_name
-from ..cntlora_core.lora.adapter import attached_lora
 from ..cntlora_core.model.loader import StableDiffusion
-from ..cntlora_core.model.sampling import sample
 from ..cntlora_core.run import RunResult, run_training
 from ..cntlora_core.settings import read_settings
 from ..cntlora_core.training.prior_loss import BasePrediction, ClassImages, PriorLoss
@@ -24,6 +22,7 @@ from ..cntlora_core.training.validation import validation_loss
 from . import host
 from .host import io
 from .reporter import Reporter
+from .sampler import Sampler
 from .types import (
     CalibratedStart,
     ExtraSettings,
@@ -39,8 +38,6 @@ from .types import (
 )
 from .widgets import refusal, widgets_of
 
-SAMPLES = 4
-SAMPLE_SEED = 0
 # The settings on this node; Training Settings has the others.
 ON_TRAIN = (
     "steps",
@@ -67,31 +64,7 @@ class TrainLoRA(io.ComfyNode):
             description="Trains the LoRA on the pictures (DreamBooth). Cancel stops within one "
             "step and keeps the work.",
             inputs=[
-                SDModel.Input("sd_model", tooltip="From Load SD Checkpoint."),
-                SubjectPictures.Input("subject", tooltip="From Subject Images."),
-                LoRAInit.Input(
-                    "lora_init",
-                    optional=True,
-                    tooltip="From Calibrate LoRA. Without it an ordinary LoRA of rank 4 is "
-                    "trained.",
-                ),
-                SubjectPictures.Input(
-                    "validation",
-                    optional=True,
-                    tooltip="Other pictures of the same subject, never trained on: their loss "
-                    "shows when training overfits. Without it, what Subject Images holds out.",
-                ),
-                Prior.Input(
-                    "prior",
-                    optional=True,
-                    tooltip="From Prior Images: trains a second loss that keeps the class as it "
-                    "is. Twice the time a step.",
-                ),
-                Settings.Input(
-                    "settings",
-                    optional=True,
-                    tooltip="From Training Settings; its defaults without it.",
-                ),
+                *_wires(),
                 *widgets_of(TrainConfig, *ON_TRAIN),
                 host.advanced(io.Int)(
                     "sample_every",
@@ -161,7 +134,7 @@ class TrainLoRA(io.ComfyNode):
                     kept.append(_keep(finished(run), run, report, cls.disk))
 
             kept: list[str] = []
-            try:
+            with _telling_where(kept):
                 run = run_training(
                     sd_model,
                     encoded,
@@ -169,25 +142,60 @@ class TrainLoRA(io.ComfyNode):
                     config,
                     prior=_prior_loss(prior, settings),
                     start=continued(made.lora, made.preservation) if made else None,
-                    validate=validation_loss(sd_model, held_out, config.batch_size)
-                    if config.validate_every
-                    else None,
+                    validate=_validation(sd_model, held_out, config),
                     on_stop=keep,
                     observer=sampler,
                 )
-            except CNTLoRAError as error:
-                for place in kept:
-                    error.add_sentence(f"What was trained is in {place}.")
-                raise
-            if (
-                run.kept_step != run.steps
-            ):  # the weights given out are not those of the last samples
-                with attached_lora(sd_model.unet, run.lora):
-                    sampler.draw(run.kept_step)
-            report.kept(run.kept_step)
+            sampler.finish(run)
         images = to_image(sampler.pictures)
         losses = {"loss": sampler.losses or [loss for _, loss in run.validations]}
         return io.NodeOutput(finished(run), losses, images, ui=report.shown())
+
+
+def _wires() -> list[Any]:
+    return [
+        SDModel.Input("sd_model", tooltip="From Load SD Checkpoint."),
+        SubjectPictures.Input("subject", tooltip="From Subject Images."),
+        LoRAInit.Input(
+            "lora_init",
+            optional=True,
+            tooltip="From Calibrate LoRA. Without it an ordinary LoRA of rank 4 is trained.",
+        ),
+        SubjectPictures.Input(
+            "validation",
+            optional=True,
+            tooltip="Other pictures of the same subject, never trained on: their loss "
+            "shows when training overfits. Without it, what Subject Images holds out.",
+        ),
+        Prior.Input(
+            "prior",
+            optional=True,
+            tooltip="From Prior Images: trains a second loss that keeps the class as it "
+            "is. Twice the time a step.",
+        ),
+        Settings.Input(
+            "settings",
+            optional=True,
+            tooltip="From Training Settings; its defaults without it.",
+        ),
+    ]
+
+
+def _validation(
+    model: StableDiffusion, held_out: EncodedImages, config: TrainConfig
+) -> Callable[[], float] | None:
+    return validation_loss(model, held_out, config.batch_size) if config.validate_every else None
+
+
+@contextmanager
+def _telling_where(kept: list[str]) -> Iterator[None]:
+    """An error says where the work is."""
+    try:
+        yield
+    except CNTLoRAError as error:
+        for place in kept:
+            error.add_sentence(f"What was trained is in {place}.")
+        raise
 
 
 def _other_words(validation: str, subject: str) -> str:
@@ -218,46 +226,3 @@ def _keep(lora: LoRAModel, run: RunResult, report: Reporter, disk: Disk) -> str:
     name = host.lora_name(saved)
     report.note(Saved(name))
     return name if saved.is_absolute() and name == str(saved) else f"loras/{name}"
-
-
-class Sampler:
-    """An observer that draws samples between steps and passes every event on. A failed sample never
-    stops training."""
-
-    def __init__(self, model: StableDiffusion, prompt: str, every: int, report: Reporter) -> None:
-        self.model, self.prompt, self.every, self.report = model, prompt, every, report
-        self.pictures = [Image.new("RGB", (model.resolution, model.resolution), "white")]
-        self.losses: list[float] = []
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Step):
-            self.losses.append(event.loss)
-        self.report(event)
-        if isinstance(event, Training):
-            self.draw(event.done)
-        if (
-            isinstance(event, Step)
-            and self.every
-            and (event.step % self.every == 0 or event.step == self.report.steps)
-        ):
-            self.draw(event.step)
-
-    def draw(self, step: int) -> None:
-        if not self.every:
-            return
-        seeds = range(SAMPLE_SEED, SAMPLE_SEED + SAMPLES)
-        try:
-            self.pictures = sample(
-                self.model, [self.prompt] * SAMPLES, seeds, steps=20, observer=_cancel_only
-            )
-            self.report.picture(step, self.pictures)
-        except (RuntimeError, OSError) as error:
-            self.report(
-                Notice(
-                    f"The samples of step {step} could not be drawn ({error}); training goes on."
-                )
-            )
-
-
-def _cancel_only(event: Event) -> None:
-    host.check_cancel()

@@ -30,7 +30,7 @@ function options(size, theme) {
     cursor: { y: false, points: { show: false } },
     legend: { show: false },
     scales: { x: { time: false } },
-    axes: [{ ...axis, label: "step", size: 20 }, { ...axis, label: "loss", size: 40, values }],
+    axes: [{ ...axis, label: "step", size: 26 }, { ...axis, label: "loss", size: 40, values }],
     series: [
       {},
       line("loss", "#8a8f9855", { width: 1 }),

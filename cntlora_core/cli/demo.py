@@ -10,23 +10,21 @@ from typing import Any
 from ..config import CalibrationConfig, TrainConfig
 from ..data.dataset import read_subject
 from ..data.images import find_pictures
-from ..defaults import MINI_SD
+from ..defaults import MINI_SD, resolve
 from ..errors import SettingError
 from ..events import Done, Observer, Status
-from ..lora.adapter import Factors, attached_lora, parameter_count
-from ..model.loader import MINI_SD_FOLDER, load_checkpoint
+from ..lora.adapter import LoRA, attached_lora, parameter_count
+from ..model.loader import MINI_SD_FOLDER, StableDiffusion, load_checkpoint
 from ..model.sampling import sample
 from ..report.charts import loss_chart, rank_map, sample_sheet
-from ..run import run_training, save_run
+from ..run import RunResult, run_training, save_run
 from ..training.validation import validation_loss
 from .console import Console, EventFile, broadcast
 
 PROMPT = "a sks cat face emoji"
 SEEDS = range(4)
 CALIBRATION = CalibrationConfig(rank=4, seed=0)
-TRAINING = TrainConfig(steps=100, learning_rate=3e-3, seed=0)
-# Each method at its own best learning rate on this subject (benchmarks/learning_rate.py).
-GAUSSIAN_LR = 1e-2
+TRAINING = TrainConfig(seed=0)
 
 
 def run_demo(folder: Path) -> dict[str, Any]:
@@ -53,7 +51,12 @@ def _run(folder: Path, observer: Observer) -> dict[str, Any]:
     subject = read_subject(model, MINI_SD_FOLDER / "subject", PROMPT, observer=observer)
     held_out = read_subject(model, MINI_SD_FOLDER / "heldout", PROMPT, observer=observer)
     validate = validation_loss(model, held_out, TRAINING.batch_size)
-    run = run_training(model, subject, CALIBRATION, TRAINING, validate=validate, observer=observer)
+    # Each start at its own best learning rate on this subject (benchmarks/learning_rate.py).
+    training, ordinary = (
+        resolve(TRAINING, model.name, init, subject.picture_count)
+        for init in (CALIBRATION.init, "gaussian")
+    )
+    run = run_training(model, subject, CALIBRATION, training, validate=validate, observer=observer)
     lora = save_run(
         folder / "lora.safetensors",
         run.lora,
@@ -61,33 +64,41 @@ def _run(folder: Path, observer: Observer) -> dict[str, Any]:
         subject,
         steps=run.kept_step,
         calibration=CALIBRATION,
-        training=TRAINING,
+        training=training,
         overwrite=True,
         observer=observer,
     )
     observer(Status("The same steps from an ordinary start (gaussian), to compare"))
-    gaussian = run_training(
-        model,
-        subject,
-        replace(CALIBRATION, init="gaussian"),
-        replace(TRAINING, learning_rate=GAUSSIAN_LR),
-        validate=validate,
-    )
+    plain = replace(CALIBRATION, init="gaussian")
+    gaussian = run_training(model, subject, plain, ordinary, validate=validate)
     observer(Status("Drawing"))
+    _draw(folder, model, run, gaussian, observer)
+    return {
+        "lora": str(lora),
+        "base_loss": run.base_loss,
+        "step0_loss": run.validations[0][1],
+        "final_loss": dict(run.validations)[run.kept_step],
+        "gaussian_final_loss": dict(gaussian.validations)[gaussian.kept_step],
+    }
 
-    def draw(factors: dict[str, Factors]) -> list[Any]:
+
+def _draw(
+    folder: Path, model: StableDiffusion, run: RunResult, gaussian: RunResult, observer: Observer
+) -> None:
+    """Samples, ranks and losses, as pictures."""
+
+    def drawn(factors: LoRA) -> list[Any]:
         with attached_lora(model.unet, factors):
             return sample(model, [PROMPT] * len(SEEDS), SEEDS, observer=observer)
 
     rows = [
-        ("base", draw({})),
-        ("step 0, calibrated", draw(run.start.lora)),
-        (f"step {run.kept_step}, trained", draw(run.lora)),
+        ("base", drawn({})),
+        ("step 0, calibrated", drawn(run.start.lora)),
+        (f"step {run.kept_step}, trained", drawn(run.lora)),
     ]
     pictures = [p.image for p in find_pictures(MINI_SD_FOLDER / "subject")]
-    sample_sheet(rows, subject=pictures, title=f"{PROMPT} - same seeds in every row").save(
-        folder / "samples.png"
-    )
+    title = f"{PROMPT} - same seeds in every row"
+    sample_sheet(rows, subject=pictures, title=title).save(folder / "samples.png")
     report = run.start.report
     rank_map(
         report.ranks,
@@ -99,13 +110,5 @@ def _run(folder: Path, observer: Observer) -> dict[str, Any]:
         "calibrated (target)": run.validations,
         "ordinary LoRA (gaussian)": gaussian.validations,
     }
-    loss_chart(curves, title="Held-out loss against training steps", base=run.base_loss).save(
-        folder / "loss.png"
-    )
-    return {
-        "lora": str(lora),
-        "base_loss": run.base_loss,
-        "step0_loss": run.validations[0][1],
-        "final_loss": dict(run.validations)[run.kept_step],
-        "gaussian_final_loss": dict(gaussian.validations)[gaussian.kept_step],
-    }
+    title = "Held-out loss against training steps"
+    loss_chart(curves, title=title, base=run.base_loss).save(folder / "loss.png")

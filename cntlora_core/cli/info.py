@@ -16,7 +16,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillo
 def environment() -> dict[str, Any]:
     """Versions, devices, threads and the CLIP tokenizer that would be used."""
     from ..model.tokenizers import describe_tokenizer
-    from ..training.memory_estimate import describe_needs
+    from ..training.memory_plan import describe_needs
 
     cuda = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
         "devices": ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])],
         "threads": torch.get_num_threads(),
         "tokenizer": describe_tokenizer(),
-        "memory_of_a_training_step_bf16": describe_needs(),
+        "memory_of_a_training_step_in_half_precision": describe_needs(),
     }
 
 

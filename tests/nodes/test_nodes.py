@@ -252,7 +252,7 @@ def test_running_out_of_memory_says_what_to_try_and_where_the_work_is(
 
     def fail(model, subject, state, *args, observer, **options):
         state.step = 1
-        observer(pack.train.Step(1, 0.1, 1e-3))
+        observer(pack.sampler.Step(1, 0.1, 1e-3))
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(runs, "train", fail)
@@ -266,7 +266,7 @@ def test_a_failed_sample_does_not_stop_training(pack, model, pictures, monkeypat
     def fail(*args, **options):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(pack.train, "sample", fail)
+    monkeypatch.setattr(pack.sampler, "sample", fail)
     out = run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=2, sample_every=1, **TRAIN)
     assert len(out.values[1]["loss"]) == 2
 

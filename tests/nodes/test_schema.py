@@ -209,3 +209,41 @@ def test_the_english_locale_says_what_the_schema_says(pack):
     if UPDATE:
         path.write_text(json.dumps(expected, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     assert json.loads(path.read_text(encoding="utf-8")) == expected
+
+
+LANGUAGES = ("zh", "ja", "ko", "de")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_nodes_and_their_inputs_have_a_name_in_every_language(pack, language):
+    """`locales/words.json` is the table; tooltips stay English."""
+    words = json.loads((ROOT / "locales/words.json").read_text(encoding="utf-8"))
+
+    def name(word):
+        return {"name": words[word][language]}
+
+    expected = {
+        s.node_id: {
+            "display_name": words[s.display_name][language],
+            "inputs": {f.id: name(f.id) for f in s.inputs},
+            "outputs": {str(i): name(f.options["display_name"]) for i, f in enumerate(s.outputs)},
+        }
+        for s in (node.define_schema() for node in pack.NODES)
+    }
+    path = ROOT / "locales" / language / "nodeDefs.json"
+    if UPDATE:
+        path.parent.mkdir(exist_ok=True)
+        text = json.dumps(expected, indent=1, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
+    assert json.loads(path.read_text(encoding="utf-8")) == expected
+
+
+def test_every_word_of_the_table_is_used_and_has_all_languages(pack):
+    words = json.loads((ROOT / "locales/words.json").read_text(encoding="utf-8"))
+    schemas = [node.define_schema() for node in pack.NODES]
+    used = {s.display_name for s in schemas} | {f.id for s in schemas for f in s.inputs}
+    used |= {f.options["display_name"] for s in schemas for f in s.outputs}
+    assert set(words) == used
+    for word, translations in words.items():
+        assert list(translations) == list(LANGUAGES), word
+        assert all(translations.values()), word

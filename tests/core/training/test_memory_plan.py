@@ -1,0 +1,123 @@
+"""What a run does about the memory there is."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.events import Notice, Status
+from cntlora_core.model.families import config_of
+from cntlora_core.run import run_training
+from cntlora_core.training import memory_plan
+from cntlora_core.training.memory_estimate import estimate_training_memory
+from cntlora_core.training.memory_plan import (
+    NEEDS,
+    describe_needs,
+    fitted_to_memory,
+    free_memory,
+    picture_bytes,
+    plan_memory,
+)
+
+GB = 10**9
+ASKED = {"batch_size": 4, "accumulation": 2, "gradient_checkpointing": False}
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        (17, (False, 4, 2)),  # as asked: 1 + 4 * 4 GB
+        (16, (True, 4, 2)),
+        (5, (True, 4, 2)),  # 1 + 4 * 1 GB
+        (4, (True, 2, 4)),
+        (2, (True, 1, 8)),
+    ],
+)
+def test_the_first_way_that_fits_is_taken(free, expected):
+    plan = plan_memory(free * GB, 4 * GB, GB, fixed=GB, **ASKED)
+    assert (plan.gradient_checkpointing, plan.batch_size, plan.accumulation) == expected
+    assert plan.fits
+    assert "too little" not in str(plan)
+
+
+def test_what_never_fits_is_tried_as_small_as_can_be_and_said():
+    plan = plan_memory(GB, 4 * GB, GB, fixed=GB, **ASKED)
+    assert (plan.batch_size, plan.accumulation, plan.fits) == (1, 8, False)
+    assert str(plan) == (
+        "1.0 GB of memory free: gradient checkpointing on, batch 1 x 8, about 2.0 GB beside the "
+        "model. That may be too little: try a lower resolution."
+    )
+
+
+def test_a_calibration_keeps_its_batches():
+    plan = plan_memory(2 * GB, 4 * GB, GB, fixed=GB, split=False, **ASKED)
+    assert (plan.gradient_checkpointing, plan.batch_size, plan.accumulation) == (True, 4, 2)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_picture_takes_its_places_share(mini_sd, family):
+    class UNet:
+        class config:
+            block_out_channels = config_of(family)["unet"]["block_out_channels"]
+
+    model = dataclasses.replace(mini_sd, family=family, unet=UNet, dtype=torch.bfloat16)
+    places = (512 // model.vae_scale) ** 2
+    needs = NEEDS[family]
+    assert picture_bytes(model, 512) == (places * needs.plain, places * needs.checkpointed)
+    full = dataclasses.replace(model, dtype=torch.float32)
+    assert picture_bytes(full, 512) == (2 * places * needs.plain, 2 * places * needs.checkpointed)
+
+
+def test_nothing_is_changed_where_nothing_is_known(mini_sd):
+    assert picture_bytes(mini_sd, 64) is None  # not of its family's shape
+    assert free_memory(torch.device("cpu")) is None
+    events, asked = [], TrainConfig()
+    assert fitted_to_memory(mini_sd, asked, 64, fixed=0, observer=events.append) is asked
+    assert not events
+
+
+def test_a_run_fits_itself_and_says_so(mini_sd, subject, monkeypatch):
+    """The pictures of a step stay the same, so the LoRA does too."""
+    monkeypatch.setattr(memory_plan, "picture_bytes", lambda model, resolution: (4 * GB, GB))
+    plain = CalibrationConfig(init="gaussian", batch_size=2)
+    asked = TrainConfig(steps=1, learning_rate=1e-2, batch_size=2, validate_every=0)
+
+    def run(free):
+        monkeypatch.setattr(memory_plan, "free_memory", lambda device: free)
+        events = []
+        result = run_training(mini_sd, subject, plain, asked, observer=events.append)
+        told = [e for e in events if isinstance(e, (Notice, Status)) and "GB" in e.text]
+        return result.lora, told
+
+    large, told = run(100 * GB)
+    assert [type(event) for event in told] == [Status, Status]  # calibration, training
+    assert "checkpointing off, batch 2 x 1" in told[1].text
+    small, told = run(int(2.5 * GB))
+    assert [type(event) for event in told] == [Notice, Notice]
+    assert "checkpointing on, batch 1 x 2" in told[1].text
+    for name, factors in large.items():
+        torch.testing.assert_close(small[name].up, factors.up, rtol=1e-3, atol=1e-4)
+
+
+def test_info_says_what_the_families_take():
+    needs = describe_needs()
+    assert needs["sdxl 1024 px with gradient checkpointing"] == "5.7 GB"
+    assert float(needs["sdxl 1024 px"].split()[0]) > 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("family", "resolution"), [("sd1", 512), ("sd2-v", 768), ("sdxl", 1024)])
+def test_the_table_is_what_shapes_say(family, resolution, checkpointing):
+    estimate = estimate_training_memory(
+        family,
+        resolution=resolution,
+        targets="attention+ff",
+        dtype=torch.bfloat16,
+        gradient_checkpointing=checkpointing,
+    )
+    needs = NEEDS[family]
+    each = needs.checkpointed if checkpointing else needs.plain
+    assert needs.weights == estimate.weights
+    assert (resolution // 8) ** 2 * each == pytest.approx(estimate.activations, rel=0.03)

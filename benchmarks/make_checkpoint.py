@@ -24,17 +24,52 @@ from cntlora_core.model.ldm_names import (
     UNET_PREFIX,
     VAE_PREFIX,
     attention_up_blocks,
-    text_name,
+    text_places,
     unet_name,
     vae_name,
 )
+from cntlora_core.model.loader import MINI_SD_FOLDER
 from cntlora_core.model.prediction import V_MARK
+from cntlora_core.model.tokenizers import CLIP_IDS, CLIP_SIZE
 
 DTYPES = {
     "fp32": (torch.float32, "F32"),
     "fp16": (torch.float16, "F16"),
     "bf16": (torch.bfloat16, "BF16"),
 }
+
+
+def small_config(family: str) -> dict:
+    """The family's grammar at a hundredth of its width. What the family is told by (context width)
+    stays."""
+    config = config_of(family)
+    unet, vae = config["unet"], config["vae"]
+    unet["block_out_channels"] = [8 * min(2**i, 4) for i in range(len(unet["block_out_channels"]))]
+    unet["norm_num_groups"] = 4
+    unet["attention_head_dim"] = 2
+    if family == "sdxl":
+        unet["transformer_layers_per_block"] = [1, 2, 3]
+        unet["projection_class_embeddings_input_dim"] = 256 * 6 + 1280
+    vae["block_out_channels"], vae["norm_num_groups"] = [8, 8, 16, 16], 4
+    for text in config["text_encoders"]:
+        text.update(num_hidden_layers=2, vocab_size=49408, intermediate_size=16)
+    return config
+
+
+def clip_vocabulary(folder: Path) -> Path:
+    """A stand-in of CLIP's size and with its special ids: the mini SD's words, then fillers."""
+    target = folder / "tokenizer"
+    target.mkdir()
+    source = MINI_SD_FOLDER / "model" / "tokenizer"
+    words = json.loads((source / "vocab.json").read_text())
+    plain = [w for w, _ in sorted(words.items(), key=lambda item: item[1])]
+    plain = [w for w in plain if w not in CLIP_IDS]
+    plain += [f"filler{i}</w>" for i in range(CLIP_SIZE - len(CLIP_IDS) - len(plain))]
+    for word, place in sorted(CLIP_IDS.items(), key=lambda item: item[1]):
+        plain.insert(place, word)
+    (target / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(plain)}))
+    (target / "merges.txt").write_text((source / "merges.txt").read_text())
+    return target
 
 
 def shapes_of(family: str, config: dict | None = None) -> dict[str, tuple[int, ...]]:
@@ -65,7 +100,7 @@ def _text_shapes(family: str, index: int, config: dict) -> dict[str, tuple[int, 
         state = kind(CLIPTextConfig(**config)).state_dict()
     shapes = {}
     for name, value in state.items():
-        old, third = text_name(name, family, index)
+        old, third = text_places(name, family, index)[0]
         shapes[old] = (
             (3 * value.shape[0], *value.shape[1:]) if third is not None else tuple(value.shape)
         )

@@ -104,7 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect = command("inspect", _inspect, "ranks, sizes and metadata of a LoRA file")
     inspect.add_argument("file")
-    command("info", _info, "versions, devices, tokenizer")
+    info = command("info", _info, "versions, devices, tokenizer; or what a checkpoint is")
+    info.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="say family, prediction, dtypes and what is missing, without reading weights",
+    )
     return parser
 
 
@@ -124,8 +129,13 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("fp32", "bf16", "fp16"),
         help="of the frozen model; adapters are fp32",
     )
+    parser.add_argument("--vae", metavar="FILE", help="another VAE than the checkpoint's own")
     parser.add_argument(
-        "--vae", metavar="FILE", help="another VAE than the one in a single-file checkpoint"
+        "--text-encoder",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a text encoder's own file, where a single-file checkpoint has none (SDXL: twice)",
     )
     parser.add_argument(
         "--prediction",
@@ -162,6 +172,7 @@ def _load(
         device=device or pick_device(args.device),
         dtype=DTYPES[args.precision],
         vae=args.vae,
+        text_encoders=args.text_encoder,
         prediction=args.prediction,
         observer=observer,
     )
@@ -222,6 +233,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from .info import environment
+    from .info import about_checkpoint, environment
 
-    print_json(environment(), indent=2)
+    said = about_checkpoint(Path(args.checkpoint)) if args.checkpoint else environment()
+    print_json(said, indent=2)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from .ldm_names import UNET_PREFIX
-from .tensor_file import TensorSource
+from .tensor_file import TensorSource, refuse_packed
 
 FAMILIES = ("sd1", "sd2", "sd2-v", "sdxl")
 CONFIGS = Path(__file__).parent / "configs"
@@ -41,6 +42,19 @@ FOREIGN = (
     ("a T5 text encoder", ("encoder.block.0.layer.0.SelfAttention.",)),
     ("a video model", ("temporal_", "motion_modules.", "time_mixer", "patch_embedding.weight")),
 )
+# The UNet's first weight: in a checkpoint, alone in the original or diffusers' names, averaged.
+CONV_IN = (
+    f"{UNET_PREFIX}input_blocks.0.0.weight",
+    "input_blocks.0.0.weight",
+    "conv_in.weight",
+    "model_ema.diffusion_modelinput_blocks00weight",
+)
+DEEPEST = r"(?:input_blocks\.?7\.?1|down_blocks\.2\.attentions\.0)"
+SHALLOW = {4: "SSD-1B", 2: "Segmind Vega"}  # layers in the deepest blocks -> whose they are
+DISTILLED = re.compile(
+    r"turbo|lightning|(?<![a-z])(?:lcm|tcd)(?![a-rt-z])|hyper(?![-_ ]?(?:real|photo))|dmd2",
+    re.IGNORECASE,
+)
 UNET_WITHOUT_REST = ("input_blocks.0.0.weight", "down_blocks.0.resnets.0.norm1.weight")
 UNET_CHANNELS = {
     5: "a depth-to-image model",
@@ -58,19 +72,26 @@ def config_of(family: str) -> dict[str, Any]:
 def detect_family(source: TensorSource) -> str:
     """`sd1`, `sd2` or `sdxl`. Raises CheckpointError that names what else it is."""
     name, shapes = source.path.name, source.shapes
-    conv_in = shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
-    if conv_in is None or len(conv_in) != 4:
+    first = next((place for place in CONV_IN if place in shapes), None)
+    conv_in, width = shapes.get(first or "", ()), _context_width(shapes)
+    alone = first != CONV_IN[0]  # a whole checkpoint may hold leftovers of anything
+    if len(conv_in) != 4 or width is None or (alone and _foreign(shapes)):
         raise CheckpointError(
             f"'{name}' is {_what(shapes)}, not a Stable Diffusion checkpoint (UNet, VAE and text "
             "encoder in one file)."
         )
+    refuse_packed(source)
     if conv_in[1] != 4:
         what = UNET_CHANNELS.get(conv_in[1], "another kind of model")
         raise CheckpointError(
             f"'{name}' is {what} ({conv_in[1]} input channels): CNTLoRA trains text-to-image "
             "models, with 4."
         )
-    width = _context_width(shapes)
+    if width in (768, 1024) and any(".label_emb." in f".{n}" for n in shapes):
+        raise CheckpointError(
+            f"'{name}' is an unCLIP model, which draws from another picture: choose a "
+            "text-to-image checkpoint."
+        )
     if width == 768:
         return "sd1"
     if width == 1024:
@@ -87,10 +108,42 @@ def detect_family(source: TensorSource) -> str:
     )
 
 
+def check_depth(source: TensorSource, config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for an SDXL whose deepest blocks have fewer layers than diffusers'
+    UNet configuration says."""
+    layers = config.get("transformer_layers_per_block")
+    if layers is None:
+        return
+    inside = re.compile(DEEPEST + r"\.?transformer_blocks\.?(\d+)\.?norm1")
+    found = {int(m[1]) for name in source.shapes if (m := inside.search(name))}
+    if found and len(found) != layers[-1]:
+        what = SHALLOW.get(len(found), "a distilled SDXL")
+        raise CheckpointError(
+            f"'{source.path.name}' is {what}: {len(found)} layers in its deepest blocks, SDXL has "
+            f"{layers[-1]}. Train on SDXL itself or a full descendant of it."
+        )
+
+
+def distilled(name: str, *hints: str) -> str | None:
+    """A sentence for a model that, by its name or other `hints`, was distilled to draw in a few
+    steps."""
+    match = next((m for text in (name, *hints) if (m := DISTILLED.search(text))), None)
+    if match is None:
+        return None
+    return (
+        f"'{name}' looks like a distilled model ({match[0]}): training undoes its few steps. Train "
+        "on the model it was made from; the LoRA can be used with both."
+    )
+
+
 def _context_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    end = "transformer_blocks.0.attn2.to_k.weight"
+    end = "transformer_blocks0attn2to_kweight"  # averaged weights lost the dots of their names
+    return next((s[1] for k, s in shapes.items() if k.replace(".", "").endswith(end)), None)
+
+
+def _foreign(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return next(
-        (s[1] for k, s in shapes.items() if k.startswith(UNET_PREFIX) and k.endswith(end)), None
+        (what for what, parts in FOREIGN if any(p in name for name in shapes for p in parts)), None
     )
 
 
@@ -98,9 +151,8 @@ def _what(shapes: Mapping[str, tuple[int, ...]]) -> str:
     names = list(shapes)
     if not names:
         return "an empty file"
-    for what, parts in FOREIGN:
-        if any(part in name for name in names for part in parts):
-            return what
+    if what := _foreign(shapes):
+        return what
     if any(n in ("emb_params", "clip_l", "clip_g") or "string_to_param" in n for n in names):
         return "a textual-inversion embedding"
     if any(

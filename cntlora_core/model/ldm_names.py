@@ -1,7 +1,9 @@
 """Where the original (LDM / SGM) checkpoints keep what diffusers and transformers call otherwise.
 
 Every function takes the new name and gives the original one, so that a model can be filled
-parameter by parameter.
+parameter by parameter. The `*_places` functions give every place where files keep it, the usual one
+first: whole checkpoints, files of one part alone, and what mergers and converters made of the
+names.
 """
 
 from __future__ import annotations
@@ -10,8 +12,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+Place = tuple[str, int | None]  # a name in a file, and which third of the tensor (None: all of it)
+
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
+EMA_PREFIX = "model_ema."
 
 _TOP = {
     "time_embedding.linear_1": "time_embed.0",
@@ -62,6 +67,14 @@ def unet_name(name: str, *, attention_up_blocks: frozenset[int] = frozenset()) -
     return _in_resnet(f"{group}.{0 if kind == 'resnets' else 1}.{rest}")
 
 
+def unet_places(name: str, attention_up_blocks: frozenset[int]) -> list[Place]:
+    """In a checkpoint, in a file of the UNet alone (original or diffusers' names), and as averaged
+    weights, whose names lost their dots."""
+    old = unet_name(name, attention_up_blocks=attention_up_blocks)
+    averaged = EMA_PREFIX + f"diffusion_model.{old}".replace(".", "")
+    return [(place, None) for place in (UNET_PREFIX + old, old, name, averaged)]
+
+
 def attention_up_blocks(config: Mapping[str, Any]) -> frozenset[int]:
     """Indices of the up blocks with attentions, from diffusers' UNet configuration."""
     return frozenset(
@@ -105,14 +118,28 @@ def vae_name(name: str, levels: int) -> str:
     return re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", name)
 
 
+# diffusers' names of the VAE's attention, as some files mix them into the original ones, and as
+# its first versions had them.
+_ATTENTION = {".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".proj_out.": ".to_out.0."}
+_OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def vae_places(name: str, levels: int) -> list[Place]:
+    """In a checkpoint, in a VAE's own file, in diffusers' names."""
+    old = vae_name(name, levels)
+    mixed = _replace(old, _ATTENTION) if ".mid.attn_1." in old else old
+    bare = (old, mixed, name, _replace(name, _OLD_ATTENTION))
+    return [(place, None) for place in (VAE_PREFIX + old, VAE_PREFIX + mixed, *bare)]
+
+
 CLIP_L_PREFIXES = {
-    "sd1": "cond_stage_model.transformer.text_model.",
-    "sdxl": "conditioner.embedders.0.transformer.text_model.",
+    "sd1": "cond_stage_model.transformer.",
+    "sdxl": "conditioner.embedders.0.transformer.",
 }
 OPEN_CLIP_PREFIXES = {
-    "sd2": "cond_stage_model.model.",
-    "sd2-v": "cond_stage_model.model.",
-    "sdxl": "conditioner.embedders.1.model.",
+    "sd2": ("cond_stage_model.model.", "conditioner.embedders.0.model."),
+    "sd2-v": ("cond_stage_model.model.", "conditioner.embedders.0.model."),
+    "sdxl": ("conditioner.embedders.1.model.",),
 }
 _OPEN_CLIP = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
@@ -142,17 +169,19 @@ def open_clip_name(name: str) -> tuple[str, int | None]:
     return name, third
 
 
-def text_prefix(family: str, index: int) -> tuple[str, bool]:
-    """Where the family's text encoder number `index` stands, and whether it is in OpenCLIP's
-    layout."""
-    open_clip = family in ("sd2", "sd2-v") or index == 1
-    return (OPEN_CLIP_PREFIXES if open_clip else CLIP_L_PREFIXES)[family], open_clip
+def text_places(name: str, family: str, index: int) -> list[Place]:
+    """A parameter of transformers' CLIP text model number `index`: in a checkpoint (old merges have
+    no `text_model.`), then in a file of its own, in OpenCLIP's or transformers' names."""
+    bare = name.removeprefix("text_model.")  # transformers' later versions leave it out
+    alone: list[Place] = [(f"text_model.{bare}", None), (bare, None)]
+    if family in ("sd2", "sd2-v") or index == 1:
+        old, third = open_clip_name(bare)
+        return [(p + old, third) for p in (*OPEN_CLIP_PREFIXES[family], "")] + alone
+    prefix = CLIP_L_PREFIXES[family]
+    return [(prefix + place, None) for place, _ in alone] + alone
 
 
-def text_name(name: str, family: str, index: int) -> tuple[str, int | None]:
-    """A parameter of transformers' CLIP text model in the original file, prefix included, and which
-    third of a joined matrix it is."""
-    prefix, open_clip = text_prefix(family, index)
-    bare = name.removeprefix("text_model.")
-    old, third = open_clip_name(bare) if open_clip else (bare, None)
-    return prefix + old, third
+def _replace(name: str, parts: Mapping[str, str]) -> str:
+    for old, new in parts.items():
+        name = name.replace(old, new)
+    return name

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,21 +14,18 @@ from torch import nn
 
 from ..defaults import MINI_SD
 from ..errors import CheckpointError
-from ..events import Observer, ignore
-from .families import config_of, detect_family
+from ..events import Notice, Observer, ignore
+from .diffusers_folder import check_components, folder_family, load_folder, read_json
+from .families import config_of, detect_family, distilled
 from .finite import check_weights
 from .memo import Memo
 from .noise_schedule import NoiseSchedule
 from .prediction import AUTO, EPSILON, check_prediction, detect_prediction, scheduler_keys
 from .single_file import beside, load_single_file
-from .tensor_file import open_tensors
+from .tensor_file import TensorSource, open_tensors
 from .tokenizers import load_tokenizers
 
 MINI_SD_FOLDER = Path(__file__).parents[1] / "mini_sd"
-WEIGHTS = (
-    "diffusion_pytorch_model",
-    "model",
-)  # diffusers' and transformers' names for a component's weights
 
 
 @dataclass
@@ -72,6 +68,7 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     vae: str | os.PathLike[str] | None = None,
+    text_encoders: Sequence[str | os.PathLike[str]] = (),
     prediction: str = AUTO,
     tokenizer: str | os.PathLike[str] | None = None,
     observer: Observer = ignore,
@@ -79,43 +76,41 @@ def load_checkpoint(
     """Load a single file, a diffusers folder, or the embedded miniature by its name `mini-sd`.
 
     The UNet comes in `dtype` on `device`; VAE and text encoders wait on the CPU and visit the
-    device, in fp32, while they run. For single files `vae` names another VAE file and `tokenizer` a
-    folder with CLIP's vocabulary. `prediction`, one of `PREDICTIONS`, overrides what the checkpoint
-    says of itself. Raises CheckpointError.
+    device, in fp32, while they run. `vae` names another VAE file; `prediction`, one of
+    `PREDICTIONS`, overrides what the checkpoint says of itself. For single files `text_encoders`
+    are files of the encoders alone and `tokenizer` is a folder with CLIP's vocabulary. Raises
+    CheckpointError.
     """
     check_prediction(prediction)
     folder = MINI_SD_FOLDER / "model" if str(path) == MINI_SD else Path(path)
-    device = torch.device(device)
     if not folder.exists():
         raise CheckpointError(
             f"The checkpoint '{path}' does not exist. Give a .safetensors file, a diffusers "
             f"folder, or {MINI_SD}."
         )
+    device = torch.device(device)
     if folder.is_file():
-        model = _from_file(folder, device, dtype, vae, prediction, tokenizer, observer)
+        source = open_tensors(folder)
+        family, scheduler_config = read_kind(source, prediction, observer)
+        tokenizers = load_tokenizers(family, [tokenizer] if tokenizer else beside(folder))
+        unet, decoder, encoders = load_single_file(
+            source, family, device=device, dtype=dtype, vae=vae, text_encoders=text_encoders
+        )
+        schedule = NoiseSchedule.from_config(scheduler_config)
     else:
-        model = _from_folder(folder, str(path), device, dtype, prediction)
-    check_weights(model.name, model.unet, model.vae, model.text_encoders)
-    return model
-
-
-def _from_file(
-    path: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    vae: str | os.PathLike[str] | None,
-    prediction: str,
-    tokenizer: str | os.PathLike[str] | None,
-    observer: Observer,
-) -> StableDiffusion:
-    source = open_tensors(path)
-    family = detect_family(source)
-    prediction = detect_prediction(source, family, prediction, observer)
-    if family == "sd2" and prediction != EPSILON:
-        family = "sd2-v"
-    tokenizers = load_tokenizers(family, [tokenizer] if tokenizer else beside(path))
-    scheduler_config = config_of(family)["scheduler"] | scheduler_keys(prediction)
-    unet, decoder, encoders = load_single_file(source, family, device=device, dtype=dtype, vae=vae)
+        if text_encoders:
+            raise CheckpointError(
+                f"'{path}' is a folder with text encoders of its own: separate ones go with a "
+                "single file."
+            )
+        family, scheduler_config = read_folder_kind(folder, str(path), prediction)
+        schedule = NoiseSchedule.from_config(scheduler_config)
+        unet, decoder, encoders, tokenizers = load_folder(folder, dtype, vae)
+        unet.to(device)
+    if warning := distilled(folder.name, str(scheduler_config.get("_class_name"))):
+        observer(Notice(warning))
+    name = MINI_SD if str(path) == MINI_SD else folder.stem if folder.is_file() else folder.name
+    check_weights(name, unet, decoder, encoders)
     for part in (unet, decoder, *encoders):
         part.eval().requires_grad_(False)
     return StableDiffusion(
@@ -123,130 +118,34 @@ def _from_file(
         vae=decoder,
         text_encoders=encoders,
         tokenizers=tokenizers,
-        schedule=NoiseSchedule.from_config(scheduler_config),
-        scheduler_config=scheduler_config,
-        family=family,
-        name=path.stem,
-        device=device,
-        dtype=dtype,
-    )
-
-
-def _from_folder(
-    folder: Path, path: str, device: torch.device, dtype: torch.dtype, prediction: str
-) -> StableDiffusion:
-    names = _components(folder)
-    scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json")
-    scheduler_config |= scheduler_keys(prediction)
-    schedule = NoiseSchedule.from_config(scheduler_config)
-    with _quiet():
-        unet, vae, encoders, tokenizers = _load_components(folder, names, dtype)
-    for part in (unet, vae, *encoders):
-        part.eval().requires_grad_(False)
-    unet.to(device)
-    return StableDiffusion(
-        unet=unet,
-        vae=vae,
-        text_encoders=encoders,
-        tokenizers=tokenizers,
         schedule=schedule,
         scheduler_config=scheduler_config,
-        family=_family(unet.config, schedule, path),
-        name=path if path == MINI_SD else folder.name,
+        family=family,
+        name=name,
         device=device,
         dtype=dtype,
     )
 
 
-def _components(folder: Path) -> list[str]:
-    """The text encoders' suffixes ("", "_2"); checks that every part is there."""
-    if not (folder / "model_index.json").is_file():
-        raise CheckpointError(
-            f"'{folder}' is not a diffusers model folder: model_index.json is missing."
-        )
-    index = _read_json(folder / "model_index.json")
-    second = index.get("text_encoder_2") or [None, None]
-    suffixes = ["", "_2"] if second[0] else [""]
-    needed = ["unet", "vae", "scheduler"] + [
-        f"{part}{s}" for s in suffixes for part in ("text_encoder", "tokenizer")
-    ]
-    for part in needed:
-        config = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-        missing = not (folder / part).is_dir() or not (
-            part.startswith("tokenizer") or config.is_file()
-        )
-        if missing:
-            raise CheckpointError(
-                f"The checkpoint '{folder}' has no {part}: copy the whole model folder."
-            )
-        weights = [folder / part / f"{name}.safetensors" for name in WEIGHTS]
-        if (
-            part != "scheduler"
-            and not part.startswith("tokenizer")
-            and not any(w.is_file() for w in weights)
-        ):
-            raise CheckpointError(
-                f"The checkpoint '{folder}' has no safetensors weights in {part}. Pickled weights "
-                "are not loaded: they can run code."
-            )
-    return suffixes
+def read_kind(
+    source: TensorSource, prediction: str = AUTO, observer: Observer = ignore
+) -> tuple[str, dict[str, Any]]:
+    """(family, scheduler configuration) of a single file; its weights are not read."""
+    family = detect_family(source)
+    prediction = detect_prediction(source, family, prediction, observer)
+    if family == "sd2" and prediction != EPSILON:
+        family = "sd2-v"
+    return family, config_of(family)["scheduler"] | scheduler_keys(prediction)
 
 
-def _load_components(
-    folder: Path, suffixes: list[str], dtype: torch.dtype
-) -> tuple[Any, Any, tuple[nn.Module, ...], tuple[Any, ...]]:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    local: dict[str, Any] = {"local_files_only": True}
-    weights: dict[str, Any] = {**local, "use_safetensors": True}
-    try:
-        unet = UNet2DConditionModel.from_pretrained(
-            folder, subfolder="unet", torch_dtype=dtype, **weights
-        )
-        vae = AutoencoderKL.from_pretrained(
-            folder, subfolder="vae", torch_dtype=torch.float32, **weights
-        )
-        encoders = []
-        for suffix in suffixes:
-            kind = CLIPTextModelWithProjection if suffix else CLIPTextModel
-            part = kind.from_pretrained(
-                folder, subfolder=f"text_encoder{suffix}", torch_dtype=torch.float32, **weights
-            )
-            encoders.append(part)
-        tokenizers = [
-            CLIPTokenizer.from_pretrained(folder, subfolder=f"tokenizer{s}", **local)
-            for s in suffixes
-        ]
-    except (
-        Exception
-    ) as error:  # three libraries, each with errors of its own; the cause stays attached
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"The checkpoint '{folder}' cannot be loaded: {reason}") from error
-    return unet, vae, tuple(encoders), tuple(tokenizers)
-
-
-def _family(config: Any, schedule: NoiseSchedule, path: str) -> str:
-    if config.in_channels != 4:
-        raise CheckpointError(
-            f"'{path}' takes {config.in_channels} input channels (inpainting or depth): CNTLoRA "
-            "trains text-to-image models, with 4."
-        )
-    if config.addition_embed_type == "text_time":
-        return "sdxl"
-    if config.cross_attention_dim == 1024:
-        return "sd2-v" if schedule.prediction_type == "v_prediction" else "sd2"
-    return "sd1"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"'{path}' is not a JSON object.")
-    return content
+def read_folder_kind(folder: Path, path: str, prediction: str = AUTO) -> tuple[str, dict[str, Any]]:
+    """(family, scheduler configuration) of a diffusers folder; its weights are not read."""
+    check_components(folder)
+    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler_config |= scheduler_keys(prediction)
+    schedule = NoiseSchedule.from_config(scheduler_config)
+    unet_config = read_json(folder / "unet" / "config.json")
+    return folder_family(unet_config, schedule.prediction, path), scheduler_config
 
 
 @contextmanager
@@ -259,18 +158,3 @@ def temporarily_on(module: nn.Module, device: torch.device) -> Iterator[nn.Modul
         yield nn.Module.to(module, device, torch.float32)  # diffusers' own `to` warns about casts
     finally:
         nn.Module.to(module, "cpu", stored)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers draws a progress bar for every component; switch it off for a moment and put it
-    back."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()

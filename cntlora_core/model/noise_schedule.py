@@ -17,6 +17,15 @@ from ..errors import CheckpointError
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 # Where a schedule of zero terminal SNR ends here as in ComfyUI: 0 would make sigma infinite.
 ZERO_SNR_END = 4.8973451890853435e-08
+# Schedulers of diffusers, by a part of their names, and keys with the one value that leaves the
+# schedule as it is.
+CONTINUOUS = {"EDM": "EDM", "FlowMatch": "flow-matching", "VQ": "VQ diffusion"}
+FIXED_KEYS = {
+    "use_flow_sigmas": False,
+    "timestep_type": "discrete",
+    "snr_shift_scale": 1.0,
+    "use_snr_shift": False,
+}
 
 
 @dataclass(frozen=True)
@@ -38,10 +47,13 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """From a diffusers scheduler configuration; a missing key takes Stable Diffusion 1's
         value."""
+        _refuse_other_schedules(config)
         steps = int(config.get("num_train_timesteps", 1000))
         start, end = float(config.get("beta_start", 0.00085)), float(config.get("beta_end", 0.012))
         kind = config.get("beta_schedule", "scaled_linear")
-        if kind == "scaled_linear":
+        if config.get("trained_betas") is not None:
+            betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+        elif kind == "scaled_linear":
             betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
         elif kind == "linear":
             betas = torch.linspace(start, end, steps, dtype=torch.float64)
@@ -93,6 +105,24 @@ class NoiseSchedule:
         alphas_cumprod = self.alphas_cumprod.to(t.device)[t]
         snr = alphas_cumprod / (1 - alphas_cumprod)
         return snr.clamp_max(gamma) / (snr + (self.prediction_type == "v_prediction"))
+
+
+def _refuse_other_schedules(config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a scheduler configuration of no discrete DDPM schedule. The keys
+    that steer sampling alone (Karras sigmas, spacing, solver) say nothing of training."""
+    name = str(config.get("_class_name") or "")
+    for part, what in CONTINUOUS.items():
+        if part in name:
+            raise CheckpointError(
+                f"The checkpoint's scheduler is {name}: {what} models have another schedule than "
+                "Stable Diffusion's, which CNTLoRA does not train."
+            )
+    for key, usual in FIXED_KEYS.items():
+        if config.get(key, usual) not in (usual, None):
+            raise CheckpointError(
+                f"The checkpoint's scheduler has {key} {config[key]!r}, which changes the noise "
+                f"schedule in a way CNTLoRA does not train: it must be {usual!r}."
+            )
 
 
 def rescaled_to_zero_snr(alphas_cumprod: Tensor) -> Tensor:

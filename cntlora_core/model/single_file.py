@@ -1,10 +1,10 @@
-"""One .safetensors (or .ckpt) file in the original LDM / SGM layout -> the parts of a Stable
-Diffusion."""
+"""One .safetensors (or .ckpt) file in the original LDM / SGM layout, and perhaps files of single
+parts beside it -> the parts of a Stable Diffusion."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .families import config_of
-from .ldm_names import (
-    UNET_PREFIX,
-    VAE_PREFIX,
-    attention_up_blocks,
-    text_name,
-    text_prefix,
-    unet_name,
-    vae_name,
-)
-from .tensor_file import TensorSource, open_tensors
+from .families import check_depth, config_of
+from .ldm_names import Place, attention_up_blocks, text_places, unet_places, vae_places
+from .tensor_file import TensorSource, open_tensors, read_scaled
 
-Locate = Callable[
-    [str], tuple[str, int | None]
-]  # a parameter's name -> its name in the file, and which third of it
+Locate = Callable[[str], list[Place]]  # a parameter's name -> where it may stand in a file
+VAE_FIRST, TEXT_FIRST = "decoder.conv_in.weight", "text_model.embeddings.token_embedding.weight"
 
 
 def load_single_file(
@@ -36,17 +27,31 @@ def load_single_file(
     device: torch.device,
     dtype: torch.dtype,
     vae: str | os.PathLike[str] | None = None,
+    text_encoders: Sequence[str | os.PathLike[str]] = (),
 ) -> tuple[Any, Any, tuple[nn.Module, ...]]:
     """(UNet, VAE, text encoders) of an opened file. The UNet comes straight into `dtype` on
-    `device`, one tensor at a time; VAE and text encoders stay on the CPU in the file's own dtype.
-    `vae` names another VAE file. Raises CheckpointError."""
+    `device`, one tensor at a time; VAE and text encoders stay on the CPU as they are stored. `vae`
+    and `text_encoders` name files that come before the checkpoint's own. Raises CheckpointError."""
     config = config_of(family)
-    unet = _build_unet(source, config["unet"], device, dtype)
-    decoder = _build_vae(source if vae is None else open_tensors(vae), config["vae"])
+    check_depth(source, config["unet"])
+    sources = [*(open_tensors(path) for path in text_encoders), source]
+    decoder = build_vae(source if vae is None else open_tensors(vae), config["vae"])
     encoders = tuple(
-        _build_text(source, family, i, c) for i, c in enumerate(config["text_encoders"])
+        _build_text(sources, family, i, c) for i, c in enumerate(config["text_encoders"])
     )
-    return unet, decoder, encoders
+    return _build_unet(source, config["unet"], device, dtype), decoder, encoders
+
+
+def missing_parts(source: TensorSource, family: str) -> list[str]:
+    """What must come from files of its own: `VAE`, `text encoder` (SDXL: `text encoder 1`, `2`)."""
+    config = config_of(family)
+    levels = len(config["vae"]["block_out_channels"])
+    missing = [] if _stands(source, vae_places(VAE_FIRST, levels)) else ["VAE"]
+    texts = config["text_encoders"]
+    for i, text in enumerate(texts):
+        if not _holds_text(source, family, i, text):
+            missing.append(f"text encoder {i + 1}" if len(texts) > 1 else "text encoder")
+    return missing
 
 
 def _build_unet(
@@ -57,57 +62,56 @@ def _build_unet(
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     attentive = attention_up_blocks(config)
-
-    def locate(name: str) -> tuple[str, None]:
-        return UNET_PREFIX + unet_name(name, attention_up_blocks=attentive), None
-
-    _fill(unet, source, locate, "UNet", device, dtype)
+    _fill(unet, source, lambda name: unet_places(name, attentive), "UNet", device, dtype)
     return unet
 
 
-def _build_vae(source: TensorSource, config: dict[str, Any]) -> Any:
+def build_vae(source: TensorSource, config: dict[str, Any]) -> Any:
+    """A VAE of diffusers' configuration from a checkpoint or a file of its own."""
     from diffusers import AutoencoderKL
 
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(config)
-    prefix = VAE_PREFIX if f"{VAE_PREFIX}decoder.conv_in.weight" in source.shapes else ""
-    if f"{prefix}decoder.conv_in.weight" not in source.shapes:
+    levels = len(config["block_out_channels"])
+    if not _stands(source, vae_places(VAE_FIRST, levels)):
         raise CheckpointError(
             f"'{source.path.name}' holds no VAE. Give one beside it (--vae FILE)."
         )
-    levels = len(config["block_out_channels"])
-    _fill(
-        vae,
-        source,
-        lambda name: (prefix + vae_name(name, levels), None),
-        "VAE",
-        torch.device("cpu"),
-        None,
-    )
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(config)
+    _fill(vae, source, lambda name: vae_places(name, levels), "VAE", torch.device("cpu"), None)
     return vae
 
 
-def _build_text(source: TensorSource, family: str, index: int, config: dict[str, Any]) -> nn.Module:
+def _build_text(
+    sources: Sequence[TensorSource], family: str, index: int, config: dict[str, Any]
+) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    prefix, _ = text_prefix(family, index)
+    source = next((s for s in sources if _holds_text(s, family, index, config)), None)
+    if source is None:
+        which = f"text encoder {index + 1} of {family}" if family == "sdxl" else "text encoder"
+        raise CheckpointError(
+            f"'{sources[-1].path.name}' holds no {which} ({config['hidden_size']} channels wide). "
+            "Use the full checkpoint, or give it beside the file (--text-encoder FILE)."
+        )
     kind = CLIPTextModelWithProjection if index == 1 else CLIPTextModel
     with torch.device("meta"):
         model = kind(CLIPTextConfig(**config))
-    if not any(name.startswith(prefix) for name in source.shapes):
-        raise CheckpointError(
-            f"'{source.path.name}' holds no text encoder ('{prefix}...'): use the full checkpoint, "
-            "not a UNet alone."
-        )
-    _fill(
-        model,
-        source,
-        lambda name: text_name(name, family, index),
-        "text encoder",
-        torch.device("cpu"),
-        None,
-    )
+
+    def locate(name: str) -> list[Place]:
+        return text_places(name, family, index)
+
+    _fill(model, source, locate, "text encoder", torch.device("cpu"), None)
     return model
+
+
+def _holds_text(source: TensorSource, family: str, index: int, config: dict[str, Any]) -> bool:
+    """Files of one encoder alone are told apart by their width."""
+    name = _stands(source, text_places(TEXT_FIRST, family, index))
+    return name is not None and source.shapes[name][-1] == config["hidden_size"]
+
+
+def _stands(source: TensorSource, places: list[Place]) -> str | None:
+    return next((name for name, _ in places if name in source.shapes), None)
 
 
 @torch.no_grad()
@@ -119,36 +123,52 @@ def _fill(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> None:
-    """Give a model made without memory its weights, each read and converted on its own."""
+    """Give a model made without memory its weights, each read and converted on its own. Without a
+    `dtype` they stay as they are stored, where that is one dtype of more than 8 bits."""
+    wanted = model.state_dict()
+    places = {name: _place(source, locate(name), part) for name in wanted}
+    if dtype is None:
+        dtype = _common_dtype({source.dtypes[old] for old, _ in places.values()})
     state = {}
-    for name, wanted in model.state_dict().items():
-        old, third = locate(name)
-        if old not in source.shapes:
-            raise CheckpointError(
-                f"'{source.path.name}' is not complete: the {part} lacks '{old}'."
-            )
-        tensor = _fit(
-            source.read(old, dtype),
-            third,
-            tuple(wanted.shape),
-            transpose=old.endswith("text_projection"),
-        )
-        if tensor.shape != wanted.shape:
+    for name, (old, third) in places.items():
+        shape = tuple(wanted[name].shape)
+        read = read_scaled(source, old, dtype)
+        tensor = _fit(read, third, shape, transpose=old.endswith("text_projection"))
+        if tensor.shape != shape:
             raise CheckpointError(
                 f"'{source.path.name}' has a {part} of another shape: '{old}' is "
-                f"{tuple(tensor.shape)}, expected {tuple(wanted.shape)}."
+                f"{tuple(tensor.shape)}, expected {shape}."
             )
         state[name] = tensor.to(device).contiguous()
     model.load_state_dict(state, assign=True)
+    _fill_buffers(model, part)
+
+
+def _place(source: TensorSource, places: list[Place], part: str) -> Place:
+    for place in places:
+        if place[0] in source.shapes:
+            return place
+    raise CheckpointError(
+        f"'{source.path.name}' is not complete: the {part} lacks '{places[0][0]}'."
+    )
+
+
+def _common_dtype(stored: set[torch.dtype]) -> torch.dtype | None:
+    """The dtype that holds all of these, None where there is only one. A module is moved and cast
+    as a whole, and nothing computes in 8 bits."""
+    wide = {dtype for dtype in stored if dtype.itemsize > 1} or {torch.float16}
+    if len(wide) > 1:
+        return torch.float32
+    return None if wide == stored else wide.pop()
+
+
+def _fill_buffers(model: nn.Module, part: str) -> None:
+    """Buffers that are no weights were made without memory too."""
     for module in model.modules():
-        # Buffers that are no weights were made without memory too.
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta and name == "position_ids":
-                module.register_buffer(
-                    name,
-                    torch.arange(buffer.shape[-1]).expand(buffer.shape).clone(),
-                    persistent=False,
-                )
+                positions = torch.arange(buffer.shape[-1]).expand(buffer.shape).clone()
+                module.register_buffer(name, positions, persistent=False)
             elif buffer.is_meta:
                 raise RuntimeError(f"the {part}'s buffer {name} has no value")
 

@@ -45,6 +45,7 @@ class TensorSource(Protocol):
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
     metadata: dict[str, str]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -105,15 +106,20 @@ class SafetensorsFile:
             self.metadata = {k: v for k, v in metadata.items() if isinstance(v, str)}
             self.header: dict[str, dict] = header
             self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-            if not all(
-                len(entry["data_offsets"]) == 2 and entry["dtype"] in DTYPES
-                for entry in header.values()
-            ):
-                raise ValueError("unknown dtype or offsets")
+            stored = {name: str(entry["dtype"]) for name, entry in header.items()}
+            if not all(len(entry["data_offsets"]) == 2 for entry in header.values()):
+                raise ValueError("unknown offsets")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"'{self.path.name}' is not a safetensors file: its header is damaged."
             ) from error
+        for name, dtype in stored.items():
+            if dtype not in DTYPES:
+                raise CheckpointError(
+                    f"'{self.path.name}' keeps '{name}' as {dtype}: a model quantised that far is "
+                    "not trained. Use the file in fp16, bf16 or fp8."
+                )
+        self.dtypes = {name: DTYPES[dtype] for name, dtype in stored.items()}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         entry = self.header[name]
@@ -151,15 +157,55 @@ class PickledFile:
             k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)
         }
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self.tensors.items()}
         self.metadata: dict[str, str] = {}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         return self.tensors[name].to(dtype)
 
 
+# What a file keeps beside an 8-bit weight: the number to multiply it by, in ComfyUI's older and
+# newer names.
+SCALES = ("scale_weight", "weight_scale")
+
+
+def read_scaled(source: TensorSource, name: str, dtype: torch.dtype | None) -> Tensor:
+    """A tensor on the CPU in `dtype` (None: the file's own), multiplied by its scale where it has
+    one: a number, or one for each row."""
+    stem = name.removesuffix("weight")
+    scales = [f"{stem}{end}" for end in SCALES if f"{stem}{end}" in source.shapes]
+    if stem == name or not scales:
+        return source.read(name, dtype)
+    scale = source.read(scales[0], torch.float32)
+    weight = source.read(name, torch.float32)
+    if scale.numel() > 1:
+        scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
+    return (weight * scale).to(dtype or torch.float16)
+
+
+# Parts of names that only files have whose weights are packed into fewer bits.
+PACKED = (".quant_state.", ".absmax", ".weight_scale_2", ".qweight")
+
+
+def refuse_packed(source: TensorSource) -> None:
+    """Raises CheckpointError for weights of other than plain numbers (NF4, NVFP4, int8 ...)."""
+    for name in source.shapes:
+        form = name.rpartition(".")[2] if any(part in name for part in PACKED) else ""
+        if name.endswith(".comfy_quant"):
+            raw = bytes(source.read(name).to(torch.uint8).tolist())
+            form = "" if b'"float8_e' in raw else raw.decode(errors="replace")
+        if form:
+            raise CheckpointError(
+                f"'{source.path.name}' is quantised ('{name}'): its weights are packed and cannot "
+                "be trained on. Use the file in fp16, bf16 or fp8."
+            )
+
+
 def open_tensors(path: str | os.PathLike[str]) -> TensorSource:
     """The file's tensors by its ending. Raises CheckpointError."""
     suffix = Path(path).suffix.lower()
+    if not Path(path).is_file():
+        raise CheckpointError(f"The file '{path}' does not exist.")
     if suffix == ".safetensors":
         return SafetensorsFile(path)
     if suffix in (".ckpt", ".pt", ".pth"):

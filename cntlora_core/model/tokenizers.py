@@ -43,6 +43,26 @@ def find_tokenizer(folders: Sequence[str | os.PathLike[str]] = ()) -> Path | Non
     )
 
 
+# A few entries of CLIP's vocabulary: another one of its size gives every word another meaning.
+CLIP_SIZE = 49408
+CLIP_IDS = {"<|startoftext|>": 49406, "<|endoftext|>": 49407, "a</w>": 320, "photo</w>": 1125}
+
+
+def check_tokenizer(tokenizer: Any, size: int, folder: Path) -> None:
+    """Raises CheckpointError when a tokenizer does not fit an encoder of `size` tokens: prompts
+    would be other words, or all alike."""
+    vocabulary = tokenizer.get_vocab()
+    fits = len(tokenizer) == size and len(vocabulary) == size
+    if size == CLIP_SIZE:
+        fits = fits and all(vocabulary.get(word) == n for word, n in CLIP_IDS.items())
+    if not fits:
+        raise CheckpointError(
+            f"The tokenizer in '{folder}' does not belong to the text encoder: it has "
+            f"{len(tokenizer):,} entries of {size:,}, or other words. Use CLIP's vocab.json and "
+            "merges.txt, which came with the model."
+        )
+
+
 def load_tokenizers(family: str, folders: Sequence[str | os.PathLike[str]] = ()) -> tuple[Any, ...]:
     """One CLIP tokenizer, or SDXL's two. OpenCLIP encoders (SD 2, SDXL's second) were trained with
     prompts padded by id 0, "!".
@@ -60,9 +80,11 @@ def load_tokenizers(family: str, folders: Sequence[str | os.PathLike[str]] = ())
         )
 
     def load(pad: str) -> Any:
-        return CLIPTokenizer.from_pretrained(
+        tokenizer = CLIPTokenizer.from_pretrained(
             folder, model_max_length=LENGTH, pad_token=pad, local_files_only=True
         )
+        check_tokenizer(tokenizer, CLIP_SIZE, folder)
+        return tokenizer
 
     if family == "sdxl":
         return load("<|endoftext|>"), load("!")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cntlora_core.errors import CheckpointError
+from cntlora_core.model.diffusers_folder import weights_variant
 from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
 
 
@@ -93,3 +94,30 @@ def test_inpainting_models_are_refused_by_name(copy, monkeypatch):
     unet.save_pretrained(copy / "unet")
     with pytest.raises(CheckpointError, match="9 input channels \\(inpainting"):
         load_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["model.safetensors", "model.fp16.safetensors"], None),
+        (["model.fp16.safetensors", "model.ema.safetensors"], "fp16"),
+        (["model.non_ema.safetensors"], "non_ema"),
+        (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], None),
+        (
+            [
+                "model.fp16-00001-of-00002.safetensors",
+                "model.safetensors.index.fp16.json",
+            ],
+            "fp16",
+        ),
+    ],
+)
+def test_the_variant_of_the_weights(tmp_path, files, expected):
+    for name in files:
+        (tmp_path / name).touch()
+    assert weights_variant(tmp_path) == expected
+
+
+def test_separate_text_encoders_do_not_go_with_a_folder():
+    with pytest.raises(CheckpointError, match="text encoders of its own"):
+        load_checkpoint("mini-sd", text_encoders=["clip_l.safetensors"])

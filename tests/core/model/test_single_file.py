@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from cntlora_core.errors import CheckpointError
 from cntlora_core.model import single_file, tokenizers
-from cntlora_core.model.families import FAMILIES, config_of, detect_family
+from cntlora_core.model.families import FAMILIES, config_of, detect_family, distilled
 from cntlora_core.model.ldm_names import UNET_PREFIX, unet_name, vae_name
 from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint, temporarily_on
 from cntlora_core.model.tensor_file import open_tensors
@@ -32,21 +32,7 @@ def _maker():
 make_checkpoint = _maker()
 
 
-def small_config(family):
-    """The family's grammar at a hundredth of its width. What the family is told by (context width)
-    stays."""
-    config = config_of(family)
-    unet, vae = config["unet"], config["vae"]
-    unet["block_out_channels"] = [8 * min(2**i, 4) for i in range(len(unet["block_out_channels"]))]
-    unet["norm_num_groups"] = 4
-    unet["attention_head_dim"] = 2
-    if family == "sdxl":
-        unet["transformer_layers_per_block"] = [1, 2, 3]
-        unet["projection_class_embeddings_input_dim"] = 256 * 6 + 1280
-    vae["block_out_channels"], vae["norm_num_groups"] = [8, 8, 16, 16], 4
-    for text in config["text_encoders"]:
-        text.update(num_hidden_layers=2, vocab_size=49408, intermediate_size=16)
-    return config
+small_config, clip_vocabulary = make_checkpoint.small_config, make_checkpoint.clip_vocabulary
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -64,20 +50,6 @@ def small(checkpoint, monkeypatch, tmp_path):
     family, config, path = checkpoint
     monkeypatch.setattr(single_file, "config_of", lambda name: json.loads(json.dumps(config)))
     return family, path, clip_vocabulary(tmp_path)
-
-
-def clip_vocabulary(folder):
-    """A stand-in with CLIP's size and special ids: the mini SD's words, then fillers."""
-    target = folder / "tokenizer"
-    target.mkdir()
-    source = MINI_SD_FOLDER / "model" / "tokenizer"
-    words = json.loads((source / "vocab.json").read_text())
-    plain = [w for w, _ in sorted(words.items(), key=lambda item: item[1])][:-2]
-    plain += [f"filler{i}</w>" for i in range(49406 - len(plain))]
-    table = {w: i for i, w in enumerate([*plain, "<|startoftext|>", "<|endoftext|>"])}
-    (target / "vocab.json").write_text(json.dumps(table))
-    (target / "merges.txt").write_text((source / "merges.txt").read_text())
-    return target
 
 
 def test_names_agree_with_diffusers_converter():
@@ -348,3 +320,37 @@ def test_other_endings(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"x" * 100)
     with pytest.raises(CheckpointError, match=r"ends in '\.bin'"):
         load_checkpoint(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("dreamshaperXL_v21TurboDPMSDE", "Turbo"),
+        ("juggernautXL_lightning4S", "lightning"),
+        ("dreamshaper_8LCM", "LCM"),
+        ("Hyper-SDXL-8steps", "Hyper"),
+        ("epicrealism_natural", None),
+        ("hyperRealism_v30", None),
+        ("helmcollection", None),
+    ],
+)
+def test_distilled_models_are_told_by_name(name, word):
+    said = distilled(name)
+    assert (said is None) == (word is None)
+    assert word is None or f"({word})" in said
+
+
+def test_other_words_of_clips_size_are_refused(tmp_path):
+    folder = clip_vocabulary(tmp_path)
+    table = json.loads((folder / "vocab.json").read_text())
+    table["a</w>"], table["photo</w>"] = table["photo</w>"], table["a</w>"]
+    (folder / "vocab.json").write_text(json.dumps(table))
+    with pytest.raises(CheckpointError, match="other words"):
+        tokenizers.load_tokenizers("sd1", [folder])
+
+
+def test_a_number_of_unknown_kind_is_a_sentence(tmp_path):
+    header = json.dumps({"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 9)
+    with pytest.raises(CheckpointError, match="keeps 'w' as F4"):
+        open_tensors(tmp_path / "x.safetensors")

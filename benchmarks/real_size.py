@@ -27,13 +27,11 @@ from cntlora_core.data.dataset import read_subject
 from cntlora_core.devices import DTYPES
 from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.lora.targets import find_projections, targets_for
-from cntlora_core.model.gradient_checkpointing import (
-    estimate_training_memory,
-    recomputing_activations,
-)
+from cntlora_core.model.gradient_checkpointing import recomputing_activations
 from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
-from cntlora_core.run import write
+from cntlora_core.run import save_run
 from cntlora_core.training.loop import train
+from cntlora_core.training.memory_estimate import estimate_training_memory
 from cntlora_core.training.state import start_state
 
 
@@ -120,6 +118,7 @@ def main() -> None:
             rank=args.rank,
             dtype=model.dtype,
             gradient_checkpointing=args.gradient_checkpointing,
+            device="cpu",
         )
         measured = report["train"]["peak_gb"] - report["train"]["before_gb"]
         report["train"] |= {
@@ -127,7 +126,7 @@ def main() -> None:
             "measured_above_start_gb": round(measured, 2),
         }
     with tempfile.TemporaryDirectory() as folder, phase("save", report):
-        saved = write(
+        saved = save_run(
             Path(folder) / "x.safetensors",
             lora,
             model,

@@ -22,17 +22,6 @@ TRAIN = {
     "sample_prompt": "",
 }
 
-CALIBRATE = {
-    "init": "target",
-    "rank": 2,
-    "rank_rule": "data",
-    "seed": 0,
-    "effort": "quick",
-    "batch_size": 2,
-    "targets": "auto",
-    "preservation": 1.0,
-    "gradient_checkpointing": False,
-}
 
 
 @pytest.fixture

@@ -125,9 +125,8 @@ def run_training(
     far as it went, the checkpoint is written, and the exception goes on. A checkpoint that cannot
     be written is told, and training goes on. Raises OutOfMemory with what to try next.
     """
-    for text in without_effect_in_training(
-        training, validates=validate is not None, has_prior=prior is not None
-    ):
+    validates, has_prior = validate is not None, prior is not None
+    for text in without_effect_in_training(training, validates=validates, has_prior=has_prior):
         observer(Notice(text))
     saved = checkpoints.read() if checkpoints else None
     base_loss = _base_loss(model, validate, training, subject.resolution, observer)
@@ -138,12 +137,7 @@ def run_training(
     if saved:  # what to preserve is not in the file: it was measured again, to the same numbers
         start = _resumed(saved, model, start, calibration)
     assert start is not None
-    adapters_bytes = COPIES_OF_ADAPTERS * sum(
-        f.up.nbytes + f.down.nbytes for f in start.lora.values()
-    )
-    training = fitted_to_memory(
-        model, training, subject.resolution, fixed=adapters_bytes, observer=observer
-    )
+    training = _fitted(model, training, start, subject.resolution, observer)
 
     with (
         _run_conditions(model, training, subject.resolution),
@@ -155,24 +149,8 @@ def run_training(
         if saved:
             saved.restore(state)
         observer(Training(training.steps, state.step))
-
-        stopped: list[BaseException] = []
-
-        def watched(event: Event) -> None:
-            try:
-                observer(event)
-            except BaseException as error:
-                stopped.append(error)
-                raise
-
-        def save(state: TrainState) -> None:
-            if checkpoints and checkpoints.due(state.step) and group.rank == 0:
-                checkpoints.try_to_write(state, watched)
-
-        def result(best: bool) -> RunResult:
-            weights, kept = state.weights(training) if best else (adapters.factors(), state.step)
-            return RunResult(start, weights, kept, state.step, base_loss, state.validations)
-
+        written = checkpoints if group.rank == 0 else None
+        run = _Run(start, state, training, base_loss, written, observer)
         try:
             train(
                 model,
@@ -182,31 +160,73 @@ def run_training(
                 prior=prior,
                 preservation=start.preservation and start.preservation.on(model.device),
                 validate=validate,
-                save=save,
-                observer=watched,
+                save=run.save,
+                observer=run.watch,
                 group=group,
             )
         except BaseException as error:
-            try:
-                if on_stop:
-                    on_stop(result(best=isinstance(error, NonFiniteError) or state.judged))
-            finally:
-                # An observer leaves between two steps. Anything else leaves half a step, and the
-                # checkpoint before it stays.
-                if checkpoints and group.rank == 0 and error in stopped:
-                    _write_last(checkpoints, state, error)
+            run.keep(error, on_stop)
             raise
-        return result(best=True)
+        return run.result(best=True)
 
 
-def _write_last(checkpoints: RunSnapshots, state: TrainState, error: BaseException) -> None:
-    """The checkpoint of a run that `error` ends; when it cannot be written, that is told with
-    it."""
-    try:
-        checkpoints.write(state)
-    except OutputError as failure:
-        if isinstance(error, CNTLoRAError):
-            error.add_sentence(str(failure))
+@dataclass
+class _Run:
+    """A training while it is made: its checkpoints, and what is kept when it ends early."""
+
+    start: Calibration
+    state: TrainState
+    training: TrainConfig
+    base_loss: float | None
+    checkpoints: RunSnapshots | None
+    observer: Observer
+    left: BaseException | None = None
+
+    def watch(self, event: Event) -> None:
+        """The observer; an exception of it leaves the run between two steps."""
+        try:
+            self.observer(event)
+        except BaseException as error:
+            self.left = error
+            raise
+
+    def save(self, state: TrainState) -> None:
+        if self.checkpoints and self.checkpoints.due(state.step):
+            self.checkpoints.try_to_write(state, self.watch)
+
+    def result(self, best: bool) -> RunResult:
+        state = self.state
+        last = state.adapters.factors(), state.step
+        weights, kept = state.weights(self.training) if best else last
+        return RunResult(self.start, weights, kept, state.step, self.base_loss, state.validations)
+
+    def keep(self, error: BaseException, on_stop: Callable[[RunResult], None] | None) -> None:
+        """The LoRA first, then the checkpoint; what fails there is told with `error`."""
+        try:
+            if on_stop:
+                on_stop(self.result(best=isinstance(error, NonFiniteError) or self.state.judged))
+        finally:
+            # Any other exception leaves half a step, and the checkpoint before it stays.
+            if self.checkpoints and error is self.left:
+                try:
+                    self.checkpoints.write(self.state)
+                except OutputError as failure:
+                    if isinstance(error, CNTLoRAError):
+                        error.add_sentence(str(failure))
+
+
+def _fitted(
+    model: StableDiffusion,
+    training: TrainConfig,
+    start: Calibration,
+    resolution: int,
+    observer: Observer,
+) -> TrainConfig:
+    """The settings with which the training fits the memory."""
+    adapters = sum(f.up.nbytes + f.down.nbytes for f in start.lora.values())
+    return fitted_to_memory(
+        model, training, resolution, fixed=COPIES_OF_ADAPTERS * adapters, observer=observer
+    )
 
 
 def run_untrained(

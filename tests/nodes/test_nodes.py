@@ -23,7 +23,6 @@ TRAIN = {
 }
 
 
-
 @pytest.fixture
 def folder(pack, request):
     path = pack.base / "input" / request.node.name.split("[")[0]

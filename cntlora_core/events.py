@@ -72,7 +72,7 @@ class Calibrated(Event):
     """The start was computed. Losses are on the calibration set; passes count single pictures."""
 
     type: ClassVar[str] = "calibrated"
-    mode: str
+    init: str
     base_loss: float | None  # None: nothing was measured (plain starts)
     loss: float | None
     step_size: float | None

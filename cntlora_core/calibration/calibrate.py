@@ -302,7 +302,7 @@ def _finish(
     started: float,
 ) -> Calibration:
     report = Calibrated(
-        mode=config.init,
+        init=config.init,
         base_loss=base_loss,
         loss=loss,
         step_size=step,

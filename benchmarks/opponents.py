@@ -108,9 +108,15 @@ def run(
     spent = cost_of(start.report.forward_passes, start.report.backward_passes)
     steps = round((COSTS[-1] - spent) * STEP / method.batch)
     training = TrainConfig(
-        steps=steps, learning_rate=rate or 1e-3, batch_size=method.batch, optimizer=method.optimizer,
-        seed=seed, validate_every=max(1, round(5 * STEP / method.batch)), keep_best=False, patience=0,
-    )  # fmt: skip
+        steps=steps,
+        learning_rate=rate or 1e-3,
+        batch_size=method.batch,
+        optimizer=method.optimizer,
+        seed=seed,
+        validate_every=max(1, round(5 * STEP / method.batch)),
+        keep_best=False,
+        patience=0,
+    )
 
     def note(event: Event) -> None:
         if isinstance(event, Validation):

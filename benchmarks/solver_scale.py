@@ -22,9 +22,8 @@ from tqdm import tqdm
 
 from cntlora_core.calibration.closed_form import cholesky
 from cntlora_core.calibration.constraints import Metric, make_constraint
-from cntlora_core.calibration.moments import Moments, RunningMean, moment_bytes
+from cntlora_core.calibration.moments import ON_DEVICE, Moments, RunningMean, moment_bytes
 from cntlora_core.calibration.ranks import MAX_RANK_FACTOR, budget_of, data_ranks
-from cntlora_core.calibration.refine import ON_DEVICE
 from cntlora_core.lora.targets import find_projections
 from cntlora_core.model.families import config_of
 

@@ -94,7 +94,7 @@ def save(model: StableDiffusion, folder: Path) -> None:
 def learn(model: StableDiffusion, subject: EncodedImages, steps: int) -> dict[str, dict]:
     """LoRAs at step 0 and trained."""
     start = CalibrationConfig(rank=4)
-    training = TrainConfig(steps=steps, lr=3e-3, batch_size=4, validate_every=0)
+    training = TrainConfig(steps=steps, learning_rate=3e-3, batch_size=4, validate_every=0)
     run = run_training(model, subject, start, training)
     return {"step 0": run.start.lora, "trained": run.lora}
 

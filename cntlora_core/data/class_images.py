@@ -42,7 +42,10 @@ def class_images(
     """
     side = check_resolution(model, resolution)
     cache = LatentCache(folder, model.unet) if folder else None
-    keys = [("class", prompt, side, steps, guidance, PRIOR_SEED + n) for n in range(count)]
+    drawn_by = model.schedule.prediction  # the same weights draw something else by another schedule
+    keys = [
+        ("class", prompt, side, steps, guidance, drawn_by, PRIOR_SEED + n) for n in range(count)
+    ]
     held = [found[0].to(model.device) for key in keys if cache and (found := cache.get(key))]
     if len(held) < count:
         observer(Status(f"Drawing {count} pictures of '{prompt}' to preserve"))

@@ -14,6 +14,7 @@ from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.model.conditioning import encode_prompts
 from cntlora_core.model.denoising_loss import predict
 from cntlora_core.model.loader import MINI_SD_FOLDER
+from cntlora_core.model.noise_schedule import NoiseSchedule
 from cntlora_core.run import run_training
 from cntlora_core.training.prior_loss import BasePrediction, ClassImages
 
@@ -60,6 +61,15 @@ def test_drawn_class_pictures_are_found_again(mini_sd, tmp_path, monkeypatch):
     monkeypatch.setattr("cntlora_core.data.class_images.sample_latents", None)
     again = class_images(mini_sd, CLASS, count=2, steps=2, folder=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(first.mean, again.mean, strict=True))
+
+
+def test_another_prediction_does_not_find_the_pictures_of_the_first(mini_sd, tmp_path):
+    config = mini_sd.scheduler_config | {"rescale_betas_zero_snr": True}
+    other = dataclasses.replace(mini_sd, schedule=NoiseSchedule.from_config(config))
+    first, second = (
+        class_images(model, CLASS, count=1, steps=1, folder=tmp_path) for model in (mini_sd, other)
+    )
+    assert not torch.equal(first.mean[0], second.mean[0])
 
 
 @pytest.mark.parametrize("prior", ["images", "base"])

@@ -204,6 +204,14 @@ def unit_response(up: Tensor, down: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     return up * response, down / response[:, None]
 
 
+def inverse(K: Tensor) -> Tensor:
+    """K^-1 of a positive definite K, through its Cholesky factor; of a diagonal its reciprocal."""
+    if K.ndim == 1:
+        return 1 / K
+    result: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(K))
+    return result
+
+
 def factor_steps(
     up: Tensor,
     down: Tensor,
@@ -211,23 +219,39 @@ def factor_steps(
     grad_down: Tensor,
     P: Tensor,
     K: Tensor,
-    M: Tensor,
-    L: Tensor,
+    P_inverse: Tensor,
+    K_inverse: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The natural-gradient directions of both factors of D = B A, each with the other fixed
     (derived here).
 
-    `up` B `[m, r]`, `down` A `[r, d]` and their gradients G A^T, B^T G; `P = M M^T` `[m, m]` is the
-    output's metric, `K = L L^T` `[d, d]` the input's. The quadratic model <G, D> + 1/2 tr(P D K
-    D^T) is least along P^-1 G A^T (A K A^T)^-1 in B, and along (B^T P B)^-1 B^T G K^-1 in A. Rows
-    of A answer alike (unit response), columns of B do not: `COLUMN_DAMPING` times their mean
-    strength is added, so that a faint component does not throw its row about.
+    Of g layers of one shape at once: `up` B `[g, m, r]`, `down` A `[g, r, d]` and their gradients G
+    A^T, B^T G; `P` `[g, m, m]` is the outputs' metric, `K` `[g, d, d]` the inputs' (without the
+    last dimension where only the diagonal is known). The quadratic model <G, D> + 1/2 tr(P D K D^T)
+    is least along P^-1 G A^T (A K A^T)^-1 in B, and along (B^T P B)^-1 B^T G K^-1 in A. Rows of A
+    answer alike (unit response), columns of B do not: `COLUMN_DAMPING` times their mean strength is
+    added, so that a faint component does not throw its row about.
     """
-    rows = down @ moment_matmul(K, down.T)
-    columns = up.T @ moment_matmul(P, up)
-    step_up = torch.linalg.solve(damped(rows, ROW_DAMPING), solve(M, grad_up).T).T
-    step_down = torch.linalg.solve(damped(columns, COLUMN_DAMPING), solve(L, grad_down.T).T)
+    rows = down @ _batch_matmul(K, down.mT)
+    columns = up.mT @ _batch_matmul(P, up)
+    step_up = torch.linalg.solve(
+        _batch_damped(rows, ROW_DAMPING), _batch_matmul(P_inverse, grad_up).mT
+    ).mT
+    step_down = torch.linalg.solve(
+        _batch_damped(columns, COLUMN_DAMPING), _batch_matmul(K_inverse, grad_down.mT).mT
+    )
     return step_up, step_down
+
+
+def _batch_matmul(K: Tensor, X: Tensor) -> Tensor:
+    return K[..., None] * X if K.ndim < X.ndim else K @ X
+
+
+def _batch_damped(moments: Tensor, rho: float) -> Tensor:
+    shift = (
+        rho * moments.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(moments.dtype).tiny ** 0.5
+    )
+    return moments + shift[:, None, None] * torch.eye(moments.shape[-1]).to(moments)
 
 
 def parabola_step(

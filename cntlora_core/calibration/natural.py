@@ -11,7 +11,7 @@ is held to its usual natural length instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..distributed import ALONE, Group
 from ..lora.adapter import Adapters
 from ..lora.targets import Projection
-from .closed_form import cholesky, damped, factor_steps
+from .closed_form import damped, factor_steps, inverse
 from .constraints import Metric
 from .moments import ON_DEVICE, Moments, moment_bytes, record
 
@@ -36,6 +36,7 @@ STEP_SHARE = 0.4
 LASTING = 16
 FRESH = 8  # first steps, each of which factorises its metric anew
 REFRESH = 8  # steps that the factors of a metric are kept after those
+SAMPLED = 4  # of the steps after the first, every so many are recorded: recording costs a third
 LENGTH_MEMORY = 0.9  # of the running mean of a factor's natural length
 LENGTH_GROWTH = 1.5  # a kept metric lets a step's length raise that mean by so much at most
 
@@ -53,13 +54,15 @@ class NaturalStart:
 
 
 @dataclass(frozen=True)
-class _Factored:
-    """A projection's metric, factorised: K = L L^T of the input, P = M M^T of the output."""
+class _Metrics:
+    """The metrics of g projections of one shape, `K` `[g, d, d]` of the inputs and `P` `[g, m, m]`
+    of the outputs (or their diagonals), and their inverses."""
 
-    K: Tensor
-    L: Tensor
+    names: tuple[str, ...]
     P: Tensor
-    M: Tensor
+    K: Tensor
+    P_inverse: Tensor
+    K_inverse: Tensor
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -86,8 +89,9 @@ class NaturalGradient(torch.optim.Optimizer):
         self.moments = start.moments.on(self.storage)
         self.since = Moments()
         self.seen, self.pictures = Moments(), 1
+        self.tokens: dict[str, float] = {}  # of a picture, by projection
         self.lengths: dict[str, Tensor] = {}
-        self.factored: dict[str, _Factored] = {}
+        self.metrics: list[_Metrics] = []
 
     @property
     def share(self) -> float:
@@ -103,6 +107,10 @@ class NaturalGradient(torch.optim.Optimizer):
         """Around the passes of a batch, whose loss is `scale` times a mean over `pictures`, those
         of all processes."""
         self.pictures = pictures
+        (settings,) = self.param_groups
+        if self.tokens and settings["made"] >= FRESH and settings["made"] % SAMPLED:
+            yield
+            return
         with record(
             model.unet,
             self.projections,
@@ -121,57 +129,82 @@ class NaturalGradient(torch.optim.Optimizer):
         seen, self.seen = self.seen, Moments()
         seen.combine(self.group)
         self.since.merge(seen)
+        self.tokens |= {name: mean.count / self.pictures for name, mean in seen.grads.items()}
         fresh = settings["made"] < FRESH or settings["made"] % REFRESH == 0
-        if fresh or not self.factored:
-            self._factorise(merge=fresh)
-        for p, up, down, grad_up, grad_down in self._layers():
-            tokens = seen.grads.get(p.name)
-            if tokens is None:  # nothing of the loss passes this layer
-                continue
-            rows = tokens.count / self.pictures  # of a picture
-            grads = grad_up / rows, grad_down / rows
-            f = self.factored[p.name]
-            steps = factor_steps(up, down, *grads, f.P, f.K, f.M, f.L)
-            for half, factor, grad, direction in zip("BA", (up, down), grads, steps, strict=True):
-                held = self._held(f"{p.name}.{half}", grad, direction, fresh)
-                factor.sub_(self.share * held * direction)
-        settings["made"] += 1
-
-    def _layers(self) -> Iterator[tuple[Projection, Tensor, Tensor, Tensor, Tensor]]:
-        """Each projection with its factors and their parts of the gradient."""
-        assert self.flat.grad is not None
-        sizes = [p.numel() for p in self.adapters.parameters()]
-        parts = iter(self.flat.grad.split(sizes))
-        grads = {name: (next(parts), next(parts)) for name in self.adapters.layers}
-        for p in self.projections:
-            layer, (down, up) = self.adapters.layers[p.name], grads[p.name]
-            yield p, layer.up, layer.down, up.view_as(layer.up), down.view_as(layer.down)
-
-    def _held(self, key: str, grad: Tensor, direction: Tensor, fresh: bool) -> Tensor:
-        """What of a direction keeps its natural length near the usual: a metric that is some steps
-        old does not know what is new in a gradient, and would let it run."""
-        length = (grad * direction).sum().clamp_min(0).sqrt()
-        usual = self.lengths.get(key)
-        if usual is None:
-            self.lengths[key] = length
-            return torch.ones_like(length)
-        moved = usual.lerp(length, 1 - LENGTH_MEMORY)
-        self.lengths[key] = moved if fresh else torch.minimum(moved, LENGTH_GROWTH * usual)
         if fresh:
-            return torch.ones_like(length)
-        return (usual / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp_max(1.0)
-
-    def _factorise(self, *, merge: bool) -> None:
-        if merge:
             self.moments.merge(self.since)
             self.since = Moments()
-        read, K, L = "", self.flat.detach()[:0], self.flat.detach()[:0]
-        for p in sorted(self.projections, key=lambda p: p.input_key):
-            if p.input_key != read:  # those that read the same input share its K
-                read, K = p.input_key, self.metric.K(p, self.moments, self.flat)
-                L = cholesky(K)
+        if fresh or not self.metrics:
+            self.metrics = self._factorised()
+        grads = self._gradients()
+        for metrics in self.metrics:
+            self._move(metrics, grads, fresh)
+        settings["made"] += 1
+
+    def _gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By projection those of B and A, per token, parts of `flat.grad`."""
+        assert self.flat.grad is not None
+        parts = iter(self.flat.grad.split([p.numel() for p in self.adapters.parameters()]))
+        found = {}
+        for name, layer in self.adapters.layers.items():
+            down, up = next(parts).view_as(layer.down), next(parts).view_as(layer.up)
+            if name in self.tokens:  # else nothing of the loss passes this layer
+                found[name] = up / self.tokens[name], down / self.tokens[name]
+        return found
+
+    def _move(
+        self, metrics: _Metrics, grads: Mapping[str, tuple[Tensor, Tensor]], fresh: bool
+    ) -> None:
+        """A step of the projections of one shape."""
+        names = metrics.names
+        ups = [self.adapters.layers[name].up.detach() for name in names]
+        downs = [self.adapters.layers[name].down.detach() for name in names]
+        grad_up = torch.stack([grads[name][0] for name in names])
+        grad_down = torch.stack([grads[name][1] for name in names])
+        step_up, step_down = factor_steps(
+            torch.stack(ups), torch.stack(downs), grad_up, grad_down,
+            metrics.P, metrics.K, metrics.P_inverse, metrics.K_inverse,
+        )  # fmt: skip
+        for half, moved, grad, step in (
+            ("B", ups, grad_up, step_up),
+            ("A", downs, grad_down, step_down),
+        ):
+            keys = [f"{name}.{half}" for name in names]
+            held = self._held(keys, (grad * step).sum((1, 2)).clamp_min(0).sqrt(), fresh)
+            torch._foreach_sub_(moved, list(step * (self.share * held)[:, None, None]))
+
+    def _held(self, keys: Sequence[str], lengths: Tensor, fresh: bool) -> Tensor:
+        """What of each direction keeps its natural length `[g]` near the usual: a metric that is
+        some steps old does not know what is new in a gradient, and would let it run."""
+        found = [self.lengths.get(key) for key in keys]
+        usual = torch.stack([x if y is None else y for x, y in zip(lengths, found, strict=True)])
+        moved = usual.lerp(lengths, 1 - LENGTH_MEMORY)
+        if not fresh:
+            moved = torch.minimum(moved, LENGTH_GROWTH * usual)
+        self.lengths.update(zip(keys, moved, strict=True))
+        if fresh:
+            return torch.ones_like(lengths)
+        return (usual / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).clamp_max(1.0)
+
+    def _factorised(self) -> list[_Metrics]:
+        """The metric of the moments as they are, by the adapters' shapes."""
+        groups: dict[tuple[object, ...], list[tuple[str, Tensor, Tensor, Tensor, Tensor]]] = {}
+        inputs: dict[str, tuple[Tensor, Tensor]] = {}  # those that read one input share its K
+        for p in self.projections:
+            if p.name not in self.moments.grads:
+                continue
+            if p.input_key not in inputs:
+                K = self.metric.K(p, self.moments, self.flat)
+                inputs[p.input_key] = K, inverse(K)
             P = damped(self.moments.S(p).to(self.flat), self.metric.rho)
-            self.factored[p.name] = _Factored(K, L, P, cholesky(P))
+            K, K_inverse = inputs[p.input_key]
+            layer = self.adapters.layers[p.name]
+            shape = (layer.up.shape, layer.down.shape, K.ndim, P.ndim)
+            groups.setdefault(shape, []).append((p.name, P, K, inverse(P), K_inverse))
+        return [
+            _Metrics(names, *(torch.stack(part) for part in parts))
+            for names, *parts in (zip(*rows, strict=True) for rows in groups.values())
+        ]
 
     def reached(self) -> NaturalStart:
         """What further steps would start from, in all that was seen."""
@@ -188,6 +221,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """As torch's, the tensors under parameter 0."""
         tensors = self.moments.to_tensors("metric.") | self.since.to_tensors("since.")
         tensors |= {f"length.{key}": value for key, value in self.lengths.items()}
+        tensors |= {f"tokens.{key}": torch.tensor(n) for key, n in self.tokens.items()}
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         return {"state": {0: tensors}, "param_groups": groups}
 
@@ -202,4 +236,9 @@ class NaturalGradient(torch.optim.Optimizer):
             for key, value in tensors.items()
             if key.startswith("length.")
         }
-        self.factored.clear()
+        self.tokens = {
+            key.removeprefix("tokens."): float(value)
+            for key, value in tensors.items()
+            if key.startswith("tokens.")
+        }
+        self.metrics = []

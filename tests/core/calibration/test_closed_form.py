@@ -13,6 +13,7 @@ from cntlora_core.calibration.closed_form import (
     damped,
     domain_components,
     factor_steps,
+    inverse,
     moment_matmul,
     parabola_step,
     solve,
@@ -202,9 +203,9 @@ def test_a_natural_step_lands_at_the_models_minimum(m, d, r, thin_in, thin_out, 
     P, K = spd(m, seed + 1), spd(d, seed + 2)
     P, K = P.diagonal().clone() if thin_out else P, K.diagonal().clone() if thin_in else K
     zero = torch.zeros(m, r, dtype=torch.float64)
-    step_up, step_down = factor_steps(
-        zero, A, G @ A.T, torch.zeros(r, d, dtype=torch.float64), P, K, cholesky(P), cholesky(K)
-    )
+    none = torch.zeros(r, d, dtype=torch.float64)
+    arguments = (zero, A, G @ A.T, none, P, K, inverse(P), inverse(K))
+    step_up, step_down = (step[0] for step in factor_steps(*(part[None] for part in arguments)))
     assert not step_down.any()
     left = (
         moment_matmul(P, -step_up @ moment_matmul(K, A.T).T) @ A.T + G @ A.T

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cntlora_core.calibration.calibrate import calibrate
-from cntlora_core.calibration.natural import FRESH, REFRESH, NaturalGradient
+from cntlora_core.calibration.natural import FRESH, REFRESH, SAMPLED, NaturalGradient
 from cntlora_core.config import CalibrationConfig
 from cntlora_core.data.batches import draw_batch
 from cntlora_core.lora.adapter import attached_lora
@@ -50,16 +50,16 @@ def test_the_calibration_it_starts_from_is_left_alone(mini_sd, subject, start):
 
 def test_steps_shrink_and_the_metric_is_kept_between_factorisations(mini_sd, subject, start):
     assert start.natural.made == FRESH == 8
-    _, natural = steps(mini_sd, subject, start, 2)
+    _, natural = steps(mini_sd, subject, start, SAMPLED + 1)
     (settings,) = natural.param_groups
-    assert settings["made"] == FRESH + 2
+    assert settings["made"] == FRESH + SAMPLED + 1
     assert natural.since.inputs, "what came in since waits for the next factorisation"
-    kept = natural.factored
+    kept = natural.metrics
     assert natural.share < 0.4 * start.natural.step
     reached = natural.reached()
-    assert reached.made == FRESH + 2
+    assert reached.made == FRESH + SAMPLED + 1
     assert not natural.since.inputs
-    assert kept is natural.factored
+    assert kept is natural.metrics
 
 
 def test_a_kept_metric_does_not_let_a_step_run(mini_sd, subject, start):
@@ -80,7 +80,7 @@ def test_a_kept_metric_does_not_let_a_step_run(mini_sd, subject, start):
             natural.step()
             lengths.append(float((flat.detach() - before).norm()))
         assert lengths[1] < 2 * lengths[0]
-    assert REFRESH > 2
+    assert REFRESH > SAMPLED > 1
 
 
 def test_its_state_goes_through_a_dictionary(mini_sd, subject, start):

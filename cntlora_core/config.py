@@ -90,8 +90,8 @@ class DataConfig:
     )
     masked: bool = setting(
         False,
-        "Learn only what a picture's transparency shows. Off: transparent parts are white and are "
-        "learnt.",
+        "Learn only what a picture's mask shows: a file cat-masklabel.png or masks/cat.png, else "
+        "its transparency. Off: transparent parts are white and are learnt.",
         advanced=True,
     )
     upscale: bool = setting(False, "Enlarge small pictures to the resolution.", advanced=True)
@@ -99,6 +99,49 @@ class DataConfig:
         True,
         "Leave the last of 5 or more pictures out of calibration and training, to validate with. "
         "Off where other pictures validate.",
+        advanced=True,
+    )
+    add_trigger: bool = setting(
+        True,
+        "Put the trigger in front of captions that lack it. Off: what they show does not answer to "
+        "it.",
+        advanced=True,
+    )
+    shuffle_tags: bool = setting(
+        False,
+        "Show a caption's tags (between commas) in other orders, so that no place matters. For "
+        "booru tags, not for sentences.",
+        advanced=True,
+    )
+    keep_tags: int = setting(
+        1,
+        "Tags at the front that are never shuffled or left out: the trigger. A ||| in a caption "
+        "marks another place.",
+        high=75,
+        advanced=True,
+    )
+    tag_dropout: float = setting(
+        0.0,
+        "Share of the other tags left out each time, so that what they name is learnt without "
+        "them too.",
+        high=1,
+        step=0.05,
+        advanced=True,
+    )
+    caption_variants: int = setting(
+        8,
+        "Orders of a caption's tags that are encoded ahead. More cost memory: at SD 1.5's size "
+        "0.2 MB each for every picture.",
+        low=1,
+        high=64,
+        advanced=True,
+    )
+    unmasked_weight: float = setting(
+        0.0,
+        "How much counts what a mask hides, beside 1 for what it shows. A little, 0.1, keeps "
+        "surroundings sane.",
+        high=1,
+        step=0.05,
         advanced=True,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +21,7 @@ from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io, ui
 from .paths import inside
-from .types import Pictures, SubjectPictures, from_batch, to_image
+from .types import Pictures, SubjectPictures, from_batch, to_image, with_masks
 from .widgets import refusal, widgets_of
 
 EXAMPLES = {
@@ -99,6 +100,18 @@ class SubjectImages(io.ComfyNode):
                     optional=True,
                     tooltip="Pictures from the graph, used instead of the folder when connected.",
                 ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="White where the subject is: one for each picture, in the order of the "
+                    "sheet, or one for all. Used instead of mask files; turns masked on.",
+                ),
+                SubjectPictures.Input(
+                    "and_subject",
+                    optional=True,
+                    tooltip="Another subject, learnt in the same run, with its own trigger. Each "
+                    "has an equal share of every pass, however many its pictures are.",
+                ),
                 *widgets_of(DataConfig),
             ],
             outputs=[
@@ -143,6 +156,8 @@ class SubjectImages(io.ComfyNode):
         class_name: str,
         prompt: str = "a {trigger} {class}",
         images: Tensor | None = None,
+        masks: Tensor | None = None,
+        and_subject: Pictures | None = None,
         **settings: Any,
     ) -> io.NodeOutput:
         if not f"{trigger}{class_name}".strip():
@@ -160,8 +175,13 @@ class SubjectImages(io.ComfyNode):
         pictures = (
             open_pictures(files_of(folder, note), note) if images is None else from_batch(images)
         )
-        pictures, prompt = prepare_captions(pictures, prompt, (trigger, class_name), observer=note)
-        notices += check_pictures(pictures, data.resolution)
+        if masks is not None:
+            pictures, data = with_masks(pictures, masks, note), replace(data, masked=True)
+        words = (trigger, class_name)
+        pictures, prompt = prepare_captions(
+            pictures, prompt, words, add_trigger=data.add_trigger, observer=note
+        )
+        notices += check_pictures(pictures, data.resolution, masked=data.masked)
         sizes = sorted(min(p.image.size) for p in pictures)
         text = (
             f"{len(pictures)} pictures, shorter sides {sizes[0]}-{sizes[-1]} px. "
@@ -169,6 +189,7 @@ class SubjectImages(io.ComfyNode):
         )
         sheet = to_image([contact_sheet([p.image for p in pictures], [p.name for p in pictures])])
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (" ".join([text, *notices]),)}
+        others = (and_subject, *and_subject.others) if and_subject else ()
         return io.NodeOutput(
-            Pictures(tuple(pictures), prompt, data, trigger.strip()), sheet, ui=shown
+            Pictures(tuple(pictures), prompt, data, trigger.strip(), others), sheet, ui=shown
         )

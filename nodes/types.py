@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from ..cntlora_core.calibration.calibrate import Calibration
 from ..cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
+from ..cntlora_core.data.concepts import join_concepts
 from ..cntlora_core.data.dataset import EncodedImages, encode_subject, with_validation
-from ..cntlora_core.data.images import Picture
-from ..cntlora_core.events import Observer, ignore
+from ..cntlora_core.data.images import Picture, fitted_mask
+from ..cntlora_core.errors import ImageError
+from ..cntlora_core.events import Notice, Observer, ignore
 from ..cntlora_core.files import DISK, Disk
 from ..cntlora_core.lora.adapter import LoRA
 from ..cntlora_core.lora.file import to_state_dict
@@ -36,12 +38,14 @@ Settings = io.Custom("CNTLORA_SETTINGS")
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of a subject and what to call it; no model has seen them yet."""
+    """Pictures of a subject and what to call it; no model has seen them yet. `others` are learnt in
+    the same run."""
 
     pictures: tuple[Picture, ...]
     prompt: str
     data: DataConfig
     trigger: str = ""
+    others: tuple[Pictures, ...] = ()
 
     def encode(
         self, model: StableDiffusion, observer: Observer
@@ -51,7 +55,12 @@ class Pictures:
         return with_validation(everything) if self.data.hold_out else (everything, everything)
 
     def encode_all(self, model: StableDiffusion, observer: Observer) -> EncodedImages:
-        """All of them; what the same model has encoded before is found beside it."""
+        """All of them, those of the others too."""
+        parts = [part._encode_own(model, observer) for part in (self, *self.others)]
+        return join_concepts(parts, observer=observer)
+
+    def _encode_own(self, model: StableDiffusion, observer: Observer) -> EncodedImages:
+        """What the same model has encoded before is found beside it."""
         seen = tuple((p.name, p.digest, p.caption, p.repeats, p.group) for p in self.pictures)
         key = (seen, self.prompt, self.trigger, self.data)
         held: EncodedImages | None = model.encoded.get(key)
@@ -148,3 +157,27 @@ def from_batch(batch: Tensor) -> list[Picture]:
         Picture(f"image {n}", image, hashlib.sha256(image.tobytes()).hexdigest())
         for n, image in enumerate(from_image(batch), 1)
     ]
+
+
+def with_masks(pictures: Sequence[Picture], masks: Tensor, observer: Observer) -> list[Picture]:
+    """The pictures with ComfyUI's MASK `[n, h, w]` (or `[h, w]`), 1 where the subject is: one each,
+    or one for all. Raises ImageError for another number."""
+    masks = masks.detach().cpu().float().clamp(0, 1).reshape(-1, *masks.shape[-2:])
+    if len(masks) not in (1, len(pictures)):
+        raise ImageError(
+            f"{len(masks)} masks for {len(pictures)} pictures: connect one mask for each picture, "
+            "or one for all."
+        )
+    shapes = [Image.fromarray((m * 255).round().byte().numpy()) for m in masks]
+    masked = []
+    for n, picture in enumerate(pictures):
+        said: list[str] = []
+        shape = fitted_mask(shapes[n % len(shapes)], picture.image.size, said)
+        for text in said:
+            observer(Notice(f"'{picture.name}': {text}."))
+        if shape is None:
+            masked.append(picture)
+            continue
+        digest = hashlib.sha256(picture.digest.encode() + shape.tobytes()).hexdigest()
+        masked.append(replace(picture, mask=shape, digest=digest, mask_file="MASK"))
+    return masked

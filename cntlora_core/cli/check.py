@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="", help="planned, for pictures without a caption")
     parser.add_argument("--trigger", default="", help="planned: fills {trigger}")
     parser.add_argument("--class-name", default="", help="planned: fills {class}")
+    parser.add_argument("--masks", metavar="DIR", help="masks with the pictures' names")
     parser.add_argument(
         "--resolution", type=int, default=512, metavar="PX", help="planned (default: %(default)s)"
     )
@@ -33,7 +34,7 @@ def run_check(args: argparse.Namespace) -> None:
         if isinstance(event, Notice):
             said.append(event.text)
 
-    found = find_pictures(args.images, note)
+    found = find_pictures(args.images, note, masks=args.masks)
     words = (args.trigger, args.class_name)
     pictures, prompt = prepare_captions(found, args.prompt, words, observer=note)
     said += check_pictures(pictures, args.resolution)

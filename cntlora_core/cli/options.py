@@ -49,6 +49,11 @@ def _pictures(parser: argparse.ArgumentParser) -> None:
         help="3-20 pictures; captions in .txt files beside them",
     )
     data.add_argument(
+        "--masks",
+        metavar="DIR",
+        help="masks with the pictures' names, white where the subject is (with --masked)",
+    )
+    data.add_argument(
         "--prompt",
         required=True,
         help=(
@@ -60,6 +65,14 @@ def _pictures(parser: argparse.ArgumentParser) -> None:
         "--trigger", default="", help="fills {trigger} in the prompt and the captions"
     )
     data.add_argument("--class-name", default="", help="fills {class}")
+    data.add_argument(
+        "--and-subject",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("DIR", "TRIGGER", "CLASS"),
+        help="another subject, learnt in the same run; may be given several times",
+    )
     add_settings(data, DataConfig, settings_of(DataConfig))
     data.add_argument("--cache", metavar="DIR", help="keep encoded pictures here for the next run")
     data.add_argument("--validation-images", metavar="DIR", help="held-out pictures of the subject")

@@ -163,21 +163,31 @@ def _source(args: argparse.Namespace, model: StableDiffusion) -> tuple[Source | 
 def _pictures(
     args: argparse.Namespace, model: StableDiffusion, data: DataConfig, observer: Observer
 ) -> tuple[EncodedImages, EncodedImages]:
-    """What to train on and what to validate with."""
+    """What to train on, of --images and every --and-subject, and what to validate with."""
+    from ..data.concepts import join_concepts
     from ..data.dataset import read_subject, with_validation
     from ..data.latent_cache import LatentCache
 
     cache = LatentCache(args.cache, model.vae) if args.cache else None
-    words = (args.trigger, args.class_name)
 
-    def read(folder: str) -> EncodedImages:
+    def read(folder: str, trigger: str, class_name: str, masks: str | None = None) -> EncodedImages:
+        words = (trigger, class_name)
         return read_subject(
-            model, folder, args.prompt, data, words=words, cache=cache, observer=observer
+            model,
+            folder,
+            args.prompt,
+            data,
+            words=words,
+            masks=masks,
+            cache=cache,
+            observer=observer,
         )
 
-    subject = read(args.images)
+    parts = [read(args.images, args.trigger, args.class_name, args.masks)]
+    parts += [read(*other) for other in args.and_subject]
+    subject = join_concepts(parts, observer=observer)
     if args.validation_images:
-        return subject, read(args.validation_images)
+        return subject, read(args.validation_images, args.trigger, args.class_name)
     if args.validate_every and data.hold_out:
         return with_validation(subject)
     return subject, subject

@@ -4,7 +4,8 @@ validation."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,18 +97,40 @@ def batch_order(
 ) -> list[Tensor]:
     """`count` batches of `size` views, each of one picture size. Shuffled passes one after another;
     a view waits until its size has a full batch, so that each appears equally often, times its
-    repeats."""
-    views = [i for i, times in enumerate(subject.repeats) for _ in range(times)]
+    repeats. Of several concepts each has an equal share of every pass."""
+    repeated = [i for i, times in enumerate(subject.repeats) for _ in range(times)]
+    passes = _passes(subject, repeated, generator)
     waiting: dict[torch.Size, list[int]] = {}
     order: list[Tensor] = []
     while len(order) < count:
-        for n in torch.randperm(len(views), generator=generator).tolist():
-            same = waiting.setdefault(subject.mean[views[n]].shape, [])
-            same.append(views[n])
+        for view in next(passes):
+            same = waiting.setdefault(subject.mean[view].shape, [])
+            same.append(view)
             if len(same) == size:
                 order.append(torch.tensor(same))
                 same.clear()
     return order[:count]
+
+
+def _passes(
+    subject: EncodedImages, views: Sequence[int], generator: torch.Generator
+) -> Iterator[list[int]]:
+    """Shuffled passes without end. The concept of the most views is seen whole in each; the others
+    as often, going round their own views."""
+    concepts: dict[int, list[int]] = {}
+    for view in views:
+        concepts.setdefault(subject.concepts[view] if subject.concepts else 0, []).append(view)
+    most = max(len(own) for own in concepts.values())
+    rest: dict[int, list[int]] = {concept: [] for concept in concepts}
+    while True:
+        chosen = []
+        for concept, own in concepts.items():
+            while len(concepts) > 1 and len(rest[concept]) < most:
+                shuffled = torch.randperm(len(own), generator=generator).tolist()
+                rest[concept] += [own[n] for n in shuffled]
+            chosen += (rest[concept] or own)[:most]
+            rest[concept] = rest[concept][most:]
+        yield [chosen[n] for n in torch.randperm(len(chosen), generator=generator).tolist()]
 
 
 def draw_batch(
@@ -117,10 +140,12 @@ def draw_batch(
     generator: torch.Generator,
     importance: Importance | None = None,
 ) -> Batch:
-    """The views at `index` (of one size) at stratified timesteps with fresh noise."""
+    """The views at `index` (of one size) at stratified timesteps with fresh noise, each with a
+    variant of its caption."""
     latents = subject.sample_latents(index, generator)
     t, weights = draw_timesteps(importance, len(index), timesteps, generator)
-    return _batch(subject, index, latents, t, generator, weights)
+    batch = _batch(subject, index, latents, t, generator, weights)
+    return replace(batch, conditioning=subject.draw_words(index, generator))
 
 
 def draw_noised(
@@ -132,7 +157,11 @@ def draw_noised(
 ) -> NoisedSet:
     """`count` triples: views equally often, timesteps stratified over the whole schedule, fresh
     noise."""
-    index = shuffled_cycle(count, len(subject), generator)
+    if subject.concepts:
+        passes = _passes(subject, range(len(subject)), generator)
+        index = torch.tensor(list(islice(chain.from_iterable(passes), count)))
+    else:
+        index = shuffled_cycle(count, len(subject), generator)
     t, weights = draw_timesteps(importance, count, timesteps, generator)
     sizes = []
     for rows in _by_size(subject, index):

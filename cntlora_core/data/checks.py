@@ -13,8 +13,11 @@ from .images import Picture
 NEAR = 3  # of 255: mean difference of thumbnails up to which two pictures count as near-duplicates
 
 
-def check_pictures(pictures: Iterable[Picture], resolution: int) -> list[str]:
-    """What to know before training on these, a sentence each; empty when all is well."""
+def check_pictures(
+    pictures: Iterable[Picture], resolution: int, *, masked: bool = True
+) -> list[str]:
+    """What to know before training on these, a sentence each; empty when all is well. `masked`:
+    whether masks will be used."""
     pictures = list(pictures)
     findings = []
     if len(pictures) < 3:
@@ -31,6 +34,9 @@ def check_pictures(pictures: Iterable[Picture], resolution: int) -> list[str]:
         findings.append(
             f"{len(missing)} have no caption of their own and take the prompt: {some(missing)}."
         )
+    shaped = [p.name for p in pictures if p.mask_file]
+    if shaped and not masked:
+        findings.append(f"{len(shaped)} have a mask that is not used: turn on masked.")
     pairs = near_duplicates(pictures)
     if pairs:
         named = [f"'{a}' and '{b}'" for a, b in pairs]

@@ -25,8 +25,10 @@ from .checks import check_pictures
 from .folder import some
 from .images import Picture, find_pictures
 from .latent_cache import LatentCache
+from .tags import in_order, tag_variants
 
 ENCODE_BATCH = 4
+TEXT_BATCH = 16
 HOLD_OUT_FROM = 5  # pictures; with fewer each is needed for training
 VIEW_SEED = 7  # of random crops: the same in every run, so that a cache can hold them
 
@@ -56,6 +58,9 @@ class EncodedImages:
     groups: tuple[str, ...]
     captions: tuple[str, ...] = ()  # of each view
     trigger: str = ""  # the word that calls the subject, where it was said
+    variants: Conditioning | None = None  # of all captions, without sizes; None: one for each
+    variant_rows: tuple[tuple[int, ...], ...] = ()  # those of each view
+    concepts: tuple[int, ...] = ()  # which of several subjects a view is of; empty: one
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -80,6 +85,16 @@ class EncodedImages:
             + torch.stack([self.std[i] for i in rows]) * noise
         )
 
+    def draw_words(self, index: Tensor, generator: torch.Generator) -> Conditioning:
+        """A variant of the caption of each view at `index`."""
+        own = self.conditioning[index]
+        if self.variants is None:
+            return own
+        rows = [self.variant_rows[i] for i in index.tolist()]
+        drawn = [r[int(torch.randint(len(r), (1,), generator=generator))] for r in rows]
+        words = self.variants[torch.tensor(drawn)]
+        return Conditioning(words.tokens, words.pooled, own.time_ids)
+
     def only(self, views: Sequence[int]) -> EncodedImages:
         """The same with some of the views."""
 
@@ -97,6 +112,8 @@ class EncodedImages:
             conditioning=self.conditioning[torch.tensor(list(views), dtype=torch.long)],
             groups=part(self.groups),
             captions=part(self.captions) if self.captions else (),
+            variant_rows=part(self.variant_rows) if self.variant_rows else (),
+            concepts=part(self.concepts) if self.concepts else (),
         )
 
     def to(self, device: str | torch.device) -> EncodedImages:
@@ -110,11 +127,13 @@ class EncodedImages:
             masks=None if self.masks is None else moved(self.masks),
             conditioning=self.conditioning.to(device, self.conditioning.tokens.dtype),
             empty_prompt=self.empty_prompt.to(device, self.empty_prompt.tokens.dtype),
+            variants=self.variants and self.variants.to(device, self.variants.tokens.dtype),
         )
 
     @property
     def nbytes(self) -> int:
         words = [self.conditioning.tokens, self.empty_prompt.tokens]
+        words += [self.variants.tokens] if self.variants else []
         return sum(t.nbytes for t in (*self.mean, *self.std, *(self.masks or ()), *words))
 
     def hold_out(self) -> tuple[EncodedImages, EncodedImages]:
@@ -176,15 +195,20 @@ def encode_subject(
     ]
     _tell_sizes([v for _, v in views], resolution, observer)
     latents = _encode_all(model, [v for _, v in views], cache, observer)
-    prompts = [v.picture.caption or prompt for _, v in views]
+    texts = tag_variants([v.picture.caption or prompt for _, v in views], data)
+    prompts = [in_order(v.picture.caption or prompt) for _, v in views]
     _tell_cut(model, list(dict.fromkeys(prompts)), observer)
+    variants, variant_rows = _variants(model, texts)
     masked = data.masked and any(p.mask is not None for p in pictures)
     return EncodedImages(
         names=tuple(v.picture.name for _, v in views),
         pictures=tuple(n for n, _ in views),
         mean=tuple(mean for mean, _ in latents),
         std=tuple(std for _, std in latents),
-        masks=tuple(_mask(v, mean) for (_, v), (mean, _) in zip(views, latents, strict=True))
+        masks=tuple(
+            _mask(v, mean, data.unmasked_weight)
+            for (_, v), (mean, _) in zip(views, latents, strict=True)
+        )
         if masked
         else None,
         repeats=tuple(v.picture.repeats for _, v in views),
@@ -196,6 +220,8 @@ def encode_subject(
         groups=tuple(v.picture.group for _, v in views),
         captions=tuple(prompts),
         trigger=trigger,
+        variants=variants,
+        variant_rows=variant_rows,
     )
 
 
@@ -289,13 +315,30 @@ def _conditioning(
     return rows.with_sizes(sizes)
 
 
-def _mask(view: Crop, latent: Tensor) -> Tensor:
-    """The alpha channel at the latent's size; everything where there is none."""
+def _variants(
+    model: StableDiffusion, texts: Sequence[Sequence[str]]
+) -> tuple[Conditioning | None, tuple[tuple[int, ...], ...]]:
+    """Each distinct text of the views encoded once, and the rows of each view; None where a view
+    has no more than one."""
+    if all(len(set(view)) < 2 for view in texts):
+        return None, ()
+    distinct = list(dict.fromkeys(text for view in texts for text in view))
+    row = {text: n for n, text in enumerate(distinct)}
+    parts = [
+        encode_prompts(model, distinct[start : start + TEXT_BATCH])
+        for start in range(0, len(distinct), TEXT_BATCH)
+    ]
+    return Conditioning.cat(parts), tuple(tuple(row[text] for text in view) for view in texts)
+
+
+def _mask(view: Crop, latent: Tensor, unmasked_weight: float) -> Tensor:
+    """The mask at the latent's size, at least `unmasked_weight`; everything where there is none."""
     shown = view.mask()
     if shown is None:
         return torch.ones_like(latent[:1])
     small = shown.resize((latent.shape[2], latent.shape[1]), Image.Resampling.BOX)
-    return torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)[None].to(latent.device)
+    shows = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)[None].to(latent.device)
+    return unmasked_weight + (1 - unmasked_weight) * shows if unmasked_weight else shows
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
@@ -310,17 +353,19 @@ def read_subject(
     data: DataConfig | None = None,
     *,
     words: tuple[str, str] = ("", ""),
+    masks: str | os.PathLike[str] | None = None,
     cache: LatentCache | None = None,
     observer: Observer = ignore,
 ) -> EncodedImages:
     """A folder of pictures as the trainer reads it. `words` fill `{trigger}` and `{class}` in the
-    prompt and the captions."""
+    prompt and the captions; `masks` is a folder of masks with the pictures' names."""
+    data = data or DataConfig()
+    found = find_pictures(folder, observer, masks=masks)
     pictures, prompt = prepare_captions(
-        find_pictures(folder, observer), prompt, words, observer=observer
+        found, prompt, words, add_trigger=data.add_trigger, observer=observer
     )
-    for finding in check_pictures(
-        pictures, check_resolution(model, data.resolution if data else None)
-    ):
+    size = check_resolution(model, data.resolution)
+    for finding in check_pictures(pictures, size, masked=data.masked):
         observer(Notice(finding))
     return encode_subject(
         model, pictures, prompt, data, trigger=words[0], cache=cache, observer=observer

@@ -37,8 +37,8 @@ class Picture:
     """A readable picture of the subject: RGB, upright, transparent parts on white.
 
     `mask` (mode L, 255 = subject) is its mask file, else its alpha channel; `caption` is None when
-    it has none of its own, `caption_file` is where it stood. `digest` is a SHA-256 over the files
-    and how they were read. `group` tells the subfolders of one folder apart.
+    it has none of its own. `caption_file` and `mask_file` are where they stood. `digest` is a
+    SHA-256 over the files and how they were read. `group` tells the subfolders of one folder apart.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Picture:
     repeats: int = 1
     caption_file: str = ""
     group: str = ""
+    mask_file: str = ""
 
 
 def find_pictures(
@@ -97,14 +98,23 @@ def _open(file: PictureFile, captions: CaptionReader, observer: Observer) -> Pic
         raise ImageError(f"Skipped '{name}': it cannot be read ({readable(reason)}).") from error
     for text in said.changes:  # a cache must not give what an earlier version made of the file
         digest.update(text.encode())
-    if file.mask:
-        mask = _mask_file(file.mask, image.size, said) or mask
-        digest.update(b"mask" + (mask.tobytes() if mask else b""))
+    mask_file = ""
+    if file.mask and (shape := _mask_file(file.mask, image.size, said)):
+        mask, mask_file = shape, readable(file.mask.name)
+        digest.update(b"mask" + mask.tobytes())
     for text in said.notices:
         observer(Notice(f"'{name}': {text}."))
     caption, source = captions.of(file)
     return Picture(
-        name, image, digest.hexdigest(), mask, caption, file.repeats, source, file.subfolder
+        name,
+        image,
+        digest.hexdigest(),
+        mask,
+        caption,
+        file.repeats,
+        source,
+        group=file.subfolder,
+        mask_file=mask_file,
     )
 
 

@@ -37,7 +37,17 @@ def stand_ins(base):
     """The modules by name, with their folders under `base`."""
     kinds = {
         k: kind(k.upper())
-        for k in ("Combo", "String", "Int", "Float", "Boolean", "Image", "LoraModel", "LossMap")
+        for k in (
+            "Combo",
+            "String",
+            "Int",
+            "Float",
+            "Boolean",
+            "Image",
+            "Mask",
+            "LoraModel",
+            "LossMap",
+        )
     }
     kinds["MultiType"] = SimpleNamespace(Input=lambda field, types: field)
     io = SimpleNamespace(

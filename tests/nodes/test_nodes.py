@@ -103,34 +103,6 @@ def test_changed_pictures_change_the_fingerprint_and_nothing_else_does(pack, fol
     assert pack.SubjectImages.fingerprint_inputs(folder.name, **SUBJECT) != first
 
 
-def test_a_missing_folder_is_no_error_where_pictures_are_connected(pack):
-    assert pack.SubjectImages.validate_inputs("nowhere", images=None) is True
-
-
-def test_captions_and_masks_change_the_fingerprint_and_are_refused_as_links(pack, folder, tmp_path):
-    first = pack.SubjectImages.fingerprint_inputs(folder.name, **SUBJECT)
-    (folder / "a.caption").write_text("hello")
-    second = pack.SubjectImages.fingerprint_inputs(folder.name, **SUBJECT)
-    Image.new("L", (64, 64), 255).save(folder / "a-masklabel.png")
-    third = pack.SubjectImages.fingerprint_inputs(folder.name, **SUBJECT)
-    assert len({first, second, third}) == 3
-    for name in ("a.caption", "metadata.jsonl"):
-        (folder / "a.caption").unlink(missing_ok=True)
-        (tmp_path / name).write_text("secret")
-        (folder / name).symlink_to(tmp_path / name)
-        assert "link to a place outside" in pack.SubjectImages.validate_inputs(folder.name)
-
-
-def test_what_is_left_out_is_said_on_the_node(pack, folder):
-    (folder / "film.mp4").write_bytes(b"x")
-    (folder / "a.txt").write_text("an orange")
-    out = run(pack.SubjectImages, folder=folder.name, **SUBJECT)
-    (text,) = out.ui["text"]
-    assert "film.mp4" in text
-    assert "1 captions lack 'sks', it was put in front: a.png." in text
-    assert out.values[0].pictures[0].caption == "sks, an orange"
-
-
 @pytest.mark.parametrize(
     ("node", "inputs", "says"),
     [

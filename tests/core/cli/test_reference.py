@@ -16,7 +16,10 @@ def shown(action):
     if action.choices:
         value = " " + "/".join(map(str, action.choices))
     elif action.nargs != 0 and action.option_strings:
-        value = " " + (action.metavar or action.dest.upper())
+        several = isinstance(action.metavar, tuple)
+        value = " " + (
+            " ".join(action.metavar) if several else action.metavar or action.dest.upper()
+        )
     names = ", ".join(action.option_strings) or action.dest
     text = (action.help or "") % {**vars(action), "prog": "cntlora"}
     text += " (required)" * action.required

@@ -158,6 +158,23 @@ def test_what_the_mask_hides_does_not_count(mini_sd, mixed, monkeypatch):
     assert (dataclasses.replace(batch, mask=None).loss(mini_sd) > 5).all()
 
 
+def test_what_the_mask_hides_counts_as_little_as_asked(mini_sd, mixed):
+    data = DataConfig(masked=True, unmasked_weight=0.25)
+    (mask,) = encode_subject(mini_sd, [mixed[1]], "x", data).masks
+    assert mask.min() == 0.25
+    assert mask.max() == 1
+    assert mask.mean() == pytest.approx(0.625, abs=1e-6)
+
+
+def test_masks_that_are_not_used_are_told(tmp_path):
+    save(tmp_path / "a.png")
+    save(tmp_path / "a-masklabel.png", color="white")
+    (picture,) = find_pictures(tmp_path)
+    told = "1 have a mask that is not used: turn on masked."
+    assert told in check_pictures([picture], 64, masked=False)
+    assert told not in check_pictures([picture], 64, masked=True)
+
+
 def test_a_cache_gives_the_same_latents_and_survives_damage(mini_sd, mixed, tmp_path, monkeypatch):
     fresh = encode_subject(mini_sd, mixed, "x", cache=LatentCache(tmp_path, mini_sd.vae))
     files = sorted(tmp_path.iterdir())

@@ -1,0 +1,50 @@
+"""Tags: a caption's parts in other orders, written ahead so that training pays nothing for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..config import DataConfig
+
+TAG_SEED = 11  # the same variants in every run
+SEPARATOR = "|||"  # what stands before it stays in its place
+
+
+def in_order(caption: str) -> str:
+    """The caption without the separator."""
+    parts = [part.strip(" ,") for part in caption.split(SEPARATOR)]
+    return ", ".join(part for part in parts if part) if SEPARATOR in caption else caption
+
+
+def tag_variants(captions: Sequence[str], data: DataConfig) -> list[list[str]]:
+    """What training shows of each caption: tags (between commas) shuffled, some left out. The first
+    `keep_tags`, or what stands before `|||`, stay. Equal captions have the same variants."""
+    if not (data.shuffle_tags or data.tag_dropout):
+        return [[in_order(caption)] for caption in captions]
+    generator = torch.Generator().manual_seed(TAG_SEED)
+    drawn = {caption: _variants(caption, data, generator) for caption in dict.fromkeys(captions)}
+    return [drawn[caption] for caption in captions]
+
+
+def _variants(caption: str, data: DataConfig, generator: torch.Generator) -> list[str]:
+    fixed, separator, rest = caption.partition(SEPARATOR)
+    tags = _tags(rest if separator else caption)
+    first = _tags(fixed) if separator else tags[: data.keep_tags]
+    others = tags if separator else tags[data.keep_tags :]
+    return [
+        ", ".join(first + _drawn(others, data, generator)) for _ in range(data.caption_variants)
+    ]
+
+
+def _tags(text: str) -> list[str]:
+    return [tag for part in text.replace(SEPARATOR, ",").split(",") if (tag := part.strip())]
+
+
+def _drawn(tags: list[str], data: DataConfig, generator: torch.Generator) -> list[str]:
+    order = list(range(len(tags)))
+    if data.shuffle_tags:
+        order = torch.randperm(len(tags), generator=generator).tolist()
+    stays = torch.rand(len(tags), generator=generator) >= data.tag_dropout
+    return [tags[i] for i in order if stays[i]]

@@ -14,9 +14,9 @@ class Interrupts:
     """An observer that raises Interrupted at the first event after a signal. Use as a context
     manager.
 
-    A second signal raises at once, but not while steps are made: there it would leave half a step,
-    and the whole one is over soon. However many come, the run is left once; those that come while
-    its work is kept change nothing.
+    A second signal raises KeyboardInterrupt at once, but not while steps are made: there it would
+    leave half a step, and the whole one is over soon. However many come, the run is left once;
+    those that come while its work is kept change nothing.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -53,8 +53,9 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self.received is not None
         self.received = number
-        if again and not self.stepping:
-            self._leave(number)
+        if again and not self.stepping and not self.leaving:
+            self.leaving = True
+            raise KeyboardInterrupt  # not an Exception, which a library in between might swallow
 
     def _leave(self, number: int) -> None:
         if not self.leaving:

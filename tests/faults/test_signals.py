@@ -5,6 +5,7 @@ import contextlib
 import os
 import random
 import signal
+import sys
 import time
 
 import pytest
@@ -36,12 +37,12 @@ def start(out):
         return child
     status = 1
     with open(out.parent / "said.txt", "w") as said:
-        os.dup2(said.fileno(), 1)
-        os.dup2(said.fileno(), 2)
+        sys.stdout = sys.stderr = said
         try:
             torch.set_num_threads(1)
             status = main(command(out))
         finally:
+            said.flush()
             os._exit(status)
 
 

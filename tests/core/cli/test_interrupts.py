@@ -29,7 +29,7 @@ def test_a_second_one_leaves_at_once_before_training():
     with Interrupts() as interrupts:
         interrupts(Status("Loading"))
         send()
-        with pytest.raises(Interrupted):
+        with pytest.raises(KeyboardInterrupt):
             send()
 
 

@@ -102,7 +102,11 @@ def train(
         check()
         save(state)
         observer(Step(state.step, state.losses[-1], state.effective_rate(lr)))
-        if config.patience and state.since_best() >= config.patience:
+        if (
+            config.patience
+            and state.step < config.steps
+            and (state.since_best() >= config.patience)
+        ):
             text = f"{config.patience} validations without a better one"
             observer(Notice(f"Stopped at step {state.step}: {text}."))
             break

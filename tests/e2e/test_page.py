@@ -305,5 +305,10 @@ def test_a_wrong_input_is_a_red_node_with_a_sentence(page):
         arg=said,
         timeout=10_000,
     )
-    assert page.locator(".p-toast-detail").filter(has_text=said).count() >= 1
+    page.wait_for_function(  # and beside the graph
+        """(said) => [...document.querySelectorAll('body *')].some((e) => !e.children.length
+            && !e.closest('.cntlora-panel') && e.textContent.includes(said))""",
+        arg=said,
+        timeout=10_000,
+    )
     shot(page, "red_node")

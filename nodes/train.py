@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..cntlora_core.calibration.calibrate import continued
 from ..cntlora_core.config import CalibrationConfig, TrainConfig
 from ..cntlora_core.data.dataset import EncodedImages
 from ..cntlora_core.defaults import resolve
@@ -141,7 +140,7 @@ class TrainLoRA(io.ComfyNode):
                     start,
                     config,
                     prior=_prior_loss(prior, settings),
-                    start=continued(made.lora, made.preservation) if made else None,
+                    start=made,
                     validate=_validation(sd_model, held_out, config),
                     on_stop=keep,
                     observer=sampler,

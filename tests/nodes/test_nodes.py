@@ -265,3 +265,25 @@ def test_an_error_is_shown_without_the_path_of_the_pack(pack):
 def test_a_foreign_lora_is_sent_to_comfyuis_own_node(pack):
     with pytest.raises(ValueError, match="Save LoRA Weights"):
         run(pack.SaveLoRA, lora={}, name="x", precision="fp16")
+
+
+def test_training_goes_on_in_the_metric_of_the_calibration(pack, model, pictures):
+    """The wire carries more than the LoRA: without the metric the steps would be AdamW's."""
+    start = run(
+        pack.CalibrateLoRA, sd_model=model, subject=pictures, init="target", rank=1, effort="quick"
+    ).values[0]
+    assert start.calibration.natural.made == 8
+    lora = run(
+        pack.TrainLoRA,
+        sd_model=model,
+        subject=pictures,
+        lora_init=start,
+        steps=1,
+        validate_every=0,
+        sample_every=0,
+    ).values[0]
+    told = [e["text"] for e in last_run(pack) if e["type"] == "warning"]
+    assert not [text for text in told if "adamw" in text]
+    name = run(pack.SaveLoRA, lora=lora, name="runs/natural", precision="fp16").values[0]
+    with safe_open(pack.base / "loras" / name, "pt") as file:
+        assert file.metadata()["ss_optimizer"].startswith("cntlora.NaturalGradient")

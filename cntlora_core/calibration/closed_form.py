@@ -49,10 +49,6 @@ class Components:
     def truncated(self, rank: int) -> Components:
         return Components(self.up[:, :rank], self.sigma[:rank], self.down[:rank], self.score[:rank])
 
-    def matrix(self) -> Tensor:
-        """D `[m, d]`."""
-        return (self.up * self.sigma) @ self.down
-
 
 def diagonal(moment: Tensor) -> Tensor:
     """`[d]`, also of a moment of which only the diagonal is known."""
@@ -100,12 +96,6 @@ def solve(L: Tensor, X: Tensor) -> Tensor:
 def output_power(rows: Tensor, C: Tensor) -> Tensor:
     """E[(a x)^2] for every row a `[r, d]`: how strongly it answers, `[r]`."""
     return (rows.T * moment_matmul(C, rows.T)).sum(0)
-
-
-def closed_form(R: Tensor, K: Tensor) -> Tensor:
-    """D = R K^-1 `[m, d]` for symmetric positive definite K `[d, d]`: the minimiser of
-    tr(D K D^T) - 2 tr(D R^T)."""
-    return solve(cholesky(K), R.T).T
 
 
 def svd(

@@ -72,7 +72,11 @@ class Domain:
 
 
 def make_constraint(init: str, rho: float) -> Constraint:
-    return Target(rho) if init == "target" else Domain()
+    if init == "domain":
+        return Domain()
+    if init == "target":
+        return Target(rho)
+    raise ValueError(f"no constraint belongs to init {init!r}")
 
 
 @dataclass(frozen=True)

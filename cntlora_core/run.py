@@ -62,8 +62,11 @@ def _natural(start: Calibration, training: TrainConfig, observer: Observer) -> N
     if training.optimizer not in ("auto", "natural"):
         return None
     if start.natural is None and training.optimizer == "natural":
-        text = "Natural-gradient steps go on from a calibration with init target that lowered the "
-        observer(Notice(text + "loss, and there is none: adamw trains instead."))
+        text = (
+            "Natural-gradient steps go on from a calibration with init target that lowered the "
+            "loss, of a model smaller than SDXL, and there is none: adamw trains instead."
+        )
+        observer(Notice(text))
     return start.natural
 
 

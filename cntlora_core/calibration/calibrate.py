@@ -115,7 +115,8 @@ def calibrate(
         if (after := passes.loss(triples, refined)) < base:
             lora, loss, natural = refined, after, reached
     done = _finish(config, lora, energy, base, loss, step, passes, started)
-    done = replace(done, importance=importance, natural=natural)
+    handed = natural if natural.light else None
+    done = replace(done, importance=importance, natural=handed)
     if metric.prior is None:
         return done
     preservation = preserve(

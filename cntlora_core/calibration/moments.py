@@ -91,12 +91,12 @@ class Moments:
             for key, mean in theirs.items():
                 mine.setdefault(key, RunningMean()).merge(mean)
 
-    def on(self, device: torch.device) -> Moments:
-        """A copy of C and S alone, on `device`."""
+    def on(self, device: torch.device, *, copy: bool = True) -> Moments:
+        """C and S alone, on `device`; a `copy` even of what is there."""
 
         def moved(means: dict[str, RunningMean]) -> dict[str, RunningMean]:
             return {
-                key: RunningMean(mean.get().to(device, copy=True), mean.count)
+                key: RunningMean(mean.get().to(device, copy=copy), mean.count)
                 for key, mean in means.items()
             }
 

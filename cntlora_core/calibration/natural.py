@@ -11,7 +11,7 @@ is held to its usual natural length instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ LASTING = 16
 FRESH = 8  # first steps, each of which factorises its metric anew
 REFRESH = 8  # steps that the factors of a metric are kept after those
 SAMPLED = 4  # of the steps after the first, every so many are recorded: recording costs a third
+TOGETHER = 16  # layers of one shape that step at once; SDXL's take 26 MB each meanwhile
 LENGTH_MEMORY = 0.9  # of the running mean of a factor's natural length
 LENGTH_GROWTH = 1.5  # a kept metric lets a step's length raise that mean by so much at most
 
@@ -51,6 +52,12 @@ class NaturalStart:
     moments: Moments
     step: float
     made: int = 0
+
+    @property
+    def light(self) -> bool:
+        """Whether the metric may be held on the device, factorised, and handed on to training.
+        SDXL's may not: it is factorised layer by layer, from moments on the host."""
+        return moment_bytes(self.projections) <= ON_DEVICE
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,11 @@ class NaturalGradient(torch.optim.Optimizer):
         super().__init__([flat], {"step": start.step, "made": start.made})
         self.flat, self.adapters, self.projections = flat, adapters, start.projections
         self.metric, self.group = start.metric, group
-        self.storage = (
-            device if moment_bytes(start.projections) <= ON_DEVICE else torch.device("cpu")
-        )
-        self.moments = start.moments.on(self.storage)
+        self.light = start.light
+        self.storage = device if self.light else torch.device("cpu")
+        # Nobody else wants the moments of a metric that is not handed on.
+        self.moments = start.moments.on(self.storage, copy=self.light)
+        self.groups = _by_shape(start.projections, adapters)
         self.since = Moments()
         self.seen, self.pictures = Moments(), 1
         self.tokens: dict[str, float] = {}  # of a picture, by projection
@@ -128,16 +136,11 @@ class NaturalGradient(torch.optim.Optimizer):
         (settings,) = self.param_groups
         seen, self.seen = self.seen, Moments()
         seen.combine(self.group)
-        self.since.merge(seen)
         self.tokens |= {name: mean.count / self.pictures for name, mean in seen.grads.items()}
-        fresh = settings["made"] < FRESH or settings["made"] % REFRESH == 0
-        if fresh:
-            self.moments.merge(self.since)
-            self.since = Moments()
-        if fresh or not self.metrics:
-            self.metrics = self._factorised()
+        fresh = not self.light or settings["made"] < FRESH or settings["made"] % REFRESH == 0
+        (self.moments if fresh else self.since).merge(seen)
         grads = self._gradients()
-        for metrics in self.metrics:
+        for metrics in self._metrics(fresh):
             self._move(metrics, grads, fresh)
         settings["made"] += 1
 
@@ -186,25 +189,32 @@ class NaturalGradient(torch.optim.Optimizer):
             return torch.ones_like(lengths)
         return (usual / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).clamp_max(1.0)
 
-    def _factorised(self) -> list[_Metrics]:
-        """The metric of the moments as they are, by the adapters' shapes."""
-        groups: dict[tuple[object, ...], list[tuple[str, Tensor, Tensor, Tensor, Tensor]]] = {}
-        inputs: dict[str, tuple[Tensor, Tensor]] = {}  # those that read one input share its K
-        for p in self.projections:
-            if p.name not in self.moments.grads:
-                continue
+    def _metrics(self, fresh: bool) -> Iterable[_Metrics]:
+        """Of all projections, those of one shape together; kept where they are light."""
+        if not self.light:
+            return (self._factorised(group, {}) for group in self.groups)
+        if fresh:
+            self.moments.merge(self.since)
+            self.since = Moments()
+        if fresh or not self.metrics:
+            inputs: dict[str, tuple[Tensor, Tensor]] = {}
+            self.metrics = [self._factorised(group, inputs) for group in self.groups]
+        return self.metrics
+
+    def _factorised(
+        self, group: Sequence[Projection], inputs: dict[str, tuple[Tensor, Tensor]]
+    ) -> _Metrics:
+        """From the moments as they are; `inputs` shares K among those that read one input."""
+        rows = []
+        for p in group:
             if p.input_key not in inputs:
                 K = self.metric.K(p, self.moments, self.flat)
                 inputs[p.input_key] = K, inverse(K)
             P = damped(self.moments.S(p).to(self.flat), self.metric.rho)
             K, K_inverse = inputs[p.input_key]
-            layer = self.adapters.layers[p.name]
-            shape = (layer.up.shape, layer.down.shape, K.ndim, P.ndim)
-            groups.setdefault(shape, []).append((p.name, P, K, inverse(P), K_inverse))
-        return [
-            _Metrics(names, *(torch.stack(part) for part in parts))
-            for names, *parts in (zip(*rows, strict=True) for rows in groups.values())
-        ]
+            rows.append((P, K, inverse(P), K_inverse))
+        parts = (torch.stack(part) for part in zip(*rows, strict=True))
+        return _Metrics(tuple(p.name for p in group), *parts)
 
     def reached(self) -> NaturalStart:
         """What further steps would start from, in all that was seen."""
@@ -242,3 +252,17 @@ class NaturalGradient(torch.optim.Optimizer):
             if key.startswith("tokens.")
         }
         self.metrics = []
+
+
+def _by_shape(projections: Sequence[Projection], adapters: Adapters) -> list[list[Projection]]:
+    """Projections whose factors and metrics have one shape, `TOGETHER` at most."""
+    groups: dict[tuple[object, ...], list[Projection]] = {}
+    for p in projections:
+        layer = adapters.layers[p.name]
+        shape = layer.up.shape, layer.down.shape, p.diagonal_in, p.diagonal_out
+        groups.setdefault(shape, []).append(p)
+    return [
+        group[start : start + TOGETHER]
+        for group in groups.values()
+        for start in range(0, len(group), TOGETHER)
+    ]

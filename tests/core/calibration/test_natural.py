@@ -83,6 +83,20 @@ def test_a_kept_metric_does_not_let_a_step_run(mini_sd, subject, start):
     assert REFRESH > SAMPLED > 1
 
 
+def test_a_metric_that_is_too_large_to_hold_steps_layer_by_layer(mini_sd, subject, monkeypatch):
+    """As SDXL's: the same first steps, but nothing is kept or handed on to training."""
+    config = CalibrationConfig(rank=2, effort="quick", seed=2)
+    held = calibrate(mini_sd, subject, config)
+    monkeypatch.setattr("cntlora_core.calibration.natural.ON_DEVICE", 0)
+    monkeypatch.setattr("cntlora_core.calibration.natural.TOGETHER", 3)
+    streamed = calibrate(mini_sd, subject, config)
+    assert streamed.natural is None
+    for name, factors in held.lora.items():
+        torch.testing.assert_close(
+            streamed.lora[name].delta(), factors.delta(), rtol=1e-2, atol=1e-4
+        )
+
+
 def test_its_state_goes_through_a_dictionary(mini_sd, subject, start):
     _, natural = steps(mini_sd, subject, start, 3)
     state = natural.state_dict()

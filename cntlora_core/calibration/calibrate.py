@@ -104,12 +104,7 @@ def calibrate(
     importance = Importance.measured(swept.timesteps, swept.norms, timesteps)
     natural = NaturalStart(projections, metric, moments, step)
     if config.refinements:
-        batches = _batches(subject, config, timesteps, generator, group, importance)
-        refined, reached = refine(
-            model, lora, natural, batches, config.refinements,
-            gradient_checkpointing=config.gradient_checkpointing, observer=observer, group=group,
-        )  # fmt: skip
-        passes.add(config.refinements * config.batch_size * group.size, backward=True)
+        refined, reached = passes.refined(subject, lora, natural, importance, generator)
         # Against the base, not the start: the start was fitted to these very triples, so its loss
         # on them flatters it.
         if (after := passes.loss(triples, refined)) < base:
@@ -166,6 +161,25 @@ class _Passes:
             return Metric(self.config.rho)
         kept = self.measure(projections, prior, backward=False, phase="measuring the prior").moments
         return Metric(self.config.rho, kept, self.config.preservation)
+
+    def refined(
+        self,
+        subject: EncodedImages,
+        lora: LoRA,
+        start: NaturalStart,
+        importance: Importance,
+        generator: torch.Generator,
+    ) -> tuple[LoRA, NaturalStart]:
+        """After the config's number of small steps."""
+        config, group = self.config, self.group
+        self.add(config.refinements * config.batch_size * group.size, backward=True)
+        timesteps = len(self.model.schedule)
+        batches = _batches(subject, config, timesteps, generator, group, importance)
+        return refine(
+            self.model, lora, start, batches, config.refinements,
+            gradient_checkpointing=config.gradient_checkpointing,
+            observer=self.observer, group=group,
+        )  # fmt: skip
 
     def loss(self, triples: NoisedSet, lora: LoRA) -> float:
         self.add(len(triples), backward=False)

@@ -54,20 +54,11 @@ def train(
         prior.prepare(size, config.steps, start, state.importance)
     if state.step == 0:
         state.generator.set_state(start.get_state())
-    timesteps, terms = len(model.schedule), _Terms(model, state, config, group)
-
-    def check() -> None:
-        step = state.step
-        if (
-            validate
-            and config.validate_every
-            and (step % config.validate_every == 0 or step == config.steps)
-        ):
-            state.validated(validate())
-            observer(Validation(*state.validations[-1]))
+    timesteps = len(model.schedule)
+    terms = _Terms(model, state, config, prior, preservation, group)
 
     if not state.validations:
-        check()
+        _check(state, config, validate, observer)
         save(state)
     while state.step < config.steps:
         # draw
@@ -76,14 +67,7 @@ def train(
 
         # forward and backward
         state.begin_step()
-        value = torch.zeros(1, device=model.device)
-        for part in range(group.rank * config.batch_size, size, group.size * config.batch_size):
-            rows = slice(part, part + config.batch_size)
-            value += terms.subject(batch[rows])
-            if prior and others and config.prior_weight:
-                terms.prior(prior, others[rows])
-        if preservation:
-            terms.preservation(preservation)
+        value = terms.backward(batch, others)
         group.sum_([value, state.gather_gradient()])
 
         # optimiser step
@@ -99,46 +83,64 @@ def train(
         state.losses.append(value.item())
 
         # check, save, report
-        check()
+        _check(state, config, validate, observer)
         save(state)
         observer(Step(state.step, state.losses[-1], state.effective_rate(lr)))
-        if (
-            config.patience
-            and state.step < config.steps
-            and (state.since_best() >= config.patience)
-        ):
-            text = f"{config.patience} validations without a better one"
-            observer(Notice(f"Stopped at step {state.step}: {text}."))
+        if config.patience and state.since_best() >= config.patience:
+            if state.step < config.steps:
+                text = f"{config.patience} validations without a better one"
+                observer(Notice(f"Stopped at step {state.step}: {text}."))
             break
+
+
+def _check(
+    state: TrainState,
+    config: TrainConfig,
+    validate: Callable[[], float] | None,
+    observer: Observer,
+) -> None:
+    """The validation, where it is due: every so many steps, and after the last."""
+    every, step = config.validate_every, state.step
+    if validate and every and (step % every == 0 or step == config.steps):
+        state.validated(validate())
+        observer(Validation(*state.validations[-1]))
 
 
 @dataclass(frozen=True)
 class _Terms:
-    """The loss's terms, each with its backward pass; means over the whole step's pictures."""
+    """The loss's terms and their backward passes; means over the whole step's pictures."""
 
     model: StableDiffusion
     state: TrainState
     config: TrainConfig
+    prior: PriorLoss | None
+    preservation: Preservation | None
     group: Group
 
     @property
     def pictures(self) -> int:
         return self.config.batch_size * self.config.accumulation * self.group.size
 
-    def subject(self, batch: Batch) -> Tensor:
-        """The denoising loss of (a part of) the batch."""
+    def backward(self, batch: Batch, others: Batch | None) -> Tensor:
+        """Of this process's parts of the batch; the denoising loss `[1]`."""
+        value = torch.zeros(1, device=self.model.device)
+        size = self.config.batch_size
+        for part in range(self.group.rank * size, self.pictures, self.group.size * size):
+            rows = slice(part, part + size)
+            value += self._subject(batch[rows])
+            if self.prior and others and self.config.prior_weight:
+                losses = self.prior.loss(self.model, self.state.adapters, others[rows])
+                self._backward(losses.sum() / self.pictures * self.config.prior_weight)
+        if self.preservation:
+            self._backward(self.preservation.loss(self.state.adapters) / self.group.size)
+        return value
+
+    def _subject(self, batch: Batch) -> Tensor:
         with self.state.recording(self.model, self.pictures):
             losses = batch.loss(self.model)
             if gamma := self.config.min_snr_gamma:
                 losses = losses * self.model.schedule.min_snr_weight(batch.timesteps, gamma)
             return self._backward(losses.sum() / self.pictures)
-
-    def prior(self, prior: PriorLoss, batch: Batch) -> Tensor:
-        losses = prior.loss(self.model, self.state.adapters, batch)
-        return self._backward(losses.sum() / self.pictures * self.config.prior_weight)
-
-    def preservation(self, preservation: Preservation) -> Tensor:
-        return self._backward(preservation.loss(self.state.adapters) / self.group.size)
 
     def _backward(self, loss: Tensor) -> Tensor:
         self.state.scaler.scale(loss).backward()

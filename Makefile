@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 
 # one thread a process and a process a core: twice as fast as torch's threads on small tensors
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

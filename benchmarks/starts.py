@@ -109,10 +109,10 @@ def _ours(
     made = calibrate(model, subject, config, ranks=ranks, observer=observe)
     report = made.report
     total = steps_worth(report.forward_passes, report.backward_passes)
-    before = (
-        total - config.refinements - config.passes / 2
-    )  # the last look at the sweep's pictures comes after
-    path = [(before + done, loss, seconds) for done, loss, seconds in passed]
+    each = config.batch_size / BATCH
+    # The last look at the sweep's pictures comes after.
+    before = total - (config.refinements + config.passes / 2) * each
+    path = [(before + done * each, loss, seconds) for done, loss, seconds in passed]
     return PeerStart(made.lora, {}, report.forward_passes, report.backward_passes), path
 
 

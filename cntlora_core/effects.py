@@ -18,7 +18,7 @@ def without_effect_in_training(
             "never reaches its full height.",
         ),
         (
-            bool(config.patience) and not validates,
+            config.patience not in (0, default.patience) and not validates,
             f"patience is {config.patience}, but nothing is validated: the run will not stop "
             "early. Set validate_every.",
         ),

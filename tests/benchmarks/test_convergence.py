@@ -133,8 +133,8 @@ def test_refinement_is_watched_on_the_way(bench, mini_sd, subject, held_out):
     watch = bench.starts.Stopwatch(validation_loss(mini_sd, held_out, 16))
     begin, path = bench.starts.make_start(mini_sd, subject, "target balanced", 4, 0, watch)
     cost = bench.starts.steps_worth(begin.forward, begin.backward)
-    assert [round(b[0] - a[0]) for a, b in itertools.pairwise(path)] == [4] * 4  # 20 batches
-    assert path[-1][0] + 2 == cost  # the last look at the sweep's pictures
+    assert [round(b[0] - a[0]) for a, b in itertools.pairwise(path)] == [2] * 11  # 48 batches of 2
+    assert path[-1][0] + 1 == cost  # the last look at the sweep's pictures
     assert path[-1][1] < path[0][1]
 
 

@@ -86,7 +86,7 @@ def test_no_pictures_of_the_class_are_drawn_for_nothing():
     ("settings", "validates", "has_prior", "words"),
     [
         ({"warmup": 10}, True, False, "never reaches its full height"),
-        ({"patience": 5}, False, False, "nothing is validated"),
+        ({"patience": 3}, False, False, "nothing is validated"),
         ({"prior_weight": 2.0}, True, False, "there is no prior loss"),
         ({"prior_weight": 0.0}, True, True, "the prior loss has no effect"),
         ({"warmup": 9, "patience": 5, "prior_weight": 2.0}, True, True, ""),

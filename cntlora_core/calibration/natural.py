@@ -139,10 +139,17 @@ class NaturalGradient(torch.optim.Optimizer):
         self.tokens |= {name: mean.count / self.pictures for name, mean in seen.grads.items()}
         fresh = not self.light or settings["made"] < FRESH or settings["made"] % REFRESH == 0
         (self.moments if fresh else self.since).merge(seen)
+        if fresh:
+            self._take_in()
         grads = self._gradients()
         for metrics in self._metrics(fresh):
             self._move(metrics, grads, fresh)
         settings["made"] += 1
+
+    def _take_in(self) -> None:
+        """What came in since the last factorisation joins the moments."""
+        self.moments.merge(self.since)
+        self.since = Moments()
 
     def _gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
         """By projection those of B and A, per token, parts of `flat.grad`."""
@@ -193,9 +200,6 @@ class NaturalGradient(torch.optim.Optimizer):
         """Of all projections, those of one shape together; kept where they are light."""
         if not self.light:
             return (self._factorised(group, {}) for group in self.groups)
-        if fresh:
-            self.moments.merge(self.since)
-            self.since = Moments()
         if fresh or not self.metrics:
             inputs: dict[str, tuple[Tensor, Tensor]] = {}
             self.metrics = [self._factorised(group, inputs) for group in self.groups]
@@ -219,8 +223,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def reached(self) -> NaturalStart:
         """What further steps would start from, in all that was seen."""
         (settings,) = self.param_groups
-        self.moments.merge(self.since)
-        self.since = Moments()
+        self._take_in()
         return NaturalStart(
             self.projections, self.metric, self.moments, settings["step"], settings["made"]
         )

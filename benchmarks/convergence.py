@@ -30,7 +30,8 @@ from starts import ALL, BATCH, OURS, Stopwatch, make_start, steps_worth
 from tqdm import tqdm
 
 from cntlora_core.config import TrainConfig
-from cntlora_core.data.dataset import EncodedImages, read_subject
+from cntlora_core.data.dataset import read_subject
+from cntlora_core.data.encoded import EncodedImages
 from cntlora_core.defaults import MINI_SD
 from cntlora_core.events import Event, Validation
 from cntlora_core.lora.adapter import attached_lora, parameter_count

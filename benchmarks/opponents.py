@@ -28,7 +28,8 @@ import torch
 
 from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.config import CalibrationConfig, TrainConfig
-from cntlora_core.data.dataset import EncodedImages, read_subject
+from cntlora_core.data.dataset import read_subject
+from cntlora_core.data.encoded import EncodedImages
 from cntlora_core.data.importance import Importance
 from cntlora_core.defaults import MINI_SD
 from cntlora_core.events import Event, Validation

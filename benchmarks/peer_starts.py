@@ -16,7 +16,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor
 
 from cntlora_core.data.batches import NoisedSet, draw_noised
-from cntlora_core.data.dataset import EncodedImages
+from cntlora_core.data.encoded import EncodedImages
 from cntlora_core.lora.adapter import Factors, LoRA
 from cntlora_core.lora.targets import find_projections
 from cntlora_core.model.loader import StableDiffusion

@@ -15,7 +15,7 @@ from cntlora_core.calibration.moments import record
 from cntlora_core.calibration.ranks import uniform_ranks
 from cntlora_core.config import CalibrationConfig
 from cntlora_core.data.batches import draw_noised
-from cntlora_core.data.dataset import EncodedImages
+from cntlora_core.data.encoded import EncodedImages
 from cntlora_core.events import Event, Progress
 from cntlora_core.lora.adapter import LoRA, gaussian_init
 from cntlora_core.lora.targets import Projection, find_projections

@@ -31,7 +31,8 @@ from cntlora_core.calibration.calibrate import Calibration, calibrate
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.data.batches import NoisedSet
 from cntlora_core.data.class_images import class_images, class_noised
-from cntlora_core.data.dataset import EncodedImages, read_subject
+from cntlora_core.data.dataset import read_subject
+from cntlora_core.data.encoded import EncodedImages
 from cntlora_core.data.images import find_pictures
 from cntlora_core.defaults import MINI_SD
 from cntlora_core.lora.adapter import LoRA, attached_lora

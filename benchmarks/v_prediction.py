@@ -24,7 +24,8 @@ from torch import Tensor
 
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.data.batches import fixed_noised, mean_loss
-from cntlora_core.data.dataset import EncodedImages, read_subject
+from cntlora_core.data.dataset import read_subject
+from cntlora_core.data.encoded import EncodedImages
 from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.model.conditioning import Conditioning, encode_prompts
 from cntlora_core.model.denoising_loss import denoising_loss

@@ -19,7 +19,7 @@ from .calibration.constraints import Metric
 from .calibration.natural import NaturalStart
 from .config import CalibrationConfig, TrainConfig
 from .data.batches import NoisedSet
-from .data.dataset import EncodedImages
+from .data.encoded import EncodedImages
 from .distributed import ALONE, Group
 from .effects import without_effect_in_training
 from .errors import CNTLoRAError, NonFiniteError, OutOfMemory, OutputError

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..cntlora_core.config import CalibrationConfig
 from ..cntlora_core.data.class_images import class_noised
-from ..cntlora_core.data.dataset import EncodedImages
+from ..cntlora_core.data.encoded import EncodedImages
 from ..cntlora_core.lora.adapter import parameter_count
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.report.charts import rank_map

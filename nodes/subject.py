@@ -65,55 +65,7 @@ class SubjectImages(io.ComfyNode):
             search_aliases=["dataset", "training images", "dreambooth", "load image folder"],
             description="The pictures to learn from: a folder under ComfyUI's input folder, or an "
             "IMAGE batch.",
-            inputs=[
-                io.Combo.Input(
-                    "folder",
-                    options=[*host.input_subfolders(), *EXAMPLES],
-                    default=next(iter(EXAMPLES)),
-                    tooltip="A folder in ComfyUI's input folder with 3-20 pictures (PNG, JPEG, "
-                    "WebP, AVIF, BMP, TIFF, GIF; HEIC with pillow-heif), captions beside them "
-                    "(cat.txt). Fewer teach only one view; many near-duplicates teach their "
-                    "background.",
-                ),
-                io.String.Input(
-                    "trigger",
-                    default="sks",
-                    tooltip="The word that will call the subject, e.g. 'sks'. A rare word learns "
-                    "faster; a common one brings its old meaning along.",
-                ),
-                io.String.Input(
-                    "class_name",
-                    default="cat face emoji",
-                    tooltip="What the subject is, in the model's own words, e.g. 'dog', 'woman', "
-                    "'toy car'. Too vague, and the whole model drifts; too narrow, and "
-                    "less carries over.",
-                ),
-                host.advanced(io.String)(
-                    "prompt",
-                    default="a {trigger} {class}",
-                    optional=True,
-                    tooltip="Of every picture without a caption of its own; {trigger} and {class} "
-                    "are filled in.",
-                ),
-                io.Image.Input(
-                    "images",
-                    optional=True,
-                    tooltip="Pictures from the graph, used instead of the folder when connected.",
-                ),
-                io.Mask.Input(
-                    "masks",
-                    optional=True,
-                    tooltip="White where the subject is: one for each picture, in the order of the "
-                    "sheet, or one for all. Used instead of mask files; turns masked on.",
-                ),
-                SubjectPictures.Input(
-                    "and_subject",
-                    optional=True,
-                    tooltip="Another subject, learnt in the same run, with its own trigger. Each "
-                    "has an equal share of every pass, however many its pictures are.",
-                ),
-                *widgets_of(DataConfig),
-            ],
+            inputs=[*_sources(), *_words(), *_wires(), *widgets_of(DataConfig)],
             outputs=[
                 SubjectPictures.Output(
                     display_name="subject", tooltip="For Calibrate LoRA and Train LoRA."
@@ -193,3 +145,64 @@ class SubjectImages(io.ComfyNode):
         return io.NodeOutput(
             Pictures(tuple(pictures), prompt, data, trigger.strip(), others), sheet, ui=shown
         )
+
+
+def _sources() -> list[Any]:
+    return [
+        io.Combo.Input(
+            "folder",
+            options=[*host.input_subfolders(), *EXAMPLES],
+            default=next(iter(EXAMPLES)),
+            tooltip="A folder in ComfyUI's input folder with 3-20 pictures (PNG, JPEG, "
+            "WebP, AVIF, BMP, TIFF, GIF; HEIC with pillow-heif), captions beside them "
+            "(cat.txt). Fewer teach only one view; many near-duplicates teach their "
+            "background.",
+        ),
+    ]
+
+
+def _words() -> list[Any]:
+    return [
+        io.String.Input(
+            "trigger",
+            default="sks",
+            tooltip="The word that will call the subject, e.g. 'sks'. A rare word learns "
+            "faster; a common one brings its old meaning along.",
+        ),
+        io.String.Input(
+            "class_name",
+            default="cat face emoji",
+            tooltip="What the subject is, in the model's own words, e.g. 'dog', 'woman', "
+            "'toy car'. Too vague, and the whole model drifts; too narrow, and "
+            "less carries over.",
+        ),
+        host.advanced(io.String)(
+            "prompt",
+            default="a {trigger} {class}",
+            optional=True,
+            tooltip="Of every picture without a caption of its own; {trigger} and {class} "
+            "are filled in.",
+        ),
+    ]
+
+
+def _wires() -> list[Any]:
+    return [
+        io.Image.Input(
+            "images",
+            optional=True,
+            tooltip="Pictures from the graph, used instead of the folder when connected.",
+        ),
+        io.Mask.Input(
+            "masks",
+            optional=True,
+            tooltip="White where the subject is: one for each picture, in the order of the "
+            "sheet, or one for all. Used instead of mask files; turns masked on.",
+        ),
+        SubjectPictures.Input(
+            "and_subject",
+            optional=True,
+            tooltip="Another subject, learnt in the same run, with its own trigger. Each "
+            "has an equal share of every pass, however many its pictures are.",
+        ),
+    ]

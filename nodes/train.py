@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..cntlora_core.config import CalibrationConfig, TrainConfig
-from ..cntlora_core.data.dataset import EncodedImages
+from ..cntlora_core.data.encoded import EncodedImages
 from ..cntlora_core.defaults import resolve
 from ..cntlora_core.errors import CNTLoRAError
 from ..cntlora_core.events import Event, Notice, Saved

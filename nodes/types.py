@@ -17,7 +17,8 @@ from torch import Tensor
 from ..cntlora_core.calibration.calibrate import Calibration
 from ..cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
 from ..cntlora_core.data.concepts import join_concepts
-from ..cntlora_core.data.dataset import EncodedImages, encode_subject, with_validation
+from ..cntlora_core.data.dataset import encode_subject
+from ..cntlora_core.data.encoded import EncodedImages, with_validation
 from ..cntlora_core.data.images import Picture, fitted_mask
 from ..cntlora_core.errors import ImageError
 from ..cntlora_core.events import Notice, Observer, ignore

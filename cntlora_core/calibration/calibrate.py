@@ -26,7 +26,7 @@ from .ranks import MAX_RANK_FACTOR, budget_of, data_ranks, uniform_ranks
 from .refine import refine
 
 if TYPE_CHECKING:
-    from ..data.dataset import EncodedImages
+    from ..data.encoded import EncodedImages
     from ..model.loader import StableDiffusion
 
 # First step tried, as the mean relative change of the layers' outputs: near where the parabola's

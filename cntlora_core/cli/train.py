@@ -26,7 +26,7 @@ from .options import CLASS_STEPS, settings_from
 
 if TYPE_CHECKING:
     from ..data.batches import NoisedSet
-    from ..data.dataset import EncodedImages
+    from ..data.encoded import EncodedImages
     from ..distributed import Group
     from ..lora.adapter import LoRA
     from ..lora.metadata import Source
@@ -165,7 +165,8 @@ def _pictures(
 ) -> tuple[EncodedImages, EncodedImages]:
     """What to train on, of --images and every --and-subject, and what to validate with."""
     from ..data.concepts import join_concepts
-    from ..data.dataset import read_subject, with_validation
+    from ..data.dataset import read_subject
+    from ..data.encoded import with_validation
     from ..data.latent_cache import LatentCache
 
     cache = LatentCache(args.cache, model.vae) if args.cache else None

@@ -19,7 +19,7 @@ from .importance import Importance, draw_timesteps
 if TYPE_CHECKING:
     from ..model.conditioning import Conditioning
     from ..model.loader import StableDiffusion
-    from .dataset import EncodedImages
+    from .encoded import EncodedImages
 
 VALIDATION_TIMESTEPS = 8
 VALIDATION_SEED = 20250709  # one noise for every run of everybody, whatever its own seed

@@ -12,7 +12,8 @@ from ..events import Observer, Status, ignore
 from ..model.conditioning import encode_prompts
 from ..model.sampling import sample_latents
 from .batches import NoisedSet, draw_noised
-from .dataset import EncodedImages, check_resolution
+from .dataset import check_resolution
+from .encoded import EncodedImages
 from .latent_cache import LatentCache
 
 if TYPE_CHECKING:

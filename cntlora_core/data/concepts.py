@@ -13,7 +13,7 @@ import torch
 from ..errors import SettingError
 from ..events import Notice, Observer, ignore
 from ..model.conditioning import Conditioning
-from .dataset import EncodedImages
+from .encoded import EncodedImages
 
 Value = TypeVar("Value")
 

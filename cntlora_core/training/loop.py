@@ -20,7 +20,7 @@ from .prior_loss import PriorLoss
 from .state import TrainState
 
 if TYPE_CHECKING:
-    from ..data.dataset import EncodedImages
+    from ..data.encoded import EncodedImages
     from ..model.loader import StableDiffusion
 
 

@@ -16,7 +16,7 @@ from ..model.conditioning import Conditioning
 from ..model.denoising_loss import predict
 
 if TYPE_CHECKING:
-    from ..data.dataset import EncodedImages
+    from ..data.encoded import EncodedImages
     from ..model.loader import StableDiffusion
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..data.batches import fixed_noised, mean_loss
-from ..data.dataset import EncodedImages
+from ..data.encoded import EncodedImages
 from ..distributed import ALONE, Group
 
 if TYPE_CHECKING:

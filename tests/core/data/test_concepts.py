@@ -7,7 +7,8 @@ from PIL import Image
 from cntlora_core.config import DataConfig
 from cntlora_core.data.batches import batch_order, draw_noised
 from cntlora_core.data.concepts import join_concepts
-from cntlora_core.data.dataset import encode_subject, with_validation
+from cntlora_core.data.dataset import encode_subject
+from cntlora_core.data.encoded import with_validation
 from cntlora_core.data.images import Picture
 from cntlora_core.errors import SettingError
 

@@ -103,8 +103,8 @@ def check_outputs(args: argparse.Namespace, disk: Disk) -> tuple[Path, bool, Run
         checkpoints.check()
     # What an interrupted run wrote is replaced by the run that goes on.
     overwrite = args.overwrite or (args.resume and state.is_file())
-    if args.events:
-        check_output(args.events, overwrite=overwrite, suffix=".jsonl")
+    if args.events:  # --resume goes on with them too, wherever the run was stopped
+        check_output(args.events, overwrite=overwrite or args.resume, suffix=".jsonl")
     return check_output(args.output, overwrite=overwrite), overwrite, checkpoints
 
 

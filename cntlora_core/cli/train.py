@@ -50,7 +50,7 @@ def run_train(args: argparse.Namespace, load: Any, disk: Disk = DISK) -> None:
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
         group = stack.enter_context(process_group(device))
-        tell = _reports(args, stack, overwrite) if group.rank == 0 else ignore
+        tell = _reports(args, stack) if group.rank == 0 else ignore
         observer = broadcast(tell, interrupts)
         model = load(args, device, observer)
         for text in without_effect(args, calibration):
@@ -133,13 +133,12 @@ def _run(
     )
 
 
-def _reports(args: argparse.Namespace, stack: ExitStack, overwrite: bool) -> Observer:
+def _reports(args: argparse.Namespace, stack: ExitStack) -> Observer:
     """The console and the file of events; neither stops a run."""
     console = stack.enter_context(Console())
     if not args.events:
         return console
-    append = overwrite and not args.overwrite  # a run that goes on
-    events = stack.enter_context(EventFile(args.events, console, append=append))
+    events = stack.enter_context(EventFile(args.events, console, append=args.resume))
     return broadcast(console, events)
 
 

@@ -34,4 +34,4 @@ clean:
 
 # the tables of docs/settings.md and docs/cli.md, of the help pages and locales/en, from the settings and nodes
 node-texts: $(VENV)/.installed
-	UPDATE_NODE_TEXTS=1 $(BIN)/python -m pytest -q tests/core/test_settings.py tests/core/cli/test_reference.py tests/nodes/test_schema.py
+	UPDATE_NODE_TEXTS=1 $(BIN)/python -m pytest -q tests/core/test_settings.py tests/core/cli/test_reference.py tests/nodes/test_schema.py tests/nodes/test_locales.py

@@ -2,6 +2,7 @@
 // and then words must do.
 import { make } from "./dom.js";
 import { columns, lossText } from "./run_state.js";
+import { say } from "./say.js";
 
 let library;
 
@@ -30,7 +31,10 @@ function options(size, theme) {
     cursor: { y: false, points: { show: false } },
     legend: { show: false },
     scales: { x: { time: false } },
-    axes: [{ ...axis, label: "step", size: 26 }, { ...axis, label: "loss", size: 40, values }],
+    axes: [
+      { ...axis, label: say("step"), size: 26 },
+      { ...axis, label: say("loss"), size: 40, values },
+    ],
     series: [
       {},
       line("loss", "#8a8f9855", { width: 1 }),

@@ -2,9 +2,10 @@
 // without it.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { readRun } from "./api_client.js";
+import { readRun, readWords } from "./api_client.js";
 import { executionIdOf, nodeOf } from "./graph.js";
 import { Panel } from "./panel.js";
+import { say, useWords } from "./say.js";
 import { Words } from "./words.js";
 
 const PANELS = {
@@ -12,8 +13,9 @@ const PANELS = {
   CNTLoRACalibrate: { kind: "calibrate", width: 380, height: 230 },
 };
 const WORDS = {
-  CNTLoRASubjectImages: "After a run: how many pictures, their sizes, the prompt, what was skipped",
-  CNTLoRASaveLoRA: "After a run: the name of the file",
+  CNTLoRASubjectImages: () => (
+    say("After a run: how many pictures, their sizes, the prompt, what was skipped")),
+  CNTLoRASaveLoRA: () => say("After a run: the name of the file"),
 };
 const WIDGET_HEIGHT = 20;
 const REJECTED_WITHIN = 8000; // ms in which a prompt that was just sent is refused, if it is
@@ -54,7 +56,7 @@ function addPanel(node, { kind, height }) {
 }
 
 function addWords(node, text) {
-  addElement(node, "cntlora_words", new Words(text), 48);
+  addElement(node, "cntlora_words", new Words(text), 72);
 }
 
 // The Vue renderer folds by `options.advanced`, the canvas by `advanced`, which leaves the row: it
@@ -124,13 +126,16 @@ for (const [type, listener] of Object.entries(LISTENERS)) {
 
 app.registerExtension({
   name: "cntlora.panel",
-  init: styles,
+  async init() {
+    styles();
+    useWords(await readWords(app.extensionManager.setting.get("Comfy.Locale") ?? "en"));
+  },
   nodeCreated(node) {
     const kind = node.comfyClass ?? "";
     if (!kind.startsWith("CNTLoRA")) return;
     foldAdvanced(node);
     if (PANELS[kind]) addPanel(node, PANELS[kind]);
-    if (WORDS[kind]) addWords(node, WORDS[kind]);
+    if (WORDS[kind]) addWords(node, WORDS[kind]());
     node.setSize([Math.max(node.size[0], PANELS[kind]?.width ?? 0), node.computeSize()[1]]);
   },
 });

@@ -4,14 +4,20 @@ import { Chart } from "./chart.js";
 import { make } from "./dom.js";
 import { RankMap } from "./rank_map.js";
 import { accept, emptyState, headline, lossText, numbers } from "./run_state.js";
+import { say } from "./say.js";
 import { Strip } from "./strip.js";
 
-const LEGEND = {
-  raw: "loss", smooth: "smoothed", validation: "validation", best: "best", base: "base model",
-};
+const legend = () => ({
+  raw: say("loss"),
+  smooth: say("smoothed"),
+  validation: say("validation loss"),
+  best: say("best"),
+  base: say("base model"),
+});
 const HINTS = {
-  train: "Press Run: the loss, samples and the time left appear here",
-  calibrate: "Press Run: the rank of every layer and the loss before and after appear here",
+  train: () => say("Press Run: the loss, samples and the time left appear here"),
+  calibrate: () => (
+    say("Press Run: the rank of every layer and the loss before and after appear here")),
 };
 
 export class Panel {
@@ -33,7 +39,7 @@ export class Panel {
 
   #withChart() {
     this.legend = make("div", "cntlora-legend", { "aria-hidden": "true" });
-    for (const [kind, text] of Object.entries(LEGEND)) {
+    for (const [kind, text] of Object.entries(legend())) {
       this.legend.append(make("span", `cntlora-key cntlora-key-${kind}`, {}, text));
     }
     this.root.append(this.legend);
@@ -74,7 +80,7 @@ export class Panel {
   #show() {
     const { state } = this;
     const failed = this.failure !== null || state.ended?.ok === false;
-    this.headline.textContent = this.failure ?? (state.run ? headline(state) : HINTS[this.kind]);
+    this.headline.textContent = this.failure ?? (state.run ? headline(state) : HINTS[this.kind]());
     this.headline.title = this.headline.textContent;
     this.headline.classList.toggle("cntlora-failed", failed);
     this.headline.classList.toggle("cntlora-hint", !failed && !state.run);

@@ -2,6 +2,7 @@
 // is the energy its components hold, in decades.
 import { make } from "./dom.js";
 import { rankRows } from "./run_state.js";
+import { say } from "./say.js";
 
 const DECADES = 4; // what is further below the largest energy shares the faintest shade
 
@@ -13,7 +14,7 @@ function shade(energy, largest) {
 export class RankMap {
   constructor() {
     this.drawn = null;
-    const said = { role: "region", "aria-label": "Rank map", tabindex: 0 };
+    const said = { role: "region", "aria-label": say("Rank of every layer"), tabindex: 0 };
     this.root = make("div", "cntlora-map", said);
     this.root.addEventListener("wheel", (e) => e.stopPropagation());
   }
@@ -45,6 +46,6 @@ function cell(layer, first, ranks, energy, largest) {
   if (layer === undefined) return element;
   const share = shade(energy[layer], largest);
   element.style.setProperty("--share", `${Math.round(share * 100)}%`);
-  element.title = `${layer}: rank ${ranks[layer]}`;
+  element.title = say("{layer}: rank {rank}", { layer, rank: ranks[layer] });
   return element;
 }

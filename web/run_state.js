@@ -1,4 +1,5 @@
 // What a run has reported so far, as plain data. No DOM here.
+import { say } from "./say.js";
 
 export function emptyState() {
   return {
@@ -30,7 +31,8 @@ function addValidation(state, event) {
 const HANDLERS = {
   status: (s, e) => { s.status = e.text; s.phase = null; },
   training: (s, e) => { // steps may have been auto until now
-    Object.assign(s, { steps: e.steps, status: `Training ${e.steps} steps`, phase: null });
+    const status = say("Training {steps} steps", e);
+    Object.assign(s, { steps: e.steps, status, phase: null });
   },
   warning: (s, e) => s.notices.push(e.text),
   progress: (s, e) => { s.phase = e; },
@@ -74,44 +76,57 @@ function clock(seconds) {
 
 // The state in words: what it is doing, and its numbers.
 export function headline(state) {
-  if (state.ended) return state.ended.text + (state.saved ? ` in loras/${state.saved}` : "");
-  if (state.phase) {
-    const { phase, done, total } = state.phase;
-    return `${phase[0].toUpperCase()}${phase.slice(1)}: ${done} of ${total}`;
+  if (state.ended) {
+    const ended = say(state.ended.text);
+    return state.saved ? say("{ended} in loras/{path}", { ended, path: state.saved }) : ended;
   }
-  return state.status || "Starting";
+  if (state.phase) {
+    const phase = say(state.phase.phase);
+    const text = say("{phase}: {done} of {total}", { ...state.phase, phase });
+    return text[0].toUpperCase() + text.slice(1);
+  }
+  return state.status || say("Starting");
 }
 
 export function numbers(state) {
   const parts = [];
-  if (state.steps) parts.push(`step ${state.step}/${state.steps}`);
+  if (state.steps) parts.push(say("step {step}/{steps}", state));
   const rate = speed(state);
   if (rate && !state.ended) {
-    parts.push(rate >= 1 ? `${rate.toFixed(1)} steps/s` : `${(1 / rate).toFixed(1)} s/step`);
-    parts.push(`${clock((state.steps - state.step) / rate)} left`);
+    parts.push(rate >= 1
+      ? say("{rate} steps/s", { rate: rate.toFixed(1) })
+      : say("{seconds} s/step", { seconds: (1 / rate).toFixed(1) }));
+    parts.push(say("{time} left", { time: clock((state.steps - state.step) / rate) }));
   }
   if (state.calibrated && !state.steps) parts.push(...calibration(state.calibrated));
-  if (state.ended && state.started) parts.push(`${clock(state.ended.time - state.started)} in all`);
-  if (state.base) parts.push(`base ${state.base.toFixed(4)}`);
-  if (state.best) parts.push(`best ${state.best[1].toFixed(4)} at step ${state.best[0]}`);
+  if (state.ended && state.started) {
+    parts.push(say("{time} in all", { time: clock(state.ended.time - state.started) }));
+  }
+  if (state.base) parts.push(say("base {loss}", { loss: state.base.toFixed(4) }));
+  if (state.best) parts.push(bestText(state.best));
   return parts.join(" · ");
 }
+
+const bestText = ([step, loss]) => (
+  say("best {loss} at step {step}", { loss: loss.toFixed(4), step }));
 
 function calibration({ base_loss: before, loss: after, ranks }) {
   const all = Object.values(ranks);
   const [low, high] = [Math.min(...all), Math.max(...all)];
-  const layers = `${all.length} layers, rank ${low === high ? low : `${low} to ${high}`}`;
+  const rank = low === high ? low : say("{low} to {high}", { low, high });
+  const layers = say("{count} layers, rank {rank}", { count: all.length, rank });
   if (before === null || after === null) return [layers];
   const percent = Math.abs(100 * (after / before - 1)).toFixed(0);
   const change = `${after < before ? "−" : "+"}${percent} %`;
-  return [`loss ${before.toFixed(4)} → ${after.toFixed(4)} (${change})`, layers];
+  const losses = `${before.toFixed(4)} → ${after.toFixed(4)} (${change})`;
+  return [say("loss {losses}", { losses }), layers];
 }
 
 // The chart for those who do not see it; empty when there is nothing to draw.
 export function lossText(state) {
   if (!state.losses.length && !state.validations.length) return "";
-  const best = state.best ? `, best ${state.best[1].toFixed(4)} at step ${state.best[0]}` : "";
-  return `Loss over ${state.step} steps${best}`;
+  const text = say("Loss over {step} steps", state);
+  return state.best ? `${text}, ${bestText(state.best)}` : text;
 }
 
 // Columns for the chart: steps, raw, smoothed, validation, best, base; null where no value is.
@@ -133,9 +148,9 @@ const LAYER = new RegExp(
 );
 const QKV = [["q", "q"], ["k", "k"], ["v", "v"], ["out.0", "out"]];
 const GROUPS = {
-  attn1: ["self-attention", QKV],
-  attn2: ["cross-attention", QKV],
-  ff: ["feed-forward", [["0.proj", "in"], ["2", "out"]]],
+  attn1: [() => say("self-attention"), QKV],
+  attn2: [() => say("cross-attention"), QKV],
+  ff: [() => say("feed-forward"), [["0.proj", "in"], ["2", "out"]]],
 };
 const SIDES = ["down", "mid", "up"];
 
@@ -161,7 +176,7 @@ export function rankRows(ranks) {
     inOrder.some(({ layers }) => Object.keys(layers).some((key) => key.startsWith(`${group}.`))));
   const keys = used.flatMap(([group, [, names]]) => names.map(([key]) => `${group}.${key}`));
   return {
-    groups: used.map(([, [name, names]]) => [name, names.length]),
+    groups: used.map(([, [name, names]]) => [name(), names.length]),
     columns: used.flatMap(([, [, names]]) =>
       names.map(([, name], i) => ({ name, first: i === 0 }))),
     rows: inOrder.map(({ place, layers }) => ({

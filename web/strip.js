@@ -1,13 +1,16 @@
 // The samples of a run, a row for each step in their order, so that equal seeds stand below each
 // other; a click shows a row large.
 import { make } from "./dom.js";
+import { say } from "./say.js";
 
-const what = ({ step, kept }) => `Samples at step ${step}${kept ? ", the weights kept" : ""}`;
+const what = ({ step, kept }) => (
+  kept ? say("Samples at step {step}, the weights kept", { step })
+    : say("Samples at step {step}", { step }));
 
 export class Strip {
   constructor(address) {
     Object.assign(this, { address, abort: new AbortController(), drawn: "" });
-    this.root = make("div", "cntlora-strip", { role: "group", "aria-label": "Samples" });
+    this.root = make("div", "cntlora-strip", { role: "group", "aria-label": say("Samples") });
     const { signal } = this.abort;
     this.root.addEventListener("wheel", (e) => e.stopPropagation(), { signal });
   }
@@ -25,11 +28,12 @@ export class Strip {
   #button(folder, sample) {
     const source = this.address(folder, sample.file);
     const image = make("img", "", { src: source, alt: what(sample) });
-    const text = `step ${sample.step}${sample.kept ? " · kept" : ""}`;
+    const text = sample.kept ? say("step {step} · kept", sample) : say("step {step}", sample);
+    const label = say("{samples}, enlarge", { samples: what(sample) });
     const button = make(
       "button",
       `cntlora-sample${sample.kept ? " cntlora-kept" : ""}`,
-      { type: "button", "aria-label": `${what(sample)}, enlarge`, "data-step": sample.step },
+      { type: "button", "aria-label": label, "data-step": sample.step },
       image,
       make("span", "cntlora-step", {}, text),
     );
@@ -50,7 +54,7 @@ export class Strip {
 
 function enlarge(source, text) {
   const image = make("img", "", { src: source, alt: text });
-  const close = make("button", "cntlora-close", { type: "button" }, "Close");
+  const close = make("button", "cntlora-close", { type: "button" }, say("Close"));
   const dialog = make("dialog", "cntlora-dialog", { "aria-label": text }, image, close);
   close.addEventListener("click", () => dialog.close());
   image.addEventListener("click", () => dialog.close());

@@ -1,10 +1,28 @@
-"""One running ComfyUI for all end-to-end tests."""
+"""One running ComfyUI and one page of it for all end-to-end tests.
+
+The page needs playwright and a Chromium (CHROMIUM_PATH, or Debian's). E2E_RENDERER names one
+renderer, canvas or vue; otherwise every test of the page runs in both.
+"""
 
 import importlib.util
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
+
+RENDERERS = os.environ.get("E2E_RENDERER", "canvas vue").split()
+
+
+def load(name):
+    """A module beside this file."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"e2e_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
@@ -12,14 +30,40 @@ def comfyui(tmp_path_factory):
     path = os.environ.get("COMFYUI_PATH")
     if not path:
         pytest.skip("COMFYUI_PATH is not set")
-    spec = importlib.util.spec_from_file_location(
-        "e2e_server", Path(__file__).with_name("server.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    server = module.Server(Path(path), tmp_path_factory.mktemp("comfyui") / "base")
+    server = load("server").Server(Path(path), tmp_path_factory.mktemp("comfyui") / "base")
     try:
         server.wait()
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium")
+    if not chromium:
+        pytest.skip("no Chromium: set CHROMIUM_PATH")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session", params=RENDERERS)
+def opened(request, comfyui, browser):
+    """The page in one renderer; opening it takes seconds, so the tests share it."""
+    page = load("graph_page").GraphPage(browser, comfyui, request.param)
+    if not page.has_renderer:
+        page.page.close()
+        pytest.skip("this frontend has no Vue nodes")
+    yield page
+    page.page.close()
+
+
+@pytest.fixture
+def page(opened):
+    """The page, whose console must stay without a message of ours."""
+    opened.said.clear()
+    yield opened
+    assert [line for line in opened.said if "cntlora" in line.lower()] == []

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted((ROOT / "example_workflows").glob("*.json"))
 API = ROOT / "tests/e2e/workflows"
+BLUEPRINT = ROOT / "subgraphs/Train a LoRA.json"
 
 # Folded, after a run, in the renderer that needs more (px): panels, words, pictures.
 SHOWN = {
@@ -21,13 +22,14 @@ SHOWN = {
 }
 HEAD = 30  # a node's title lies above its position
 
-pytestmark = pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
+of_every_template = pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
 
 
 def nodes_of(path):
     return json.loads(path.read_text(encoding="utf-8"))["nodes"]
 
 
+@of_every_template
 def test_a_note_says_what_to_change_and_groups_say_what_belongs_together(path):
     template = json.loads(path.read_text(encoding="utf-8"))
     (note,) = [n for n in template["nodes"] if n["type"] == "MarkdownNote"]
@@ -35,6 +37,7 @@ def test_a_note_says_what_to_change_and_groups_say_what_belongs_together(path):
     assert len(template["groups"]) >= 3
 
 
+@of_every_template
 def test_nodes_have_room_for_what_a_run_shows(path):
     nodes = nodes_of(path)
     for node in nodes:
@@ -50,6 +53,7 @@ def test_nodes_have_room_for_what_a_run_shows(path):
         assert any(apart), (a["type"], b["type"])
 
 
+@of_every_template
 def test_the_api_form_says_the_same(path):
     """Every widget has its value, in order, and every link its source."""
     api_path = API / path.name
@@ -70,9 +74,9 @@ def test_the_api_form_says_the_same(path):
         assert same["inputs"] == values | linked
 
 
-def test_the_widgets_are_the_schemas_in_its_order(path, pack):
+def check_inputs(nodes, pack):
     schemas = {s.node_id: s for s in (node.define_schema() for node in pack.NODES)}
-    for node in nodes_of(path):
+    for node in nodes:
         if node["type"] not in schemas:
             continue
         fields = schemas[node["type"]].inputs
@@ -81,6 +85,42 @@ def test_the_widgets_are_the_schemas_in_its_order(path, pack):
         assert [slot["name"] for slot in node["inputs"]] == known, node["type"]
 
 
+@of_every_template
+def test_the_widgets_are_the_schemas_in_its_order(path, pack):
+    check_inputs(nodes_of(path), pack)
+
+
+def test_the_blueprint_takes_a_model_and_words_and_gives_a_lora(pack):
+    """One node for the graph of the first template, in ComfyUI's list of blueprints."""
+    blueprint = json.loads(BLUEPRINT.read_text(encoding="utf-8"))
+    ((node,), (inner,)) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    assert node["type"] == inner["id"]
+    assert inner["name"] == BLUEPRINT.stem
+    check_inputs(inner["nodes"], pack)
+    for outer in (node, inner):
+        names = [slot["name"] for slot in outer["inputs"]]
+        assert names == ["sd_model", "folder", "trigger", "class_name"]
+        assert [slot["name"] for slot in outer["outputs"]] == ["lora", "samples"]
+    template = {n["id"]: n for n in nodes_of(ROOT / "example_workflows/train_a_subject.json")}
+    for same in inner["nodes"]:
+        assert same["widgets_values"] == template[same["id"]]["widgets_values"]
+
+
+def test_the_first_template_is_an_app_too():
+    """The form asks for what the note says to change, and its outputs are pictures."""
+    template = json.loads((ROOT / "example_workflows/train_a_subject.json").read_text("utf-8"))
+    nodes = {n["id"]: n for n in template["nodes"]}
+    form = template["extra"]["linearData"]
+    asked = [name for _, name, _ in form["inputs"]]
+    assert asked == ["checkpoint", "folder", "trigger", "class_name", "name"]
+    for node, name, shown in form["inputs"]:
+        assert shown["description"]
+        assert name in [slot["name"] for slot in nodes[node]["inputs"] if "widget" in slot]
+    assert [nodes[node]["type"] for node in form["outputs"]] == ["CNTLoRAPreviewLoRA"]
+    assert template["extra"]["linearMode"] is False  # it opens as a graph
+
+
+@of_every_template
 def test_the_first_template_validates_on_nothing_foreign(path):
     """An own folder must not be measured by the example's pictures."""
     folders = [n for n in nodes_of(path) if n["type"] == "CNTLoRASubjectImages"]

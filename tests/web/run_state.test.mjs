@@ -3,10 +3,12 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
-const source = readFileSync(new URL("../../web/run_state.js", import.meta.url), "utf8");
-const address = `data:text/javascript,${encodeURIComponent(source)}`;
+const read = (name) => readFileSync(new URL(`../../web/${name}`, import.meta.url), "utf8");
+const address = (source) => `data:text/javascript,${encodeURIComponent(source)}`;
+const say = address(read("say.js"));
 const { accept, columns, emptyState, headline, lossText, numbers, rankRows, speed } =
-  await import(address);
+  await import(address(read("run_state.js").replace("./say.js", say)));
+const { useWords } = await import(say);
 
 const start = { type: "run", run: "a", seq: 1, time: 100, steps: 10, started: 100, folder: "cntlora/7" };
 const step = (n, loss, time = 100 + n) => ({ type: "step", run: "a", seq: n + 1, time, step: n, loss });
@@ -89,4 +91,13 @@ test("the rank map follows the signal, with a column for each kind of projection
   assert.deepEqual(rows.map((row) => row.name), ["down 2.1", "mid", "up 10.0"]);
   assert.equal(rows[0].cells[5], layer(down, "ff.net.2"));
   assert.equal(rows[2].cells[5], undefined);
+});
+
+test("the panel speaks the page's language, and English where the table has no word", (t) => {
+  t.after(() => useWords());
+  useWords({ "{phase}: {done} of {total}": "{total} 中的 {done}：{phase}", refining: "细化" });
+  const phase = { type: "progress", run: "a", seq: 2, phase: "refining", done: 3, total: 9 };
+  const state = stateAfter(start, phase);
+  assert.equal(headline(state), "9 中的 3：细化");
+  assert.equal(numbers(state), "step 0/10");
 });

@@ -1,0 +1,107 @@
+"""The README's pictures of the graph: a run of the first template as a moving picture, and the
+graph after it, from screenshots of the page.
+
+    COMFYUI_PATH=... python tests/e2e/film.py    writes docs/images/run.webp and graph.png
+"""
+
+import io
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+sys.path.insert(0, str(Path(__file__).parent))
+from graph_page import GraphPage
+from server import Server
+
+IMAGES = Path(__file__).resolve().parents[2] / "docs/images"
+STEPS, SAMPLE_EVERY = 60, 10
+FRAMES, FRAME_MS, LAST_MS = 48, 160, 3000
+WIDTH, QUALITY = 900, 55  # px; of WebP
+LARGEST = 1_500_000  # bytes
+# Zoom and offset at which both panels fill the screen, and at which the whole graph does.
+PANELS, WHOLE = (1.0, [-735, 5]), (0.78, [20, 35])
+LOOK_AT = """([scale, offset]) => {
+    const { ds } = window.app.canvas;
+    Object.assign(ds, { scale, offset });
+    window.app.canvas.setDirty(true, true);
+}"""
+DONE = """() => [...document.querySelectorAll('.cntlora-headline')].every((e) =>
+    e.textContent === 'Done')"""
+
+
+def screenshot(page) -> Image.Image:
+    return Image.open(io.BytesIO(page.page.screenshot())).convert("RGB")
+
+
+def look_at(page, view, size) -> None:
+    page.page.set_viewport_size({"width": size[0], "height": size[1]})
+    page.evaluate(LOOK_AT, list(view))
+    page.page.wait_for_timeout(1500)
+
+
+def film(page) -> list[Image.Image]:
+    """A screenshot whenever the panels say something new, until both are done."""
+    frames, said = [screenshot(page)], None
+    page.shorten(steps=STEPS, sample_every=SAMPLE_EVERY)
+    page.run_again()
+    until = time.monotonic() + 900
+    while time.monotonic() < until:
+        now = (page.texts("headline"), page.texts("numbers"), page.texts("step"))
+        if now != said:
+            frames.append(screenshot(page))
+            said = now
+        if len(frames) > 5 and page.evaluate(DONE):
+            page.page.wait_for_timeout(1000)
+            return [*frames, screenshot(page)]
+        page.page.wait_for_timeout(200)
+    raise TimeoutError(said)
+
+
+def write(frames: list[Image.Image], path: Path) -> None:
+    """Evenly chosen frames, the first and the last among them."""
+    count = min(FRAMES, len(frames))
+    chosen = [frames[round(i * (len(frames) - 1) / (count - 1))] for i in range(count)]
+    height = round(chosen[0].height * WIDTH / chosen[0].width)
+    first, *rest = [frame.resize((WIDTH, height), Image.Resampling.LANCZOS) for frame in chosen]
+    durations = [FRAME_MS] * (count - 1) + [LAST_MS]
+    first.save(
+        path,
+        save_all=True,
+        append_images=rest,
+        duration=durations,
+        loop=0,
+        quality=QUALITY,
+        method=6,
+    )
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, more than {LARGEST}")
+
+
+def main() -> None:
+    chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium")
+    server = Server(Path(os.environ["COMFYUI_PATH"]), Path(tempfile.mkdtemp()) / "base")
+    try:
+        server.wait()
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = GraphPage(browser, server, "canvas")
+            page.set("Comfy.Minimap.Visible", False)
+            page.open_example("train_a_subject")
+            look_at(page, PANELS, (980, 860))
+            write(film(page), IMAGES / "run.webp")
+            page.page.wait_for_function("() => window.app.ui.lastQueueSize === 0", timeout=300_000)
+            look_at(page, WHOLE, (1760, 900))
+            screenshot(page).save(IMAGES / "graph.png", optimize=True)
+            browser.close()
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    main()

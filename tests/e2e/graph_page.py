@@ -1,0 +1,112 @@
+"""ComfyUI's page in a browser, with the few things that the tests do there."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
+READY = "() => window.app?.graph && window.app.extensionManager"
+# Calibrate and Train set to `values`, a short preview, and seeds of their own, so that no cache
+# answers.
+SET = """([values, seed]) => {
+    const settings = {
+        CNTLoRACalibrate: values, CNTLoRATrain: values, CNTLoRAPreviewLoRA: { count: 2, steps: 6 },
+    };
+    const graphs = [window.app.graph, ...(window.app.graph.subgraphs?.values() ?? [])];
+    for (const node of graphs.flatMap((graph) => graph.nodes)) {
+        const set = { seed: seed++, ...settings[node.comfyClass] };
+        for (const widget of settings[node.comfyClass] ? node.widgets : []) {
+            if (widget.name in set) widget.value = set[widget.name];
+        }
+    }
+}"""
+TEXTS = "(part) => [...document.querySelectorAll(`.cntlora-${part}`)].map((e) => e.textContent)"
+
+
+class GraphPage:
+    """`said`: what the page wrote into its console since the test began."""
+
+    TEXTS = TEXTS
+
+    def __init__(self, browser, comfyui, renderer: str) -> None:
+        self.comfyui, self.renderer, self.said = comfyui, renderer, []
+        comfyui.post("/settings/Comfy.TutorialCompleted", True)  # or templates lie over the graph
+        comfyui.post("/settings/Comfy.VueNodes.Enabled", renderer == "vue")
+        self.page = browser.new_page(viewport={"width": 1440, "height": 900}, locale="en-US")
+        self.page.on("console", lambda m: self.said.append(f"{m.type}: {m.text} {m.location}"))
+        self.page.on("pageerror", lambda error: self.said.append(f"error: {error.stack}"))
+        self.page.goto(comfyui.url)
+        self._ready()
+
+    def _ready(self) -> None:
+        self.page.wait_for_function(READY, timeout=120_000)
+        self.page.wait_for_timeout(3000)
+
+    @property
+    def has_renderer(self) -> bool:
+        return self.evaluate("() => !!window.LiteGraph.vueNodesMode") == (self.renderer == "vue")
+
+    def reload(self) -> None:
+        self.page.reload()
+        self._ready()
+
+    def evaluate(self, script: str, value=None):
+        return self.page.evaluate(script, value)
+
+    def open_example(self, name: str) -> None:
+        self.open_graph(json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8")))
+
+    def open_graph(self, graph: dict) -> None:
+        self.evaluate("async (graph) => { await window.app.loadGraphData(graph) }", graph)
+        self.page.wait_for_timeout(1500)
+
+    def graph(self) -> dict:
+        return self.evaluate("() => window.app.graph.serialize()")
+
+    def run(self, **values) -> None:
+        """Press Run with Calibrate and Train set to `values`."""
+        self.shorten(**values)
+        self.run_again()
+
+    def shorten(self, **values) -> None:
+        """Calibrate and Train set to `values`, a short preview, nothing that a cache knows."""
+        self.evaluate(SET, [values, time.time_ns() % 2**31])
+
+    def run_again(self) -> None:
+        self.evaluate("() => { window.app.queuePrompt(0) }")
+
+    def texts(self, part: str) -> list[str]:
+        return self.evaluate(TEXTS, part)
+
+    def wait_for(self, part: str, pattern: str, seconds: float = 90) -> None:
+        """Until every such text of the panels fits, one at least."""
+        self.page.wait_for_function(
+            f"""([part, pattern]) => {{
+                const found = ({TEXTS})(part);
+                return found.length > 0 && found.every((text) => new RegExp(pattern).test(text));
+            }}""",
+            arg=[part, pattern],
+            timeout=seconds * 1000,
+        )
+
+    def set(self, setting: str, value) -> None:
+        """One of ComfyUI's settings, as its dialog does."""
+        self.evaluate(
+            "async ([id, value]) => { await window.app.extensionManager.setting.set(id, value) }",
+            [setting, value],
+        )
+        self.page.wait_for_timeout(500)
+
+    def fit(self) -> None:
+        """The whole graph in sight."""
+        self.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        self.page.wait_for_timeout(1000)
+
+    def shot(self, name: str) -> None:
+        """A screenshot, where E2E_OUTPUT names a folder."""
+        if os.environ.get("E2E_OUTPUT"):
+            folder = Path(os.environ["E2E_OUTPUT"])
+            self.page.screenshot(path=str(folder / f"{self.renderer}_{name}.png"))

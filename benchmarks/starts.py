@@ -11,8 +11,9 @@ from peer_starts import METHODS, PeerStart, peer_start
 
 from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.calibration.closed_form import unit_response
-from cntlora_core.calibration.moments import record
+from cntlora_core.calibration.moments import Moments
 from cntlora_core.calibration.ranks import uniform_ranks
+from cntlora_core.calibration.recording import record
 from cntlora_core.config import CalibrationConfig
 from cntlora_core.data.batches import draw_noised
 from cntlora_core.data.encoded import EncodedImages
@@ -136,9 +137,11 @@ def _random(model: StableDiffusion, subject: EncodedImages, rank: int, seed: int
     generator = torch.Generator().manual_seed(seed)
     projections = find_projections(model.unet)
     triples = draw_noised(subject, 8 * BATCH, len(model.schedule), generator)
-    with record(model.unet, projections, backward=False) as moments, torch.no_grad():
+    moments = Moments()
+    with record(model.unet, projections, backward=False) as recording, torch.no_grad():
         for batch in triples.batches(BATCH):
             batch.loss(model)
+            moments.take_in(recording.take())
     drawn = gaussian_init(projections, uniform_ranks(projections, rank), generator)
     lora = {
         p.name: replace(

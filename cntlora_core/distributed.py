@@ -75,3 +75,11 @@ def local_device(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
+
+
+def gathered(own: Tensor, group: Group) -> Tensor:
+    """The tensors of all processes, of one shape `[size, ...]`."""
+    every = own.new_zeros(group.size, *own.shape)
+    every[group.rank] = own
+    group.sum_([every])
+    return every

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..config import CalibrationConfig
 from ..data.batches import Batch, NoisedSet, batch_order, draw_batch, draw_noised, mean_loss
@@ -16,7 +17,7 @@ from ..distributed import ALONE, Group
 from ..events import Calibrated, Notice, Observer, ignore
 from ..lora.adapter import Factors, LoRA, attached_lora, default_init, gaussian_init
 from ..lora.targets import Projection, find_projections, targets_for
-from .closed_form import Components, cholesky, output_power, parabola_step, unit_response
+from .closed_form import Components, output_power, parabola_step, unit_response
 from .constraints import Constraint, Metric, make_constraint
 from .measure import Sweep, measure
 from .moments import Moments
@@ -90,7 +91,7 @@ def calibrate(
     }
 
     # fit the step
-    slope = _slope(projections, update, moments, count) if constraint.backward else None
+    slope = _slope(projections, solved, ranks, moments, count) if constraint.backward else None
     first = FIRST_CHANGE / max(_relative_change(model, projections, update, moments), 1e-12)
     step, loss = parabola_step(
         lambda step: passes.loss(triples, _scaled(update, step)), base, first, slope
@@ -102,7 +103,7 @@ def calibrate(
 
     # refine
     importance = Importance.measured(swept.timesteps, swept.norms, timesteps)
-    natural = NaturalStart(projections, metric, moments, step)
+    natural = NaturalStart(projections, metric, moments.on(torch.device("cpu")), step)
     if config.refinements:
         refined, reached = passes.refined(subject, lora, natural, importance, generator)
         # Against the base, not the start: the start was fitted to these very triples, so its loss
@@ -110,8 +111,7 @@ def calibrate(
         if (after := passes.loss(triples, refined)) < base:
             lora, loss, natural = refined, after, reached
     done = _finish(config, lora, energy, base, loss, step, passes, started)
-    handed = natural if natural.light else None
-    done = replace(done, importance=importance, natural=handed)
+    done = replace(done, importance=importance, natural=natural)
     if metric.prior is None:
         return done
     preservation = preserve(
@@ -207,19 +207,18 @@ def _solve(
     config: CalibrationConfig,
     generator: torch.Generator,
 ) -> dict[str, Components]:
-    """The leading components of every projection's update; as many as its rank could become. fp64,
-    on the CPU."""
+    """The leading components of every projection's update; as many as its rank could become."""
     most = config.rank * (MAX_RANK_FACTOR if config.rank_rule == "data" else 1)
-    like = torch.zeros((), dtype=torch.float64)
-    solved, held = {}, ("", like)
-    for p in sorted(
-        projections, key=lambda p: p.input_key
-    ):  # those that read one input share its factor
-        if p.input_key != held[0]:
-            held = p.input_key, cholesky(metric.K(p, moments, like))
-        weight = model.unet.get_submodule(p.name).weight.detach().cpu()
-        solved[p.name] = constraint.components(p, weight, moments, held[1], most, generator)
-    return solved
+    return {
+        p.name: constraint.components(
+            p, _weight(model, p), moments, metric.K(p, moments), most, generator
+        )
+        for p in projections
+    }
+
+
+def _weight(model: StableDiffusion, projection: Projection) -> Tensor:
+    return model.unet.get_submodule(projection.name).weight.detach().float()
 
 
 def _ranks(
@@ -233,10 +232,9 @@ def _ranks(
 
 
 def _factors(projection: Projection, components: Components, moments: Moments) -> Factors:
-    up, down = unit_response(
-        components.up * components.sigma, components.down, moments.C(projection).to(components.down)
-    )
-    return Factors(up.float(), down.float())
+    up = components.up * components.sigma
+    up, down = unit_response(up, components.down, moments.C(projection))
+    return Factors(up.cpu(), down.cpu())
 
 
 def _scaled(update: LoRA, step: float) -> LoRA:
@@ -244,14 +242,18 @@ def _scaled(update: LoRA, step: float) -> LoRA:
 
 
 def _slope(
-    projections: Sequence[Projection], update: LoRA, moments: Moments, pictures: int
+    projections: Sequence[Projection],
+    solved: Mapping[str, Components],
+    ranks: Mapping[str, int],
+    moments: Moments,
+    pictures: int,
 ) -> float:
-    """How the mean loss starts to change along the update: the sum over layers of <dL/dW, D>."""
+    """How the mean loss starts to change along the update: the sum over layers of <dL/dW, D>, of
+    which each component's part is its sigma^2."""
     falls = [
-        float((moments.G(p) * update[p.name].delta()).sum()) * moments.tokens(p)
-        for p in projections
+        float(solved[p.name].score[: ranks[p.name]].sum()) * moments.passed(p) for p in projections
     ]
-    return sum(falls) / pictures
+    return -sum(falls) / pictures
 
 
 def _relative_change(
@@ -264,14 +266,10 @@ def _relative_change(
     outputs."""
     squares = []
     for p in projections:
-        C = moments.C(p)
-        weight = model.unet.get_submodule(p.name).weight.detach().cpu().float()
-        squares.append(
-            float(
-                output_power(update[p.name].delta(), C).sum()
-                / output_power(weight, C).sum().clamp_min(1e-30)
-            )
-        )
+        C, weight = moments.C(p), _weight(model, p)
+        up, down = update[p.name].up.to(weight), update[p.name].down.to(weight)
+        moved = (up.T @ up * (down @ C.matmul(down.T))).sum()
+        squares.append(float(moved / output_power(weight, C).sum().clamp_min(1e-30)))
     return (sum(squares) / len(squares)) ** 0.5
 
 
@@ -290,9 +288,10 @@ def _batches(
         config.batch_size * group.size,
         config.refinements,
         torch.Generator().manual_seed(config.seed),
+        importance,
     )
-    for index in order:
-        batch = draw_batch(subject, index, timesteps, generator, importance)
+    for turn, index in enumerate(order):
+        batch = draw_batch(subject, index, timesteps, generator, importance, turn)
         yield batch[group.rank :: group.size]
 
 

@@ -1,4 +1,4 @@
-"""How each mode turns what a sweep measured into an update. One solver, two right-hand sides."""
+"""How each init turns what a sweep measured into an update. One solver, two right-hand sides."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..lora.targets import Projection
-from .closed_form import Components, cholesky, damped, domain_components, target_components
+from .closed_form import Components, domain_components, target_components
 from .moments import Moments
+from .second_moment import SecondMoment
 
 
 class Constraint(Protocol):
@@ -24,16 +25,16 @@ class Constraint(Protocol):
         projection: Projection,
         weight: Tensor,
         moments: Moments,
-        L: Tensor,
+        K: SecondMoment,
         rank: int,
         generator: torch.Generator,
     ) -> Components:
-        """The leading terms of the update; `L` `[d, d]` is the Cholesky factor of K."""
+        """The leading terms of the update in the metric `K` of the layer's inputs."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Align with what the denoising loss asks of this layer: R = -P G (a forward and a backward
+    """Align with what the denoising loss asks of this layer: R = -P^-1 G (a forward and a backward
     sweep)."""
 
     rho: float
@@ -44,12 +45,12 @@ class Target:
         projection: Projection,
         weight: Tensor,
         moments: Moments,
-        L: Tensor,
+        K: SecondMoment,
         rank: int,
         generator: torch.Generator,
     ) -> Components:
-        M = cholesky(damped(moments.S(projection).to(L), self.rho))
-        return target_components(moments.G(projection).to(L), M, L, rank, generator)
+        P = moments.S(projection).damped(self.rho)
+        return target_components(moments.G(projection).to(weight), P, K, rank, generator)
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ class Domain:
         projection: Projection,
         weight: Tensor,
         moments: Moments,
-        L: Tensor,
+        K: SecondMoment,
         rank: int,
         generator: torch.Generator,
     ) -> Components:
-        return domain_components(weight.to(L), moments.C(projection).to(L), L, rank, generator)
+        return domain_components(weight, moments.C(projection), K, rank, generator)
 
 
 def make_constraint(init: str, rho: float) -> Constraint:
@@ -92,12 +93,14 @@ class Metric:
     prior: Moments | None = None
     weight: float = 0.0
 
-    def K(self, projection: Projection, moments: Moments, like: Tensor) -> Tensor:
-        """`[d, d]` (`[d]` where only the diagonal is kept), device and dtype of `like`."""
-        C = moments.C(projection).to(like)
-        extra = (
-            None
-            if self.prior is None or not self.weight
-            else self.weight * self.prior.C(projection).to(like)
-        )
-        return damped(C, self.rho, extra)
+    def K(self, projection: Projection, moments: Moments) -> SecondMoment:
+        """Of the layer's inputs `[d, d]`."""
+        C = moments.C(projection)
+        K = C.damped(self.rho)
+        if self.prior is None or not self.weight:
+            return K
+        return K.plus(self.prior.C(projection), self.weight)
+
+    def P(self, projection: Projection, moments: Moments) -> SecondMoment:
+        """Of its outputs `[m, m]`."""
+        return moments.S(projection).damped(self.rho)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ..data.batches import NoisedSet
-from ..distributed import Group
+from ..distributed import ALONE, Group
 from ..errors import NonFiniteError
 from ..events import Observer, Progress
 from ..lora.targets import Projection
 from ..model.gradient_checkpointing import recomputing_activations
-from .moments import Moments, record
+from .moments import Moments
+from .recording import record
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
@@ -47,39 +47,55 @@ def measure(
 ) -> Sweep:
     """One pass; `backward` adds what needs gradients.
 
-    Raises NonFiniteError when the loss is not a number.
+    Raises NonFiniteError when a loss or a gradient is not a number.
     """
     total, done, norms = torch.zeros(1, dtype=torch.float64), 0, []
-    mine = triples.share(group)
     recompute = recomputing_activations(model.unet, gradient_checkpointing and backward)
     scale = gradient_scale(model.dtype)
-    with record(model.unet, projections, backward=backward, loss_scale=scale) as moments, recompute:
-        for batch in mine.batches(batch_size):
+    moments = Moments()
+    gradient = moments.add_gradient if backward else None
+    with (
+        record(
+            model.unet, projections, backward=backward, gradient=gradient, loss_scale=scale
+        ) as recording,
+        recompute,
+    ):
+        for batch in triples.batches(batch_size * group.size):
+            # What cannot be shared out everyone looks at, and the first process counts.
+            sharing = group if len(batch) % group.size == 0 else ALONE
+            counts = sharing is group or group.rank == 0
+            mine = batch[sharing.rank :: sharing.size]
             with torch.set_grad_enabled(backward):
-                losses = batch.loss(model)
+                losses = mine.loss(model)
+            seen = losses.detach().cpu().double().sum()
             if backward:
+                recording.gradient = moments.add_gradient if counts else _ignored
                 (losses.sum() * scale).backward()
-                weights = 1 if batch.weights is None else batch.weights
-                norms.append(moments.gradient_norms() / weights)
-            total += losses.detach().cpu().double().sum()
+                weights = 1 if mine.weights is None else mine.weights
+                norms.append(_everyones(recording.gradient_norms() / weights, len(batch), sharing))
+            if not torch.isfinite(seen + (norms[-1].sum() if backward else 0)):
+                raise NonFiniteError(_why_not_finite(model), step=0)
+            total += seen if counts else 0
+            moments.take_in(recording.take().together(sharing))
             done += len(batch)
-            observer(Progress(phase, done, len(mine)))
+            observer(Progress(phase, done, len(triples)))
     group.sum_([total])
-    moments.combine(group)
+    moments.combine_gradients(group)
     loss = float(total) / len(triples)
-    if not math.isfinite(loss):
-        raise NonFiniteError(_why_not_finite(model), step=0)
     timesteps = torch.cat([batch.timesteps.cpu() for batch in triples.sizes])
-    return Sweep(moments, loss, timesteps, _gathered(norms, triples, group) if backward else None)
+    return Sweep(moments, loss, timesteps, torch.cat(norms) if backward else None)
 
 
-def _gathered(norms: list[Tensor], triples: NoisedSet, group: Group) -> Tensor:
-    """The norms of all processes' triples, in the order of `triples`."""
-    places = torch.arange(len(triples)).split([len(batch) for batch in triples.sizes])
-    everyone = torch.zeros(len(triples))
-    everyone[torch.cat([part[group.rank :: group.size] for part in places])] = torch.cat(norms)
-    group.sum_([everyone])
-    return everyone
+def _ignored(_name: str, _total: Tensor, _tokens: int) -> None:
+    pass
+
+
+def _everyones(own: Tensor, count: int, sharing: Group) -> Tensor:
+    """The norms of all processes' parts of a batch, in its order `[count]`."""
+    every = torch.zeros(count)
+    every[sharing.rank :: sharing.size] = own
+    sharing.sum_([every])
+    return every
 
 
 def gradient_scale(dtype: torch.dtype) -> float:
@@ -95,6 +111,6 @@ def _why_not_finite(model: StableDiffusion) -> str:
                 "or infinite values. Download it again or choose another."
             )
     return (
-        f"The loss of '{model.name}' is not finite before training. Try "
+        f"The loss of '{model.name}' or its gradient is not finite before training. Try "
         "precision fp32 or bf16, or another VAE."
     )

@@ -5,13 +5,13 @@ came in and went out, the length is the sweep's own step, shrinking with the num
 
 The moments of the very batch belong into the metric. Without them the first steps run off along
 directions that the base model's gradients had hardly any of; with them no step can be long where
-the gradient is new. Later the factors of a metric are kept for some steps, and each factor's step
-is held to its usual natural length instead.
+the gradient is new. Later a metric is kept for some steps, and each factor's step is held to its
+usual natural length instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,22 +22,21 @@ from torch import Tensor, nn
 from ..distributed import ALONE, Group
 from ..lora.adapter import Adapters
 from ..lora.targets import Projection
-from .closed_form import damped, factor_steps, inverse
+from .closed_form import factor_steps
 from .constraints import Metric
-from .moments import ON_DEVICE, Moments, moment_bytes, record
+from .moments import Moments
+from .recording import Seen, record
+from .second_moment import SecondMoment, stack
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
 
 # Of the sweep's step that a batch takes, and the steps after which it has shrunk by the square root
-# of 2. With batches of 2 a share of 0.4 was best or level on six subjects; from 0.8 on some
-# overshoot.
-STEP_SHARE = 0.4
+# of 2 (docs/experiments.md, six subjects).
+STEP_SHARE = 0.55
 LASTING = 16
-FRESH = 8  # first steps, each of which factorises its metric anew
-REFRESH = 8  # steps that the factors of a metric are kept after those
-SAMPLED = 4  # of the steps after the first, every so many are recorded: recording costs a third
-TOGETHER = 16  # layers of one shape that step at once; SDXL's take 26 MB each meanwhile
+FRESH = 8  # first steps, each of which looks on at its passes and brings the metric up to date
+REFRESH = 4  # steps that a metric is kept after those
 LENGTH_MEMORY = 0.9  # of the running mean of a factor's natural length
 LENGTH_GROWTH = 1.5  # a kept metric lets a step's length raise that mean by so much at most
 
@@ -53,30 +52,24 @@ class NaturalStart:
     step: float
     made: int = 0
 
-    @property
-    def light(self) -> bool:
-        """Whether the metric may be held on the device, factorised, and handed on to training.
-        SDXL's may not: it is factorised layer by layer, from moments on the host."""
-        return moment_bytes(self.projections) <= ON_DEVICE
-
 
 @dataclass(frozen=True)
 class _Metrics:
     """The metrics of g projections of one shape, `K` `[g, d, d]` of the inputs and `P` `[g, m, m]`
-    of the outputs (or their diagonals), and their inverses."""
+    of the outputs, and their inverses."""
 
     names: tuple[str, ...]
-    P: Tensor
-    K: Tensor
-    P_inverse: Tensor
-    K_inverse: Tensor
+    P: SecondMoment
+    K: SecondMoment
+    P_inverse: SecondMoment
+    K_inverse: SecondMoment
 
 
 class NaturalGradient(torch.optim.Optimizer):
     """Steps on the adapters whose weights lie in `flat`, in the shape of torch's optimisers.
 
-    Its state is the metric: the moments that it was last factorised from, and those that came in
-    since. Each step wants the passes of its batch made inside `recording`.
+    Its state is the metric: the moments that it was made from. Each step wants the passes of its
+    batch made inside `recording`.
     """
 
     def __init__(
@@ -90,13 +83,9 @@ class NaturalGradient(torch.optim.Optimizer):
         super().__init__([flat], {"step": start.step, "made": start.made})
         self.flat, self.adapters, self.projections = flat, adapters, start.projections
         self.metric, self.group = start.metric, group
-        self.light = start.light
-        self.storage = device if self.light else torch.device("cpu")
-        # Nobody else wants the moments of a metric that is not handed on.
-        self.moments = start.moments.on(self.storage, copy=self.light)
+        self.moments = start.moments.on(device)
         self.groups = _by_shape(start.projections, adapters)
-        self.since = Moments()
-        self.seen, self.pictures = Moments(), 1
+        self.seen, self.pictures = Seen(), 1
         self.tokens: dict[str, float] = {}  # of a picture, by projection
         self.lengths: dict[str, Tensor] = {}
         self.metrics: list[_Metrics] = []
@@ -108,6 +97,13 @@ class NaturalGradient(torch.optim.Optimizer):
         share: float = STEP_SHARE * settings["step"] / (1 + settings["made"] / LASTING) ** 0.5
         return share
 
+    @property
+    def fresh(self) -> bool:
+        """Whether the next step's passes are looked on at, and the metric is brought up to date."""
+        (settings,) = self.param_groups
+        made: int = settings["made"]
+        return made < FRESH or made % REFRESH == 0 or not self.tokens
+
     @contextmanager
     def recording(
         self, model: StableDiffusion, pictures: int, scale: float = 1.0
@@ -116,40 +112,39 @@ class NaturalGradient(torch.optim.Optimizer):
         of all processes."""
         self.pictures = pictures
         (settings,) = self.param_groups
-        if self.tokens and settings["made"] >= FRESH and settings["made"] % SAMPLED:
+        if not self.fresh:
             yield
             return
         with record(
             model.unet,
             self.projections,
             backward=True,
-            cross=False,
-            storage=self.storage,
             loss_scale=scale / pictures,
-        ) as seen:
+            turn=settings["made"],
+        ) as recording:
             yield
-        self.seen.merge(seen)
+        self.seen.extend(recording.take())
+
+    def forget(self) -> None:
+        """What a step saw that was not made: its gradient was no number."""
+        self.seen = Seen()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step along the gradient of `flat`, that of a mean over the recorded pictures."""
         (settings,) = self.param_groups
-        seen, self.seen = self.seen, Moments()
-        seen.combine(self.group)
-        self.tokens |= {name: mean.count / self.pictures for name, mean in seen.grads.items()}
-        fresh = not self.light or settings["made"] < FRESH or settings["made"] % REFRESH == 0
-        (self.moments if fresh else self.since).merge(seen)
+        fresh = self.fresh
         if fresh:
-            self._take_in()
+            seen, self.seen = self.seen.together(self.group), Seen()
+            self.tokens |= {p.name: n / self.pictures for p, n in seen.came_back(self.projections)}
+            self.moments.take_in(seen)
+        if fresh or not self.metrics:
+            inputs: dict[str, tuple[SecondMoment, SecondMoment]] = {}
+            self.metrics = [self._metrics(group, inputs) for group in self.groups]
         grads = self._gradients()
-        for metrics in self._metrics(fresh):
+        for metrics in self.metrics:
             self._move(metrics, grads, fresh)
         settings["made"] += 1
-
-    def _take_in(self) -> None:
-        """What came in since the last factorisation joins the moments."""
-        self.moments.merge(self.since)
-        self.since = Moments()
 
     def _gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
         """By projection those of B and A, per token, parts of `flat.grad`."""
@@ -196,43 +191,35 @@ class NaturalGradient(torch.optim.Optimizer):
             return torch.ones_like(lengths)
         return (usual / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).clamp_max(1.0)
 
-    def _metrics(self, fresh: bool) -> Iterable[_Metrics]:
-        """Of all projections, those of one shape together; kept where they are light."""
-        if not self.light:
-            return (self._factorised(group, {}) for group in self.groups)
-        if fresh or not self.metrics:
-            inputs: dict[str, tuple[Tensor, Tensor]] = {}
-            self.metrics = [self._factorised(group, inputs) for group in self.groups]
-        return self.metrics
-
-    def _factorised(
-        self, group: Sequence[Projection], inputs: dict[str, tuple[Tensor, Tensor]]
+    def _metrics(
+        self, group: Sequence[Projection], inputs: dict[str, tuple[SecondMoment, SecondMoment]]
     ) -> _Metrics:
         """From the moments as they are; `inputs` shares K among those that read one input."""
         rows = []
         for p in group:
             if p.input_key not in inputs:
-                K = self.metric.K(p, self.moments, self.flat)
-                inputs[p.input_key] = K, inverse(K)
-            P = damped(self.moments.S(p).to(self.flat), self.metric.rho)
+                K = self.metric.K(p, self.moments)
+                inputs[p.input_key] = K, K.inverse()
+            P = self.metric.P(p, self.moments)
             K, K_inverse = inputs[p.input_key]
-            rows.append((P, K, inverse(P), K_inverse))
-        parts = (torch.stack(part) for part in zip(*rows, strict=True))
-        return _Metrics(tuple(p.name for p in group), *parts)
+            rows.append((P, K, P.inverse(), K_inverse))
+        return _Metrics(
+            tuple(p.name for p in group), *(stack(part) for part in zip(*rows, strict=True))
+        )
 
     def reached(self) -> NaturalStart:
         """What further steps would start from, in all that was seen."""
         (settings,) = self.param_groups
-        self._take_in()
+        moments = self.moments.on(torch.device("cpu"))
         return NaturalStart(
-            self.projections, self.metric, self.moments, settings["step"], settings["made"]
+            self.projections, self.metric, moments, settings["step"], settings["made"]
         )
 
     # --- to a file and back --------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """As torch's, the tensors under parameter 0."""
-        tensors = self.moments.to_tensors("metric.") | self.since.to_tensors("since.")
+        tensors = self.moments.to_tensors("metric.")
         tensors |= {f"length.{key}": value for key, value in self.lengths.items()}
         tensors |= {f"tokens.{key}": torch.tensor(n) for key, n in self.tokens.items()}
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
@@ -242,8 +229,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """Raises KeyError where something is missing."""
         tensors = state_dict["state"][0]
         self.param_groups[0].update(state_dict["param_groups"][0])
-        self.moments = Moments.from_tensors(tensors, "metric.").on(self.storage)
-        self.since = Moments.from_tensors(tensors, "since.").on(self.storage)
+        self.moments = Moments.from_tensors(tensors, "metric.", self.flat.device)
         self.lengths = {
             key.removeprefix("length."): value.to(self.flat.device)
             for key, value in tensors.items()
@@ -258,14 +244,10 @@ class NaturalGradient(torch.optim.Optimizer):
 
 
 def _by_shape(projections: Sequence[Projection], adapters: Adapters) -> list[list[Projection]]:
-    """Projections whose factors and metrics have one shape, `TOGETHER` at most."""
+    """Projections whose factors and metrics have one shape."""
     groups: dict[tuple[object, ...], list[Projection]] = {}
     for p in projections:
         layer = adapters.layers[p.name]
         shape = layer.up.shape, layer.down.shape, p.diagonal_in, p.diagonal_out
         groups.setdefault(shape, []).append(p)
-    return [
-        group[start : start + TOGETHER]
-        for group in groups.values()
-        for start in range(0, len(group), TOGETHER)
-    ]
+    return list(groups.values())

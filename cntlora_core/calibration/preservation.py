@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..lora.adapter import Adapters
 from ..lora.targets import Projection
-from .closed_form import damped, diagonal, moment_matmul
-from .moments import ON_DEVICE, Moments
+from .moments import Moments
+from .second_moment import SecondMoment, moved
 
 # Of calibration's lambda. Over three subjects and 60 steps a sixteenth halved what AdamW forgot for
 # 0.00 to 0.02 of the loss; a quarter removed two thirds of it, but held back a subject that had
@@ -28,30 +28,26 @@ PRESERVATION_SHARE = 1 / 16
 class Preservation:
     """The quadratic 1/2 sum over layers of tr(diag(w) D C_p D^T), D = B A, in units of the loss.
 
-    By projection: `outputs` holds w `[m]`, `inputs` C_p `[d, d]` (`[d]` where only the diagonal is
-    kept), one tensor for projections that read the same input. On the host, where a calibration may
-    wait for its training.
+    By projection: `outputs` holds w `[m]`, `inputs` C_p, one for projections that read the same
+    input.
     """
 
     outputs: Mapping[str, Tensor]
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, SecondMoment]
 
     def on(self, device: torch.device) -> Preservation:
-        """On `device`, if that takes no more than `ON_DEVICE`."""
-        shared = {id(C): C for C in self.inputs.values()}
-        if sum(C.nbytes for C in shared.values()) > ON_DEVICE:
-            return self
-        moved = {key: C.to(device) for key, C in shared.items()}
+        """On `device`; calibration leaves it on the host, where it may wait for its training."""
+        shared = {id(C): moved(C, device) for C in self.inputs.values()}
         outputs = {name: w.to(device) for name, w in self.outputs.items()}
-        return Preservation(outputs, {name: moved[id(C)] for name, C in self.inputs.items()})
+        return Preservation(outputs, {name: shared[id(C)] for name, C in self.inputs.items()})
 
     def loss(self, adapters: Adapters) -> Tensor:
         """Of the adapters as they are, a scalar. Costs products with C_p, none with the model."""
         terms = []
         for name, layer in adapters.layers.items():
             w, C = self.outputs[name], self.inputs[name]
-            up, down = layer.up.to(C.device), layer.down.to(C.device)
-            terms.append((up.T @ moment_matmul(w, up) * (down @ moment_matmul(C, down.T))).sum())
+            up, down = layer.up, layer.down
+            terms.append((up.T @ (w[:, None] * up) * (down @ C.matmul(down.T))).sum())
         return torch.stack(terms).sum() / 2
 
 
@@ -72,15 +68,11 @@ def preserve(
     1/(2 step) tr(S D K D^T) for each token, has its minimum at `step`; its term of C_p, with the
     diagonal of S (damped by `rho`) for S, is what training keeps small.
     """
-    outputs, inputs, shared = {}, {}, {}
+    outputs, inputs = {}, {}
     for p in projections:
-        curvature = damped(diagonal(subject.S(p)), rho)
-        outputs[p.name] = (
-            (PRESERVATION_SHARE * weight * subject.tokens(p) / pictures / step * curvature)
-            .float()
-            .cpu()
-        )
-        if p.input_key not in shared:
-            shared[p.input_key] = prior.C(p).float().cpu()
-        inputs[p.name] = shared[p.input_key]
-    return Preservation(outputs, inputs)
+        curvature = subject.S(p).diagonal()
+        curvature = curvature + rho * curvature.mean()
+        passed = subject.passed(p) / pictures
+        outputs[p.name] = PRESERVATION_SHARE * weight * passed / step * curvature
+        inputs[p.name] = prior.C(p)
+    return Preservation(outputs, inputs).on(torch.device("cpu"))

@@ -67,7 +67,7 @@ def refine(
     reached = natural.reached()
     moments = reached.moments
     unit = {
-        p.name: Factors(*unit_response(f.up, f.down, moments.C(p).cpu()))
+        p.name: Factors(*unit_response(f.up, f.down, moments.C(p)))
         for p in start.projections
         for f in (refined[p.name],)
     }

@@ -18,6 +18,7 @@ from ..model.noise_schedule import stratified_timesteps
 BINS = 32
 UNIFORM_SHARE = 0.25  # of the draws, whatever was measured: no weight is above its inverse, 4
 USUAL_FALL = 2.0  # of the logarithm of the norm, over the whole schedule
+GOLDEN = (5**0.5 - 1) / 2
 RIDGE = 0.02  # on the curve's slope and bend: 8 measurements, each off by half of itself
 
 
@@ -53,12 +54,15 @@ class Importance:
         density = UNIFORM_SHARE + (1 - UNIFORM_SHARE) * heights / heights.mean()
         return cls(tuple(density.tolist()))
 
-    def draw(self, count: int, steps: int, generator: torch.Generator) -> Tensor:
-        """`count` timesteps, stratified over the density, in random order `[count]`."""
+    def draw(
+        self, count: int, steps: int, generator: torch.Generator, place: float | None = None
+    ) -> Tensor:
+        """`count` timesteps, stratified over the density, in random order `[count]`; each at the
+        same `place` in [0, 1) of its part, or anywhere."""
         share = torch.tensor(self.density, dtype=torch.float64)
         edges = torch.cat([share.new_zeros(1), share.cumsum(0) / share.sum()])
         draws = torch.rand(count, generator=generator, dtype=torch.float64)
-        u = (torch.arange(count) + draws) / count
+        u = (torch.arange(count) + (draws if place is None else place)) / count
         at = torch.searchsorted(edges, u, right=True).clamp(1, len(share)) - 1
         inside = (u - edges[at]) / (edges[at + 1] - edges[at])
         t = ((at + inside) / len(share) * steps).long().clamp(0, steps - 1)
@@ -71,10 +75,19 @@ class Importance:
 
 
 def draw_timesteps(
-    importance: Importance | None, count: int, steps: int, generator: torch.Generator
+    importance: Importance | None,
+    count: int,
+    steps: int,
+    generator: torch.Generator,
+    turn: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Stratified timesteps `[count]` and their weights; uniform ones weigh alike (None)."""
+    """Stratified timesteps `[count]` and their weights; uniform ones weigh alike (None).
+
+    Those of many batches together, each with its number as `turn`, cover the schedule evenly: their
+    places step through it by the golden ratio (the additive recurrence of least discrepancy).
+    """
     if importance is None:
         return stratified_timesteps(count, steps, generator), None
-    t = importance.draw(count, steps, generator)
+    place = None if turn is None else (turn + 0.5) * GOLDEN % 1
+    t = importance.draw(count, steps, generator, place)
     return t, importance.weights(t, steps)

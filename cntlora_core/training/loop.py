@@ -49,7 +49,7 @@ def train(
     size = config.batch_size * config.accumulation * group.size  # pictures a step
     # The order is drawn before all else, also in a resumed run.
     start = torch.Generator().manual_seed(config.seed)
-    order = batch_order(subject, size, config.steps, start)
+    order = batch_order(subject, size, config.steps, start, state.importance)
     if prior:
         prior.prepare(size, config.steps, start, state.importance)
     if state.step == 0:
@@ -175,7 +175,7 @@ def _draw(
 ) -> Batch:
     """The step's batch, with the draws that some settings add."""
     generator = state.generator
-    batch = draw_batch(subject, index, timesteps, generator, state.importance)
+    batch = draw_batch(subject, index, timesteps, generator, state.importance, state.step)
     noise, words = batch.noise, batch.conditioning
     if config.noise_offset:
         shift = torch.randn(*noise.shape[:2], 1, 1, generator=generator).to(noise.device)

@@ -163,7 +163,7 @@ class SavedState:
             return None
         prefix = "optimizer.0."
         tensors = {k.removeprefix(prefix): v for k, v in self.tensors.items() if prefix in k}
-        moments = Moments.from_tensors(tensors, "metric.")
+        moments = Moments.from_tensors(tensors, "metric.", torch.device("cpu"))
         trained = [p for p in projections if p.name in self.lora]
         return NaturalStart(trained, metric, moments, settings["step"], settings["made"])
 

@@ -103,6 +103,8 @@ class TrainState:
     def begin_step(self) -> None:
         """Back to the weights that are trained."""
         self.flat.detach().copy_(self.live)
+        if self.natural:
+            self.natural.forget()
 
     def end_step(self) -> None:
         """The step counts; between steps everybody sees the running mean."""

@@ -6,7 +6,6 @@ import torch
 from cntlora_core import config as config_module
 from cntlora_core.calibration import calibrate as calibration_module
 from cntlora_core.calibration.calibrate import calibrate
-from cntlora_core.calibration.moments import record
 from cntlora_core.calibration.ranks import budget_of
 from cntlora_core.config import CalibrationConfig
 from cntlora_core.data.batches import draw_noised, fixed_noised, mean_loss
@@ -17,6 +16,23 @@ from cntlora_core.lora.adapter import attached_lora, parameter_count
 from cntlora_core.lora.targets import find_projections
 
 QUICK = CalibrationConfig(effort="quick", batch_size=2, seed=1)
+
+
+def input_moments(model, projections, triples):
+    """E[x x^T] of every projection, whole."""
+    found, handles = {}, []
+    for p in projections:
+
+        def keep(_module, args, name=p.name):
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            found[name] = rows.T @ rows / len(rows)
+
+        handles.append(model.unet.get_submodule(p.name).register_forward_pre_hook(keep))
+    with torch.no_grad():
+        triples.sizes[0].loss(model)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +50,14 @@ def test_refining_goes_on_where_the_sweep_ends(mini_sd, subject, held_out):
     """Lower on pictures that calibration never saw, and the cost is told."""
     losses = {}
     validate = fixed_noised(held_out, 1000)
-    for effort in ("quick", "balanced", "thorough"):
+    for effort in ("quick", "balanced"):
         start = calibrate(mini_sd, subject, dataclasses.replace(QUICK, effort=effort))
         with attached_lora(mini_sd.unet, start.lora):
             losses[effort] = mean_loss(mini_sd, validate, 8)
-    assert start.report.backward_passes == (4 + 108) * 2
+    assert start.report.backward_passes == (4 + 48) * 2
     base = mean_loss(mini_sd, validate, 8)
-    assert losses["thorough"] < losses["balanced"] < 0.95 * losses["quick"] < 0.95 * base
-    assert losses["thorough"] < 0.75 * base
+    assert losses["balanced"] < 0.95 * losses["quick"] < 0.95 * base
+    assert losses["balanced"] < 0.8 * base
 
 
 def test_more_refinement_begins_like_less(mini_sd, subject, monkeypatch):
@@ -93,14 +109,16 @@ def test_unit_response_on_the_subject(mini_sd, subject, init, monkeypatch):
     generator = torch.Generator().manual_seed(config.seed)
     triples = draw_noised(subject, 8, 1000, generator, Importance.usual())
     projections = find_projections(mini_sd.unet)
-    with record(mini_sd.unet, projections, backward=False) as moments, torch.no_grad():
-        triples.sizes[0].loss(mini_sd)
+    inputs = input_moments(mini_sd, projections, triples)
+    answers = []
     for p in projections:
         down = start.lora[p.name].down
         assert len(down) == 4
-        torch.testing.assert_close(
-            ((down @ moments.C(p)) * down).sum(1), torch.ones(4), rtol=2e-2, atol=2e-2
-        )
+        answers.append(((down @ inputs[p.name]) * down).sum(1))
+    answers = torch.cat(answers)
+    assert 0.9 < answers.median() < 1.1, "C was known from a sample of its rows"
+    assert answers.quantile(0.05) > 0.5
+    assert answers.quantile(0.95) < 2
 
 
 def test_same_seed_same_lora_and_an_untouched_model(mini_sd, subject, target):
@@ -120,11 +138,8 @@ def test_a_prior_takes_the_update_off_the_class(mini_sd, subject):
     to the subject's."""
     prior = class_noised(mini_sd, class_images(mini_sd, "a cat face emoji", subject.resolution))
     projections = find_projections(mini_sd.unet)
-    with record(mini_sd.unet, projections, backward=False) as kept, torch.no_grad():
-        prior.sizes[0].loss(mini_sd)
     triples = draw_noised(subject, 16, 1000, torch.Generator().manual_seed(1))
-    with record(mini_sd.unet, projections, backward=False) as subjects, torch.no_grad():
-        triples.sizes[0].loss(mini_sd)
+    both = [input_moments(mini_sd, projections, seen) for seen in (prior, triples)]
 
     def leak(weight):
         config = dataclasses.replace(QUICK, preservation=weight, rank_rule="uniform")
@@ -132,7 +147,7 @@ def test_a_prior_takes_the_update_off_the_class(mini_sd, subject):
         ratios = []
         for p in projections:
             delta = lora[p.name].delta()
-            change = [float(((delta @ moments.C(p)) * delta).sum()) for moments in (kept, subjects)]
+            change = [float(((delta @ inputs[p.name]) * delta).sum()) for inputs in both]
             ratios.append(change[0] / change[1])
         return sum(ratios) / len(ratios)
 

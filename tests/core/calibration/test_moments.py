@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cntlora_core.calibration.moments import RunningMean, record
+from cntlora_core.calibration.moments import Moments, RunningMean, moment_bytes
+from cntlora_core.calibration.recording import ROWS, _spread, record
 from cntlora_core.lora.targets import Projection
 
 
@@ -51,19 +52,33 @@ PROJECTIONS = [
 ]
 
 
+def measured(block, x, parts, backward=True, scale=1.0, turn=0):
+    moments = Moments()
+    gradient = moments.add_gradient if backward else None
+    with record(
+        block, PROJECTIONS, backward=backward, gradient=gradient, loss_scale=scale, turn=turn
+    ) as recording:
+        for part in x.split(parts):
+            (block(part).square().sum() * scale).backward() if backward else block(part)
+            moments.take_in(recording.take())
+    return moments, recording
+
+
+def dense(moment):
+    return moment.matmul(torch.eye(len(moment.diagonal())))
+
+
 @settings(deadline=None, max_examples=20)
-@given(st.integers(0, 2**31))
-def test_moments_match_autograd(seed):
+@given(st.integers(0, 2**31), st.sampled_from([1.0, 64.0]))
+def test_moments_match_autograd(seed, scale):
     torch.manual_seed(seed)
     block = Block()
     x = torch.randn(6, 7, 5)
-    with record(block, PROJECTIONS, backward=True) as moments:
-        for part in x.split(2):
-            block(part).square().sum().backward()
+    moments, recording = measured(block, x, 2, scale=scale)
 
     rows = x.reshape(-1, 5)
-    torch.testing.assert_close(moments.C(PROJECTIONS[0]), rows.T @ rows / len(rows))
-    assert moments.tokens(PROJECTIONS[0]) == len(rows)
+    torch.testing.assert_close(dense(moments.C(PROJECTIONS[0])), rows.T @ rows / len(rows))
+    assert moments.passed(PROJECTIONS[0]) == len(rows)
     block.requires_grad_(True)
     block(x).square().sum().backward()
     for p in PROJECTIONS:
@@ -74,8 +89,100 @@ def test_moments_match_autograd(seed):
     block.out(q * block.k(x)).square().sum().backward()
     delta = q.grad.reshape(-1, 4)
     torch.testing.assert_close(
-        moments.S(PROJECTIONS[0]), delta.T @ delta / len(rows), rtol=1e-4, atol=1e-5
+        dense(moments.S(PROJECTIONS[0])), delta.T @ delta / len(rows), rtol=1e-4, atol=1e-5
     )
+    norms = recording.gradient_norms()
+    assert norms.shape == (2,)  # the pictures of a pass; nobody asked between the passes
+
+
+def test_a_sample_of_the_rows_stands_for_all():
+    torch.manual_seed(0)
+    block = Block()
+    x = torch.randn(1, 40_000, 5) * torch.linspace(0.2, 2, 5)
+    C = x[0].T @ x[0] / 40_000
+    moments, _ = measured(block, x.expand(16, -1, -1).contiguous(), 1, backward=False)
+    seen = dense(moments.C(PROJECTIONS[0]))
+    assert float((seen - C).norm() / C.norm()) < 0.1
+    assert moments.tokens["C.qk"] == 16 * 40_000
+
+
+def test_rows_start_elsewhere_in_each_pass_and_follow_no_pattern():
+    found = [_spread(4096, turn, torch.device("cpu")) for turn in range(2)]
+    assert not set(found[0].tolist()) & set(found[1].tolist())
+    for at in found:
+        assert at.min() >= 0
+        assert at.max() < 4096
+        columns = (at % 64).bincount(minlength=64)
+        assert columns.max() <= 8
+        quarters = (at // 1024).bincount(minlength=4)
+        assert quarters.min() >= ROWS // 4 - 2
+
+
+def test_a_pass_that_is_computed_again_counts_once():
+    """Gradient checkpointing: without gradients first, then for them."""
+    block = Block()
+    x = torch.randn(2, 7, 5)
+    with record(block, PROJECTIONS, backward=True) as recording:
+        with torch.no_grad():
+            block(x)
+        block(x).square().sum().backward()
+    seen = recording.take()
+    assert seen.tokens == {"C.qk": 14, "C.out": 14, "S.q": 14, "S.k": 14, "S.out": 14}
+    assert [part.shape for part in seen.rows["C.qk"]] == [(2, 7, 5)]
+
+
+class Two:
+    """This process and another like it."""
+
+    rank, size = 0, 2
+
+    def sum_(self, tensors):
+        for tensor in tensors:
+            tensor[1:] = tensor[:1] if len(tensor) == 2 else tensor[1:]
+
+
+def test_processes_share_what_they_saw():
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(2, 7, 5)
+    with record(block, PROJECTIONS, backward=True) as recording:
+        block(x).square().sum().backward()
+    seen = recording.take()
+    together = seen.together(Two())
+    assert together.tokens["S.q"] == 28
+    one, both = Moments(), Moments()
+    one.take_in(seen)
+    both.take_in(together)
+    for p in PROJECTIONS:
+        torch.testing.assert_close(dense(both.S(p)), dense(one.S(p)))
+        torch.testing.assert_close(dense(both.C(p)), dense(one.C(p)))
+
+
+def test_moments_go_through_tensors():
+    torch.manual_seed(0)
+    moments, _ = measured(Block(), torch.randn(2, 7, 5), 2)
+    tensors = moments.to_tensors("x.")
+    again = Moments.from_tensors(tensors | {"y.basis.C.qk": None}, "x.", torch.device("cpu"))
+    assert again.tokens == moments.tokens
+    assert again.to_tensors("x.").keys() == tensors.keys()
+    assert all(torch.equal(v, tensors[k]) for k, v in again.to_tensors("x.").items())
+    assert again.on(torch.device("meta")).C(PROJECTIONS[0]).basis.is_meta
+
+
+def test_bytes_are_those_of_the_tensors():
+    wide = [
+        Projection("a", 40, 64, "in"),
+        Projection("b", 40, 96, "in", diagonal_out=True),
+        Projection("c", 96, 40, "c", diagonal_in=True),
+    ]
+    net = nn.ModuleDict({p.name: nn.Linear(p.in_features, p.out_features) for p in wide})
+    net.requires_grad_(False)
+    moments = Moments()
+    with record(net, wide, backward=True) as recording:
+        x = torch.randn(1, 50, 40)
+        (net["a"](x).sum() + net["c"](net["b"](x)).square().sum()).backward()
+    moments.take_in(recording.take())
+    tensors = [t for k, t in moments.to_tensors("").items() if not k.startswith("tokens")]
+    assert moment_bytes(wide) == pytest.approx(sum(t.nbytes for t in tensors), abs=4 * len(wide))
 
 
 def test_hooks_are_removed_after_an_error():
@@ -83,16 +190,3 @@ def test_hooks_are_removed_after_an_error():
     with pytest.raises(ZeroDivisionError), record(block, PROJECTIONS, backward=False):
         raise ZeroDivisionError
     assert not any(module._forward_hooks for module in block.modules())
-
-
-def test_merged_means_are_the_mean_of_all():
-    g = torch.Generator().manual_seed(0)
-    chunks = [torch.randn(n, 3, generator=g) for n in (5, 2, 9)]
-    total = RunningMean()
-    for chunk in chunks:
-        one = RunningMean()
-        one.update(chunk.T @ chunk, len(chunk))
-        total.merge(one)
-    rows = torch.cat(chunks)
-    torch.testing.assert_close(total.get(), rows.T @ rows / len(rows))
-    assert total.count == len(rows)

@@ -61,3 +61,18 @@ def test_without_importance_draws_are_uniform_and_weigh_alike():
     t, weights = draw_timesteps(None, 10, STEPS, torch.Generator().manual_seed(0))
     assert weights is None
     assert sorted(t // 100) == list(range(10))
+
+
+def test_many_small_batches_cover_the_schedule_evenly():
+    """Two timesteps a batch, 24 batches: nearer to the density than as many random ones."""
+    importance = Importance.usual()
+    generator = torch.Generator().manual_seed(0)
+
+    share = torch.tensor(importance.density).repeat_interleave(STEPS // BINS + 1)[:STEPS]
+    wanted = share.cumsum(0) / share.sum()
+
+    def farthest(turns):  # between how many were drawn up to a timestep, and should have been
+        t = torch.cat([draw_timesteps(importance, 2, STEPS, generator, k)[0] for k in turns])
+        return float((torch.bincount(t, minlength=STEPS).cumsum(0) / len(t) - wanted).abs().max())
+
+    assert farthest(range(24)) < 0.06 < farthest([None] * 24)

@@ -113,27 +113,9 @@ def test_it_runs_end_to_end(small, tmp_path):
         path.parent / "tokenizer"
     ).exists() else None
     out = tmp_path / "x.safetensors"
-    command = [
-        "train",
-        "--checkpoint",
-        str(path),
-        "--images",
-        str(MINI_SD_FOLDER / "subject"),
-        "--prompt",
-        "a cat",
-    ]
-    more = [
-        "--resolution",
-        "64",
-        "--steps",
-        "1",
-        "--batch-size",
-        "2",
-        "--rank",
-        "2",
-        "--output",
-        str(out),
-    ]
+    command = ["train", "--checkpoint", str(path), "--images", str(MINI_SD_FOLDER / "subject")]
+    more = ["--prompt", "a cat", "--resolution", "64", "--steps", "1", "--rank", "2"]
+    more += ["--effort", "quick", "--output", str(out)]
     assert main([*command, *more, "--validate-every", "0"]) == 0
     state = load_file(out)
     assert any(("input_blocks" in k) == (family == "sdxl") for k in state)

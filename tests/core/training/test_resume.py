@@ -222,7 +222,7 @@ def test_two_processes_at_half_the_batch_are_one_process(tmp_path):
         assert set(first.keys()) == set(second.keys())
         for key in first.keys():  # noqa: SIM118
             torch.testing.assert_close(
-                first.get_tensor(key), second.get_tensor(key), rtol=2e-2, atol=2e-4
+                first.get_tensor(key), second.get_tensor(key), rtol=2e-2, atol=2e-3
             )
 
 

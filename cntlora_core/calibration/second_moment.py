@@ -1,0 +1,217 @@
+"""Second moments of small rank (derived here, docs/method.md).
+
+A layer's second moment C = E[x x^T] `[d, d]` is known from a few hundred rows, and what steps in
+its metric need of it are its leading directions and how much is left beside them:
+
+    C = U T U^T + s (I - U U^T),    U [d, k] orthonormal,  T [k, k] = U^T C U,  s (d - k) = the rest
+
+of the trace. Sums, inverses and roots keep this form, so that no `[d, d]` matrix is ever made;
+with k = d nothing is left out. Leading dimensions are those of layers that are worked on together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+RANK = 32  # of U; of 96 to 384 dimensions as good as all of them
+DAMPING = 1e-2  # of a power step, in mean strengths: what has none stays where it is
+STARTING = 3  # power steps that find the first U; each later one starts from the last
+
+
+Matmul = Callable[[Tensor], Tensor]
+
+
+class SecondMoment(Protocol):
+    """A symmetric positive matrix `[d, d]` of which products are known."""
+
+    def matmul(self, X: Tensor) -> Tensor:
+        """Its product with X `[d, n]`."""
+
+    def diagonal(self) -> Tensor:
+        """`[d]`."""
+
+    def merged(self, other: Any, share: float) -> SecondMoment:
+        """The mean of both, of which `other`, of the same kind, is `share`."""
+
+    def damped(self, rho: float) -> SecondMoment:
+        """With `rho` times the mean of its diagonal added there; never singular unless zero."""
+
+    def plus(self, other: Any, weight: float) -> SecondMoment:
+        """With `weight` times `other`, of the same kind, added."""
+
+    def inverse(self) -> SecondMoment: ...
+
+    def root(self) -> SecondMoment:
+        """The symmetric square root."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """U, T and s; see above."""
+
+    basis: Tensor
+    core: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows) -> LowRank:
+        """The leading directions of the rows' own moment, found from `RANK` of them."""
+        *groups, n, d = rows.rows.shape
+        if d <= RANK:
+            basis = torch.eye(d).to(rows.rows).expand(*groups, d, d)
+        else:
+            basis = torch.linalg.qr(rows.rows[..., torch.arange(RANK) * n // RANK, :].mT).Q
+        for _ in range(STARTING):
+            basis = _power_step(basis, rows.matmul, rows.trace())
+        return _within(basis, rows.matmul, rows.trace())
+
+    def merged(self, other: Rows | LowRank, share: float) -> LowRank:
+        """The mean of both, of which `other` is `share`; U makes one power step of it."""
+
+        def matmul(X: Tensor) -> Tensor:
+            return self.matmul(X).lerp(other.matmul(X), share)
+
+        trace = self.trace().lerp(other.trace(), share)
+        return _within(_power_step(self.basis, matmul, trace), matmul, trace)
+
+    def trace(self) -> Tensor:
+        d, k = self.basis.shape[-2:]
+        return self.core.diagonal(dim1=-2, dim2=-1).sum(-1) + (d - k) * self.rest
+
+    def matmul(self, X: Tensor) -> Tensor:
+        inside, rest = self.basis.mT @ X, self.rest[..., None, None]
+        return rest * X + self.basis @ (self.core @ inside - rest * inside)
+
+    def diagonal(self) -> Tensor:
+        rest = self.rest[..., None]
+        return rest + ((self.basis @ self.core - rest[..., None] * self.basis) * self.basis).sum(-1)
+
+    def damped(self, rho: float) -> LowRank:
+        shift = rho * self.trace() / self.basis.shape[-2] + _tiny(self.rest)
+        return LowRank(self.basis, _shifted(self.core, shift), self.rest + shift)
+
+    def plus(self, other: LowRank, weight: float) -> LowRank:
+        basis = torch.linalg.qr(torch.cat([self.basis, other.basis], -1)).Q
+        core = basis.mT @ (self.matmul(basis) + weight * other.matmul(basis))
+        return LowRank(basis, _symmetric(core), self.rest + weight * other.rest)
+
+    def inverse(self) -> LowRank:
+        return LowRank(self.basis, _inverse(self.core), 1 / self.rest)
+
+    def root(self) -> LowRank:
+        values, vectors = torch.linalg.eigh(self.core.cpu())  # small; not every device has it
+        root = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
+        return LowRank(self.basis, root.to(self.core), self.rest.sqrt())
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """Of a wide hidden side only the diagonal is kept."""
+
+    values: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows) -> Diagonal:
+        return cls(rows.rows.square().mean(-2))
+
+    def merged(self, other: Diagonal, share: float) -> Diagonal:
+        """The mean of both, of which `other` is `share`."""
+        return Diagonal(self.values.lerp(other.values, share))
+
+    def matmul(self, X: Tensor) -> Tensor:
+        return self.values[..., None] * X
+
+    def diagonal(self) -> Tensor:
+        return self.values
+
+    def damped(self, rho: float) -> Diagonal:
+        return Diagonal(self.values + rho * self.values.mean(-1, keepdim=True) + _tiny(self.values))
+
+    def plus(self, other: Diagonal, weight: float) -> Diagonal:
+        return Diagonal(self.values + weight * other.values)
+
+    def inverse(self) -> Diagonal:
+        return Diagonal(1 / self.values)
+
+    def root(self) -> Diagonal:
+        return Diagonal(self.values.sqrt())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """E[x x^T] over `rows` `[..., n, d]` themselves."""
+
+    rows: Tensor
+
+    def matmul(self, X: Tensor) -> Tensor:
+        return self.rows.mT @ (self.rows @ X) / self.rows.shape[-2]
+
+    def trace(self) -> Tensor:
+        return self.rows.square().sum(-1).mean(-1)
+
+
+def _power_step(basis: Tensor, matmul: Matmul, trace: Tensor) -> Tensor:
+    """The damped moment times U, times the inverse of its part inside U.
+
+    What that adds to U is orthogonal to it, so the Gram matrix is at least the identity and its
+    Cholesky factor orthonormalises; twice, for rounding.
+    """
+    d, k = basis.shape[-2:]
+    if k == d:
+        return basis
+    shift = DAMPING * trace / d + _tiny(trace)
+    moved = matmul(basis) + shift[..., None, None] * basis
+    moved = moved @ _inverse(_symmetric(basis.mT @ moved))
+    for _ in range(2):
+        factor = torch.linalg.cholesky(moved.mT @ moved)
+        moved = torch.linalg.solve_triangular(factor, moved.mT, upper=False).mT
+    return moved
+
+
+def _within(basis: Tensor, matmul: Matmul, trace: Tensor) -> LowRank:
+    """T and s of the moment for this U."""
+    d, k = basis.shape[-2:]
+    core = _symmetric(basis.mT @ matmul(basis))
+    left = trace - core.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return LowRank(basis, core, left.clamp_min(0) / (d - k) if k < d else trace / d)
+
+
+def stack(moments: Sequence[SecondMoment]) -> SecondMoment:
+    """Several of one kind and shape, to be worked on together."""
+    kind: Any = type(moments[0])
+    return kind(*(torch.stack([getattr(m, f.name) for m in moments]) for f in fields(kind)))
+
+
+def unstack(moments: SecondMoment) -> list[SecondMoment]:
+    """The other way; each its own memory."""
+    kind: Any = type(moments)
+    parts = [getattr(moments, f.name).unbind() for f in fields(kind)]
+    return [kind(*(part.clone() for part in one)) for one in zip(*parts, strict=True)]
+
+
+def moved(moment: SecondMoment, device: torch.device) -> SecondMoment:
+    """On `device`."""
+    kind: Any = type(moment)
+    return kind(*(getattr(moment, f.name).to(device) for f in fields(kind)))
+
+
+def _symmetric(core: Tensor) -> Tensor:
+    return (core + core.mT) / 2
+
+
+def _inverse(core: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(core))
+
+
+def _shifted(core: Tensor, shift: Tensor) -> Tensor:
+    return core + shift[..., None, None] * torch.eye(core.shape[-1]).to(core)
+
+
+def _tiny(like: Tensor) -> float:
+    """Keeps a moment that is zero invertible."""
+    return float(torch.finfo(like.dtype).tiny ** 0.5)

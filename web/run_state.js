@@ -3,7 +3,7 @@ import { say } from "./say.js";
 
 export function emptyState() {
   return {
-    run: null, folder: "", seq: 0, steps: 0, step: 0, status: "", phase: null, started: 0,
+    run: null, folder: "", seq: 0, steps: 0, step: 0, status: "", plan: "", phase: null, started: 0,
     ended: null, base: null, losses: [], smooth: [], validations: [], best: null, samples: [],
     kept: null, notices: [], saved: null, calibrated: null, marks: [], average: 0,
   };
@@ -32,7 +32,7 @@ const HANDLERS = {
   status: (s, e) => { s.status = e.text; s.phase = null; },
   training: (s, e) => { // steps may have been auto until now
     const status = say("Training {steps} steps", e);
-    Object.assign(s, { steps: e.steps, status, phase: null });
+    Object.assign(s, { steps: e.steps, plan: s.status, status, phase: null });
   },
   warning: (s, e) => s.notices.push(e.text),
   progress: (s, e) => { s.phase = e; },
@@ -91,6 +91,8 @@ export function headline(state) {
 export function numbers(state) {
   const parts = [];
   if (state.steps) parts.push(say("step {step}/{steps}", state));
+  // What was told last before training: what it takes of the memory and how long.
+  if (state.plan && !state.step && !state.ended) parts.push(state.plan);
   const rate = speed(state);
   if (rate && !state.ended) {
     parts.push(rate >= 1

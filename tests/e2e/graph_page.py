@@ -36,6 +36,7 @@ class GraphPage:
         comfyui.post("/settings/Comfy.TutorialCompleted", True)  # or templates lie over the graph
         comfyui.post("/settings/Comfy.VueNodes.Enabled", renderer == "vue")
         self.page = browser.new_page(viewport={"width": 1440, "height": 900}, locale="en-US")
+        self.page.set_default_timeout(120_000)  # a busy machine draws slowly
         self.page.on("console", lambda m: self.said.append(f"{m.type}: {m.text} {m.location}"))
         self.page.on("pageerror", lambda error: self.said.append(f"error: {error.stack}"))
         self.page.goto(comfyui.url)

@@ -42,7 +42,7 @@ def test_the_blueprint_trains(page, comfyui):
     page.evaluate(AROUND)
     page.fit()
     page.run(steps=8, sample_every=8, validate_every=4, effort="quick")
-    page.wait_for("text", "^Saved as my_lora", 120)
+    page.wait_for("text", "^Saved as my_subject", 240)
     page.shot("blueprint")
 
 
@@ -62,10 +62,11 @@ def test_the_app_form_trains(page):
             assert form.get_by_text(name, exact=True).count() >= 1, name
         page.shot("app_form")
         page.shorten(steps=8, sample_every=8, effort="quick")
-        page.page.get_by_test_id("linear-run-button").first.click()
+        run = page.page.get_by_test_id("linear-run-button").get_by_role("button", name="Run")
+        run.last.click()
         page.page.wait_for_function(
             "() => [...document.querySelectorAll('img')].some((i) => /ComfyUI_temp/.test(i.src))",
-            timeout=180_000,
+            timeout=240_000,
         )
         page.page.wait_for_timeout(1000)
         page.shot("app_done")

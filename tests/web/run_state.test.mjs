@@ -93,6 +93,16 @@ test("the rank map follows the signal, with a column for each kind of projection
   assert.equal(rows[2].cells[5], undefined);
 });
 
+test("what a run takes stands there until its first step", () => {
+  const told = { type: "status", run: "a", seq: 2, text: "about 5.8 GB beside the model." };
+  const training = { type: "training", run: "a", seq: 3, steps: 10, done: 0 };
+  const state = stateAfter(start, told, training);
+  assert.equal(headline(state), "Training 10 steps");
+  assert.equal(numbers(state), "step 0/10 · about 5.8 GB beside the model.");
+  accept(state, { ...step(1, 0.5), seq: 4 });
+  assert.equal(numbers(state), "step 1/10");
+});
+
 test("the panel speaks the page's language, and English where the table has no word", (t) => {
   t.after(() => useWords());
   useWords({ "{phase}: {done} of {total}": "{total} 中的 {done}：{phase}", refining: "细化" });

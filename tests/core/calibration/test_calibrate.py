@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cntlora_core import config as config_module
-from cntlora_core.calibration import calibrate as calibration_module
+from cntlora_core.calibration import passes as passes_module
 from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.calibration.ranks import budget_of
 from cntlora_core.config import CalibrationConfig
@@ -73,7 +73,7 @@ def test_more_refinement_begins_like_less(mini_sd, subject, monkeypatch):
             into.extend(batch.noise for batch in drawn)
             return lora, natural
 
-        monkeypatch.setattr(calibration_module, "refine", keep)
+        monkeypatch.setattr(passes_module, "refine", keep)
         calibrate(mini_sd, subject, QUICK)
     assert len(batches[3]) == 3
     assert all(torch.equal(a, b) for a, b in zip(batches[2], batches[3], strict=False))

@@ -100,7 +100,7 @@ def main() -> None:
     patcher = model_patcher.ModelPatcher(
         model, model_management.get_torch_device(), torch.device("cpu")
     )
-    latents = {"samples": torch.stack(subject.mean) / loaded.vae.config.scaling_factor}
+    latents = {"samples": torch.stack(subject.mean) / loaded.pictures.vae.config.scaling_factor}
     words = [[subject.conditioning.tokens[:1].clone(), {}]]
     del loaded
     arguments = {

@@ -26,6 +26,7 @@ from file_variants import (
     cast,
     diffusers_vae,
     empty_tokenizer,
+    fewer_blocks,
     mixed_attention,
     part,
     pickled,
@@ -197,6 +198,12 @@ REFUSED: dict[str, Kind] = {
     "SDXL with fewer layers": Kind(
         lambda s: s.save(shallow(s.base("sdxl"), 2)), says="is Segmind Vega: 2 layers"
     ),
+    "SDXL with fewer blocks": Kind(
+        lambda s: s.save(fewer_blocks(s.base("sdxl"), 6)), says="SDXL (KOALA or its like)"
+    ),
+    "SD 1 with fewer blocks": Kind(
+        lambda s: s.save(fewer_blocks(s.base("sd1"), 8)), says="model (BK-SDM or its like)"
+    ),
     "unCLIP": Kind(
         plain("sd2", **{f"{UNET_PREFIX}label_emb.0.0.weight": torch.ones(8, 8)}), says="unCLIP"
     ),
@@ -221,6 +228,9 @@ REFUSED: dict[str, Kind] = {
     ),
     "folder, flow matching": Kind(
         lambda s: s.scheduler(_class_name="FlowMatchEulerDiscreteScheduler"), says="flow-matching"
+    ),
+    "folder, an unknown key": Kind(
+        lambda s: s.scheduler(snr_tilt=0.5), says="snr_tilt 0.5, which CNTLoRA does not know"
     ),
     "folder, continuous timesteps": Kind(
         lambda s: s.scheduler(timestep_type="continuous"), says="timestep_type 'continuous'"
@@ -265,7 +275,7 @@ def load_once(path: str, tokenizer: str) -> None:
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model = load_checkpoint(path, dtype=torch.float16, tokenizer=tokenizer)
-    for module in (model.unet, model.vae, *model.text_encoders):
+    for module in (model.unet, model.pictures.vae, *model.prompts.encoders):
         for value in module.parameters():
             value.sum()  # maps are read when they are used
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)

@@ -150,3 +150,13 @@ def empty_tokenizer(folder: Path) -> None:
 def shallow(state: State, layers: int) -> State:
     deep = [f"input_blocks.7.1.transformer_blocks.{n}." for n in range(layers, 10)]
     return {k: v for k, v in state.items() if not any(d in k for d in deep)}
+
+
+def fewer_blocks(state: State, blocks: int) -> State:
+    """The UNet without its input blocks from number `blocks` on."""
+    start = f"{UNET_PREFIX}input_blocks."
+    return {
+        k: v
+        for k, v in state.items()
+        if not k.startswith(start) or int(k.removeprefix(start).split(".")[0]) < blocks
+    }

@@ -71,7 +71,7 @@ def load_once(loader: str, checkpoint: str, dtype_name: str, config: str) -> dic
     started = time.monotonic()
     if loader == "cntlora":
         model = load_checkpoint(checkpoint, dtype=dtype, tokenizer=f"{config}/tokenizer")
-        parts = (model.unet, model.vae, *model.text_encoders)
+        parts = (model.unet, model.pictures.vae, *model.prompts.encoders)
     else:
         pipe = StableDiffusionPipeline.from_single_file(
             checkpoint, config=config, local_files_only=True, torch_dtype=dtype, safety_checker=None

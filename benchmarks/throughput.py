@@ -272,12 +272,12 @@ def _write_folder(checkpoint: Path, folder: Path) -> None:
 
     model = load_checkpoint(checkpoint)
     model.unet.save_pretrained(folder / "unet")
-    model.vae.save_pretrained(folder / "vae")
-    model.text_encoders[0].save_pretrained(folder / "text_encoder")
+    model.pictures.vae.save_pretrained(folder / "vae")
+    model.prompts.encoders[0].save_pretrained(folder / "text_encoder")
     DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
     ).save_pretrained(folder / "scheduler")
-    model.tokenizers[0].save_pretrained(folder / "tokenizer")
+    model.prompts.tokenizers[0].save_pretrained(folder / "tokenizer")
     index = {
         "_class_name": "StableDiffusionPipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],

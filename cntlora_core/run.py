@@ -358,6 +358,8 @@ def save_run(
             calibration=calibration,
             training=training,
             source=source,
+            clip_skip=model.prompts.clip_skip,
+            max_tokens=model.prompts.max_tokens,
         )
         return save_lora(
             place, lora, model.family, metadata, dtype=dtype, overwrite=overwrite, disk=disk

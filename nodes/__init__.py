@@ -9,9 +9,11 @@ from .save import SaveLoRA
 from .subject import SubjectImages
 from .train import TrainLoRA
 from .training_settings import TrainingSettings
+from .use_comfyui_model import UseComfyUIModel
 
 NODES: list[type[io.ComfyNode]] = [
     LoadCheckpoint,
+    UseComfyUIModel,
     SubjectImages,
     PriorImages,
     CalibrateLoRA,

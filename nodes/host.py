@@ -26,6 +26,7 @@ from server import PromptServer
 
 from ..cntlora_core.defaults import MINI_SD
 from ..cntlora_core.devices import DTYPES
+from ..cntlora_core.errors import SettingError
 from ..cntlora_core.events import Event, Notice, Observer
 from ..cntlora_core.model.loader import StableDiffusion
 from .paths import inside
@@ -60,6 +61,17 @@ def category() -> str:
     return f"{getattr(known.get('TrainLoraNode'), 'CATEGORY', 'training')}/CNTLoRA"
 
 
+def precision() -> Any:
+    return io.Combo.Input(
+        "precision",
+        options=list(PRECISIONS),
+        default="auto",
+        tooltip="How the frozen model computes; the LoRA itself is always trained in fp32. auto: "
+        "fp32 on a CPU, bf16 or fp16 on a GPU. fp32 needs twice the memory; fp16 may overflow "
+        "where bf16 does not.",
+    )
+
+
 def text_or_number(name: str, **values: Any) -> Any:
     """A text widget into which another node's number may be connected."""
     return io.MultiType.Input(io.String.Input(name, **values), types=[io.Int, io.Float])
@@ -77,6 +89,25 @@ def checkpoint_path(name: str) -> str | None:
     """The file of a name in ComfyUI's list, `mini-sd` for the embedded model, None when there is no
     such file."""
     return MINI_SD if name == EMBEDDED else folder_paths.get_full_path("checkpoints", name)
+
+
+OWN = "the checkpoint's own"
+
+
+def part_names(folder: str) -> list[str]:
+    """Of files in ComfyUI's lists `vae` and `text_encoders`, after the checkpoint's own part."""
+    names = folder_paths.get_filename_list(folder)
+    return [OWN, *(name for name in names if name.endswith(".safetensors"))]
+
+
+def part_path(folder: str, name: str) -> str | None:
+    """The file of a name in `part_names`; None for the checkpoint's own. Raises SettingError."""
+    if name == OWN:
+        return None
+    path = folder_paths.get_full_path(folder, name) if name in part_names(folder) else None
+    if path is None:
+        raise SettingError(f"'{name}' is not in models/{folder}. Choose another.")
+    return str(path)
 
 
 def tokenizer_folder() -> Path:
@@ -184,15 +215,12 @@ def gradients() -> Iterator[None]:
 
 @contextmanager
 def working(model: StableDiffusion) -> Iterator[None]:
-    """The UNet on its device while the block runs, with ComfyUI's own models out of the way; on the
-    host otherwise."""
+    """The UNet on its device while the block runs, with ComfyUI's own models out of the way."""
     management.unload_all_models()
     try:
-        with gradients():
-            model.unet.to(model.device)
+        with gradients(), model.at_work():
             yield
     finally:
-        model.unet.to("cpu")
         management.soft_empty_cache()
 
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from typing import Any
 
+from ..cntlora_core.errors import SettingError
+from ..cntlora_core.model.clip_prompts import CHUNK, MAX_TOKENS
 from ..cntlora_core.model.loader import load_checkpoint
 from ..cntlora_core.model.prediction import AUTO, PREDICTIONS
 from . import host
 from .host import io
 from .types import SDModel
+
+# Inputs for files of single parts, the folder of each, and its text.
+PARTS = {
+    "vae": ("vae", "Another VAE, or one for a checkpoint without."),
+    "text_encoder": ("text_encoders", "For a checkpoint without text encoders."),
+    "text_encoder_2": ("text_encoders", "SDXL's other one, in any order."),
+}
 
 
 class LoadCheckpoint(io.ComfyNode):
@@ -30,14 +41,7 @@ class LoadCheckpoint(io.ComfyNode):
                     "(embedded)' is a tiny model that comes with CNTLoRA: it draws 64 px "
                     "emoji and trains in seconds, to try the graph.",
                 ),
-                io.Combo.Input(
-                    "precision",
-                    options=list(host.PRECISIONS),
-                    default="auto",
-                    tooltip="How the frozen model computes; the LoRA itself is always trained in "
-                    "fp32. auto: fp32 on a CPU, bf16 or fp16 on a GPU. fp32 needs twice "
-                    "the memory; fp16 may overflow where bf16 does not.",
-                ),
+                host.precision(),
                 host.advanced(io.Combo)(
                     "prediction",
                     options=list(PREDICTIONS),
@@ -46,6 +50,36 @@ class LoadCheckpoint(io.ComfyNode):
                     tooltip="What the checkpoint was trained to predict. auto: what the file says "
                     "of itself, as ComfyUI reads it. Set it for a v-prediction file that does not "
                     "say so: trained as the wrong kind a LoRA is useless.",
+                ),
+                host.advanced(io.Int)(
+                    "clip_skip",
+                    default=1,
+                    min=1,
+                    max=24,
+                    optional=True,
+                    tooltip="How far from the text encoder's end prompts are read; 1: at its end. "
+                    "2 for SD 1 models that were trained so (most anime ones): generate with CLIP "
+                    "Set Last Layer -2. SDXL keeps its own.",
+                ),
+                host.advanced(io.Int)(
+                    "max_tokens",
+                    default=MAX_TOKENS,
+                    min=CHUNK,
+                    max=10 * CHUNK,
+                    step=CHUNK,
+                    optional=True,
+                    tooltip="Of a caption, in chunks of 75 as ComfyUI reads them. What is longer "
+                    "is cut, and told.",
+                ),
+                *(
+                    host.advanced(io.Combo)(
+                        name,
+                        options=host.part_names(folder),
+                        default=host.OWN,
+                        optional=True,
+                        tooltip=text,
+                    )
+                    for name, (folder, text) in PARTS.items()
                 ),
             ],
             outputs=[
@@ -66,14 +100,26 @@ class LoadCheckpoint(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, precision: str, prediction: str = AUTO) -> str:
-        path = host.checkpoint_path(checkpoint)
-        stat = os.stat(path) if path and os.path.exists(path) else None
-        return f"{checkpoint}|{precision}|{prediction}|{stat and (stat.st_size, stat.st_mtime_ns)}"
+    def fingerprint_inputs(cls, checkpoint: str, **others: Any) -> str:
+        files = [host.checkpoint_path(checkpoint)]
+        with suppress(SettingError):  # which the run says
+            files += _parts(others)
+        stats = [os.stat(path) for path in files if path and os.path.exists(path)]
+        seen = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        return f"{checkpoint}|{sorted(others.items())}|{seen}"
 
     @classmethod
-    def execute(cls, checkpoint: str, precision: str, prediction: str = AUTO) -> io.NodeOutput:
+    def execute(
+        cls,
+        checkpoint: str,
+        precision: str,
+        prediction: str = AUTO,
+        clip_skip: int = 1,
+        max_tokens: int = MAX_TOKENS,
+        **others: str,
+    ) -> io.NodeOutput:
         path = host.checkpoint_path(checkpoint)
+        vae, *encoders = _parts(others)
         embedded = checkpoint == host.EMBEDDED
         with host.gradients():
             model = load_checkpoint(
@@ -81,8 +127,19 @@ class LoadCheckpoint(io.ComfyNode):
                 device=host.device(),
                 dtype=host.dtype(precision),
                 prediction=prediction,
+                clip_skip=clip_skip,
+                max_tokens=max_tokens,
+                vae=vae,
+                text_encoders=[file for file in encoders if file],
                 tokenizer=None if embedded else host.tokenizer_folder(),
                 observer=host.notices(cls),
             )
         model.unet.to("cpu")  # until a node works with it
         return io.NodeOutput(model)
+
+
+def _parts(chosen: dict[str, Any]) -> list[str | None]:
+    """The files of `PARTS`."""
+    return [
+        host.part_path(folder, chosen.get(name, host.OWN)) for name, (folder, _) in PARTS.items()
+    ]

@@ -143,6 +143,21 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PREDICTIONS,
         help="what the checkpoint predicts, where it does not say so itself (default: auto)",
     )
+    parser.add_argument(
+        "--clip-skip",
+        type=int,
+        default=1,
+        metavar="N",
+        help="read prompts so many layers before the text encoder's end, 1: at its end; for SD 1 "
+        "and 2 models that were trained so (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=225,
+        metavar="N",
+        help="of a prompt, in chunks of 75; what is longer is cut (default: %(default)s)",
+    )
 
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,6 +189,8 @@ def _load(
         vae=args.vae,
         text_encoders=args.text_encoder,
         prediction=args.prediction,
+        clip_skip=args.clip_skip,
+        max_tokens=args.max_tokens,
         observer=observer,
     )
 

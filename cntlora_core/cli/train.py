@@ -168,7 +168,7 @@ def _pictures(
     from ..data.encoded import with_validation
     from ..data.latent_cache import LatentCache
 
-    cache = LatentCache(args.cache, model.vae) if args.cache else None
+    cache = LatentCache(args.cache, *model.pictures.modules) if args.cache else None
 
     def read(folder: str, trigger: str, class_name: str, masks: str | None = None) -> EncodedImages:
         words = (trigger, class_name)
@@ -269,6 +269,8 @@ def _identity(
         "checkpoint": model.name,
         "checkpoint's content": fingerprint(model)[:16],
         "prediction": model.schedule.prediction,
+        "clip skip": model.prompts.clip_skip,
+        "max tokens": model.prompts.max_tokens,
         "pictures": subject.digest,
         "validation": held_out and [held_out.digest, *held_out.names],
         "prompt": subject.prompt,

@@ -43,7 +43,10 @@ def class_images(
     """
     side = check_resolution(model, resolution)
     cache = LatentCache(folder, model.unet) if folder else None
-    drawn_by = model.schedule.prediction  # the same weights draw something else by another schedule
+    # The same weights draw something else by another schedule, or read from another layer.
+    drawn_by = model.schedule.prediction + (
+        f", clip skip {model.prompts.clip_skip}" if (model.prompts.clip_skip or 1) > 1 else ""
+    )
     keys = [
         ("class", prompt, side, steps, guidance, drawn_by, PRIOR_SEED + n) for n in range(count)
     ]

@@ -16,7 +16,7 @@ from ..config import DataConfig
 from ..errors import SettingError
 from ..events import Notice, Observer, Progress, ignore
 from ..model.conditioning import Conditioning, encode_prompts
-from ..model.loader import StableDiffusion, temporarily_on
+from ..model.loader import StableDiffusion
 from .buckets import Crop, crops_of
 from .captions import prepare_captions
 from .checks import check_pictures
@@ -127,21 +127,17 @@ def _tell_sizes(views: Sequence[Crop], resolution: int, observer: Observer) -> N
 
 
 def _tell_cut(model: StableDiffusion, prompts: Sequence[str], observer: Observer) -> None:
-    """Captions that are longer than what the text encoder reads, and those that only differ
-    there."""
-    tokenizer = model.tokenizers[0]
-    limit = tokenizer.model_max_length
-    ids = [tuple(row) for row in tokenizer(list(prompts), verbose=False).input_ids]
-    long = [prompt for prompt, row in zip(prompts, ids, strict=True) if len(row) > limit]
-    if not long:
+    """Captions that are longer than what is read of them, and those that only differ there."""
+    cut = model.prompts.cut(prompts)
+    if not cut:
         return
-    read = Counter(row[: limit - 1] for row in ids if len(row) > limit)
-    same = sum(times for times in read.values() if times > 1)
+    same = sum(times for times in Counter(cut.values()).values() if times > 1)
     alike = f"; {same} of them are the same to it" if same else ""
+    limit = len(next(iter(cut.values())))
     observer(
         Notice(
-            f"{len(long)} captions are longer than the {limit - 2} tokens that the text encoder "
-            f"reads, the rest is not seen{alike}: {some([f'{p[:40]}...' for p in long])}."
+            f"{len(cut)} captions are longer than the {limit} tokens that the text encoder "
+            f"reads, the rest is not seen{alike}: {some([f'{p[:40]}...' for p in cut])}."
         )
     )
 
@@ -151,14 +147,10 @@ def _encode_all(
 ) -> list[tuple[Tensor, Tensor]]:
     found = {i: held for i, v in enumerate(views) if cache and (held := cache.get(v.key))}
     done = len(found)
-    with temporarily_on(model.vae, model.device):
+    with model.pictures.working(model.device):
         for part in _same_size(views, [i for i in range(len(views)) if i not in found]):
             batch = torch.stack([_to_tensor(views[i].image()) for i in part])
-            posterior = model.vae.encode(batch.to(model.device, model.vae.dtype)).latent_dist
-            scale = model.vae.config.scaling_factor
-            for i, mean, std in zip(
-                part, posterior.mean.float() * scale, posterior.std.float() * scale, strict=True
-            ):
+            for i, mean, std in zip(part, *model.pictures.encode(batch), strict=True):
                 found[i] = (mean, std)
                 if cache:
                     cache.put(views[i].key, mean, std)

@@ -81,11 +81,14 @@ def describe(
     calibration: CalibrationConfig,
     training: TrainConfig | None = None,
     source: Source | None = None,
+    clip_skip: int | None = None,
+    max_tokens: int | None = None,
 ) -> dict[str, str]:
     """kohya's `ss_*` keys, modelspec's, and ours under `cntlora.*`: what was done, and nothing
     that was not.
 
-    `prediction` is the noise schedule's. The trigger goes where each reader looks: the outer keys
+    `prediction` is the noise schedule's, `clip_skip` and `max_tokens` the prompt encoder's. The
+    trigger goes where each reader looks: the outer keys
     of `ss_tag_frequency`, the class tokens of the datasets, and `modelspec.trigger_phrase`. Ranks
     that differ are `Dynamic`, kohya's word for it.
     """
@@ -116,6 +119,9 @@ def describe(
         "modelspec.trigger_phrase": taught.trigger,
         "modelspec.prediction_type": prediction.partition(" ")[0],
         "ss_v_parameterization": str(prediction.startswith("v")),
+        "ss_clip_skip": str(clip_skip),
+        # kohya's trainers leave it unsaid for what CLIP reads at once
+        "ss_max_token_length": str(max_tokens if max_tokens != 75 else None),
         "ss_zero_terminal_snr": str(prediction.endswith("zero terminal SNR")),
         "cntlora.version": __version__,
         "cntlora.init": "continued" if source else calibration.init,

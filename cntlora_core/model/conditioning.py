@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .loader import StableDiffusion, temporarily_on
+if TYPE_CHECKING:
+    from .loader import StableDiffusion
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Conditioning:
     def replaced(self, rows: Tensor, by: Conditioning) -> Conditioning:
         """The same with the words of `by` (one row) where `rows` `[n]` is true; sizes stay."""
         chosen = rows.to(self.tokens.device)
-        tokens = torch.where(chosen[:, None, None], by.tokens, self.tokens)
+        theirs, own = _of_one_length([by.tokens, self.tokens])
+        tokens = torch.where(chosen[:, None, None], theirs, own)
         pooled = self.pooled
         if pooled is not None and by.pooled is not None:
             pooled = torch.where(chosen[:, None], by.pooled, pooled)
@@ -58,8 +61,7 @@ class Conditioning:
             values = [getattr(part, name) for part in parts]
             return None if values[0] is None else torch.cat(values)
 
-        tokens = join("tokens")
-        assert tokens is not None
+        tokens = torch.cat(_of_one_length([part.tokens for part in parts]))
         return Conditioning(tokens, join("pooled"), join("time_ids"))
 
     def _each(self, change: Any) -> Conditioning:
@@ -74,26 +76,23 @@ def encode_prompts(
 ) -> Conditioning:
     """Run the text encoders on n prompts. `size` (height, width) in px fills SDXL's size
     conditioning: no crop, the model's resolution when None."""
+    rows = model.prompts.encode(prompts, model.device)
+    tokens = torch.cat(_of_one_length([tokens[None] for tokens, _ in rows]))
     if model.family != "sdxl":
-        hidden = _encode(model, 0, prompts).last_hidden_state
-        return Conditioning(hidden).to(model.device, model.dtype)
-    first = _encode(model, 0, prompts, hidden_states=True)
-    second = _encode(model, 1, prompts, hidden_states=True)
-    # SDXL was trained on the last layer but one of both encoders, without their final layer norm.
-    tokens = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+        return Conditioning(tokens).to(model.device, model.dtype)
+    pooled = torch.stack([pooled for _, pooled in rows if pooled is not None])
     height, width = size or (model.resolution, model.resolution)
     time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).repeat(
         len(prompts), 1
     )
-    return Conditioning(tokens, second.text_embeds, time_ids).to(model.device, model.dtype)
+    return Conditioning(tokens, pooled, time_ids).to(model.device, model.dtype)
 
 
-def _encode(
-    model: StableDiffusion, which: int, prompts: Sequence[str], *, hidden_states: bool = False
-) -> Any:
-    tokenizer, encoder = model.tokenizers[which], model.text_encoders[which]
-    ids = tokenizer(
-        list(prompts), padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
-    with temporarily_on(encoder, model.device):
-        return encoder(ids.to(model.device), output_hidden_states=hidden_states)
+def _of_one_length(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Token embeddings `[n, L, D]` of several lengths, the shorter ones repeated. Attention sees
+    the same in a token once or several times, as long as all of a prompt's are."""
+    length = math.lcm(*(part.shape[1] for part in parts))
+    return [
+        part if part.shape[1] == length else part.repeat(1, length // part.shape[1], 1)
+        for part in parts
+    ]

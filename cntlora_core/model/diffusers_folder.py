@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,9 @@ def _load(
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+    # Without this package diffusers loads plainly, but complains where it is not told to.
+    memory = {} if find_spec("accelerate") else {"low_cpu_mem_usage": False}
+
     def read(kind: Any, part: str, dtype: torch.dtype) -> Any:
         return kind.from_pretrained(
             folder,
@@ -94,6 +98,7 @@ def _load(
             variant=weights_variant(folder / part),
             use_safetensors=True,
             local_files_only=True,
+            **memory,
         )
 
     unet = read(UNet2DConditionModel, "unet", dtype)
@@ -120,10 +125,13 @@ def folder_family(config: Any, prediction: str, path: str) -> str:
             "trains text-to-image models, with 4."
         )
     if config.get("addition_embed_type") == "text_time":
-        if config.get("layers_per_block", 2) != 2:
+        layers = config.get("transformer_layers_per_block")
+        if config.get("layers_per_block", 2) != 2 or (
+            isinstance(layers, list) and layers != [1, 2, 10]
+        ):
             raise CheckpointError(
-                f"'{path}' is a distilled SDXL with fewer blocks (KOALA and its like): train on "
-                "SDXL itself or a full descendant of it."
+                f"'{path}' is a distilled SDXL with fewer blocks or layers (KOALA, SSD-1B, Vega "
+                "and their like): train on SDXL itself or a full descendant of it."
             )
         return "sdxl"
     if config["cross_attention_dim"] == 1024:

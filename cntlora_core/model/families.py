@@ -50,6 +50,7 @@ CONV_IN = (
     "model_ema.diffusion_modelinput_blocks00weight",
 )
 DEEPEST = r"(?:input_blocks\.?7\.?1|down_blocks\.2\.attentions\.0)"
+INPUT_BLOCK = re.compile(r"(?<![a-z_])input_blocks\.?(\d+)\.0\.")
 SHALLOW = {4: "SSD-1B", 2: "Segmind Vega"}  # layers in the deepest blocks -> whose they are
 DISTILLED = re.compile(
     r"turbo|lightning|(?<![a-z])(?:lcm|tcd)(?![a-rt-z])|hyper(?![-_ ]?(?:real|photo))|dmd2",
@@ -109,8 +110,16 @@ def detect_family(source: TensorSource) -> str:
 
 
 def check_depth(source: TensorSource, config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for an SDXL whose deepest blocks have fewer layers than diffusers'
-    UNet configuration says."""
+    """Raises CheckpointError for a UNet with fewer blocks, or an SDXL with fewer layers in its
+    deepest ones, than diffusers' configuration says."""
+    blocks = {int(m[1]) for name in source.shapes if (m := INPUT_BLOCK.search(name))}
+    expected = (config["layers_per_block"] + 1) * len(config["block_out_channels"])
+    if blocks and max(blocks) + 1 < expected:
+        whose = "SDXL (KOALA" if "transformer_layers_per_block" in config else "model (BK-SDM"
+        raise CheckpointError(
+            f"'{source.path.name}' is a distilled {whose} or its like): {max(blocks) + 1} input "
+            f"blocks of {expected}. Train on a full model; the LoRA can be used with both."
+        )
     layers = config.get("transformer_layers_per_block")
     if layers is None:
         return

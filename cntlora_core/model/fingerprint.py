@@ -14,7 +14,7 @@ SAMPLES = 16  # numbers of every weight
 def fingerprint(model: StableDiffusion) -> str:
     """A SHA-256 over the names, the shapes and some numbers of every weight, as loaded."""
     digest = hashlib.sha256()
-    for part in (model.unet, model.vae, *model.text_encoders):
+    for part in (model.unet, *model.pictures.modules, *model.prompts.modules):
         for name, weight in sorted(part.state_dict().items()):
             flat = weight.detach().flatten()
             some = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to("cpu", torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +15,15 @@ from torch import nn
 from ..defaults import MINI_SD
 from ..errors import CheckpointError
 from ..events import Notice, Observer, ignore
+from .clip_prompts import MAX_TOKENS, CLIPPrompts, check_text_settings
 from .diffusers_folder import check_components, folder_family, load_folder, read_json
+from .encoders import PictureEncoder, PromptEncoder, VAEPictures
 from .families import config_of, detect_family, distilled
 from .finite import check_weights
 from .memo import Memo
 from .noise_schedule import NoiseSchedule
 from .prediction import AUTO, EPSILON, check_prediction, detect_prediction, scheduler_keys
-from .single_file import beside, load_single_file
+from .single_file import beside, fill_unet, load_single_file
 from .tensor_file import TensorSource, open_tensors
 from .tokenizers import load_tokenizers
 
@@ -34,9 +36,8 @@ class StableDiffusion:
     call it."""
 
     unet: Any  # diffusers.UNet2DConditionModel; diffusers ships no types that a checker can follow
-    vae: Any  # diffusers.AutoencoderKL
-    text_encoders: tuple[nn.Module, ...]
-    tokenizers: tuple[Any, ...]
+    prompts: PromptEncoder
+    pictures: PictureEncoder
     schedule: NoiseSchedule
     scheduler_config: dict[str, Any]
     family: str
@@ -44,21 +45,36 @@ class StableDiffusion:
     device: torch.device
     dtype: torch.dtype
     encoded: Memo = field(default_factory=Memo, repr=False)  # pictures it has encoded
+    # Whose the UNet's weights are, where they are not its own: it has them while it works.
+    lender: Callable[[], TensorSource] | None = None
 
     @property
     def vae_scale(self) -> int:
-        """Pixels per latent cell along a side: 8 in Stable Diffusion, 4 in the miniature."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        """Pixels per latent cell along a side."""
+        return self.pictures.scale
 
     @property
     def resolution(self) -> int:
         """The side in px of the pictures the model was trained on."""
         return int(self.unet.config.sample_size) * self.vae_scale
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """The UNet on its device while the block runs; otherwise on the host, or without its
+        weights where they are lent."""
+        try:
+            if self.lender is None:
+                self.unet.to(self.device)
+            else:
+                fill_unet(self.unet, self.lender(), self.device, self.dtype)
+            yield
+        finally:
+            nn.Module.to(self.unet, "cpu" if self.lender is None else "meta")
+
     def drop_encoders(self) -> None:
         """Give the VAE's and text encoders' memory back, once all is encoded. The model can still
         be trained, but not draw."""
-        for module in (self.vae, *self.text_encoders):
+        for module in (*self.pictures.modules, *self.prompts.modules):
             nn.Module.to(module, "meta")
 
 
@@ -70,6 +86,8 @@ def load_checkpoint(
     vae: str | os.PathLike[str] | None = None,
     text_encoders: Sequence[str | os.PathLike[str]] = (),
     prediction: str = AUTO,
+    clip_skip: int = 1,
+    max_tokens: int = MAX_TOKENS,
     tokenizer: str | os.PathLike[str] | None = None,
     observer: Observer = ignore,
 ) -> StableDiffusion:
@@ -77,11 +95,13 @@ def load_checkpoint(
 
     The UNet comes in `dtype` on `device`; VAE and text encoders wait on the CPU and visit the
     device, in fp32, while they run. `vae` names another VAE file; `prediction`, one of
-    `PREDICTIONS`, overrides what the checkpoint says of itself. For single files `text_encoders`
-    are files of the encoders alone and `tokenizer` is a folder with CLIP's vocabulary. Raises
-    CheckpointError.
+    `PREDICTIONS`, overrides what the checkpoint says of itself. `clip_skip` 2 reads prompts one
+    layer before the text encoder's last (SDXL keeps its own), up to `max_tokens` of them. For
+    single files `text_encoders` are files of the encoders alone and `tokenizer` is a folder with
+    CLIP's vocabulary. Raises CheckpointError or SettingError.
     """
     check_prediction(prediction)
+    check_text_settings(clip_skip, max_tokens)
     folder = MINI_SD_FOLDER / "model" if str(path) == MINI_SD else Path(path)
     if not folder.exists():
         raise CheckpointError(
@@ -113,11 +133,13 @@ def load_checkpoint(
     check_weights(name, unet, decoder, encoders)
     for part in (unet, decoder, *encoders):
         part.eval().requires_grad_(False)
+    sdxl = family == "sdxl"
+    if sdxl and clip_skip > 1:
+        observer(Notice("clip_skip is left out: SDXL keeps the layer it was trained on."))
     return StableDiffusion(
         unet=unet,
-        vae=decoder,
-        text_encoders=encoders,
-        tokenizers=tokenizers,
+        prompts=CLIPPrompts(encoders, tokenizers, sdxl, None if sdxl else clip_skip, max_tokens),
+        pictures=VAEPictures(decoder),
         schedule=schedule,
         scheduler_config=scheduler_config,
         family=family,
@@ -146,15 +168,3 @@ def read_folder_kind(folder: Path, path: str, prediction: str = AUTO) -> tuple[s
     schedule = NoiseSchedule.from_config(scheduler_config)
     unet_config = read_json(folder / "unet" / "config.json")
     return folder_family(unet_config, schedule.prediction, path), scheduler_config
-
-
-@contextmanager
-def temporarily_on(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """The module in fp32 on `device` for a while, then back on the host as it was: text encoders
-    and VAE take no room beside training, and fp16 (which overflows in SDXL's VAE) is only how they
-    are stored."""
-    stored = next(module.parameters()).dtype
-    try:
-        yield nn.Module.to(module, device, torch.float32)  # diffusers' own `to` warns about casts
-    finally:
-        nn.Module.to(module, "cpu", stored)

@@ -25,6 +25,24 @@ FIXED_KEYS = {
     "timestep_type": "discrete",
     "snr_shift_scale": 1.0,
     "use_snr_shift": False,
+    "use_dynamic_shifting": False,
+    "sigma_min": None,
+    "sigma_max": None,
+}
+FOLLOWED = {
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("prediction_type", "rescale_betas_zero_snr"),
+}
+# What steers sampling alone says nothing of training.
+OF_SAMPLING = {
+    *("algorithm_type", "clip_sample", "clip_sample_range", "corrector_order", "disable_corrector"),
+    *("dynamic_thresholding_ratio", "eta", "euler_at_final", "final_sigmas_type", "flow_shift"),
+    *("interpolation_type", "lambda_min_clipped", "lower_order_final", "original_inference_steps"),
+    *("predict_x0", "predictor_order", "sample_max_value", "set_alpha_to_one", "shift_terminal"),
+    *("skip_prk_steps", "solver_order", "solver_p", "solver_type", "steps_offset", "tau_func"),
+    *("thresholding", "time_shift_type", "timestep_scaling", "timestep_spacing", "use_lu_lambdas"),
+    *("use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas", "variance_type"),
+    *("clip_sample_value", "use_karras_sigma", "denoise_final", "set_alpha_to_zero"),
 }
 
 
@@ -65,6 +83,11 @@ class NoiseSchedule:
         if config.get("rescale_betas_zero_snr"):
             alphas_cumprod = rescaled_to_zero_snr(alphas_cumprod)
         return cls(alphas_cumprod.float(), str(config.get("prediction_type") or "epsilon"))
+
+    @classmethod
+    def from_sigmas(cls, sigmas: Tensor, prediction_type: str) -> NoiseSchedule:
+        """From sigma_t = sqrt(1 / abar_t - 1), increasing `[T]`."""
+        return cls((1 / (1 + sigmas.double().square())).float(), prediction_type)
 
     @property
     def zero_terminal_snr(self) -> bool:
@@ -108,8 +131,8 @@ class NoiseSchedule:
 
 
 def _refuse_other_schedules(config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for a scheduler configuration of no discrete DDPM schedule. The keys
-    that steer sampling alone (Karras sigmas, spacing, solver) say nothing of training."""
+    """Raises CheckpointError for a scheduler configuration of no discrete DDPM schedule, and for
+    keys that nobody knows."""
     name = str(config.get("_class_name") or "")
     for part, what in CONTINUOUS.items():
         if part in name:
@@ -122,6 +145,14 @@ def _refuse_other_schedules(config: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"The checkpoint's scheduler has {key} {config[key]!r}, which changes the noise "
                 f"schedule in a way CNTLoRA does not train: it must be {usual!r}."
+            )
+    known = FIXED_KEYS.keys() | FOLLOWED | OF_SAMPLING
+    for key in config:
+        if key not in known and not key.startswith("_"):
+            raise CheckpointError(
+                f"The checkpoint's scheduler has {key} {config[key]!r}, which CNTLoRA does not "
+                "know: it may change the noise schedule. Take it out of scheduler_config.json if "
+                "it only steers sampling."
             )
 
 

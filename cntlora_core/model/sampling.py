@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..events import Observer, Progress, ignore
 from .conditioning import Conditioning, encode_prompts
-from .loader import StableDiffusion, temporarily_on
+from .loader import StableDiffusion
 from .noise_schedule import NoiseSchedule
 
 LATENT_CHANNELS = 4
@@ -91,11 +91,9 @@ def _rescaled(guided: Tensor, with_prompt: Tensor) -> Tensor:
 def decode(model: StableDiffusion, latents: Tensor) -> list[Image.Image]:
     """Scaled latents `[n, 4, h, w]` -> n RGB pictures."""
     pictures = []
-    with temporarily_on(model.vae, model.device):
+    with model.pictures.working(model.device):
         for latent in latents.split(1):
-            pixels = model.vae.decode(
-                (latent / model.vae.config.scaling_factor).to(model.vae.dtype)
-            ).sample.float()
+            pixels = model.pictures.decode(latent)
             array = (
                 ((pixels[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
             )

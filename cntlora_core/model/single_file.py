@@ -4,7 +4,7 @@ parts beside it -> the parts of a Stable Diffusion."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ def load_single_file(
     encoders = tuple(
         _build_text(sources, family, i, c) for i, c in enumerate(config["text_encoders"])
     )
-    return _build_unet(source, config["unet"], device, dtype), decoder, encoders
+    unet = empty_unet(config["unet"])
+    fill_unet(unet, source, device, dtype)
+    return unet, decoder, encoders
 
 
 def missing_parts(source: TensorSource, family: str) -> list[str]:
@@ -54,16 +56,21 @@ def missing_parts(source: TensorSource, family: str) -> list[str]:
     return missing
 
 
-def _build_unet(
-    source: TensorSource, config: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> Any:
+def empty_unet(config: Mapping[str, Any]) -> Any:
+    """A UNet of diffusers' configuration whose weights have shapes alone."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-    attentive = attention_up_blocks(config)
+        return UNet2DConditionModel.from_config(dict(config))
+
+
+def fill_unet(
+    unet: Any, source: TensorSource, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Give a UNet its weights, straight into `dtype` on `device`. Those that are there already as
+    they should be are shared, not copied."""
+    attentive = attention_up_blocks(unet.config)
     _fill(unet, source, lambda name: unet_places(name, attentive), "UNet", device, dtype)
-    return unet
 
 
 def build_vae(source: TensorSource, config: dict[str, Any]) -> Any:

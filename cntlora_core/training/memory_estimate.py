@@ -19,6 +19,7 @@ from ..lora.adapter import Factors, attached_lora
 from ..lora.targets import find_projections, targets_for
 from ..model.families import config_of
 from ..model.gradient_checkpointing import recomputing_activations
+from ..model.single_file import empty_unet
 from .memory_plan import COPIES_OF_ADAPTERS
 
 TEXT_TOKENS = 77
@@ -85,10 +86,7 @@ def unet_training_memory(
     device: str,
 ) -> MemoryEstimate:
     """The same for any UNet by its diffusers configuration, with latents of `side` x `side`."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(dict(config)).requires_grad_(False)
+    unet = empty_unet(config).requires_grad_(False)
     unet.set_attn_processor(_Attention(device))
     nn.Module.to(unet, dtype)  # diffusers' own `to` warns about a cast that loses nothing here
     projections = find_projections(unet, targets)

@@ -43,7 +43,7 @@ def plain(shop, mini_sd):
 
 
 def weights(model):
-    for part in (model.unet, model.vae, *model.text_encoders):
+    for part in (model.unet, model.pictures.vae, *model.prompts.encoders):
         yield from part.state_dict().items()
 
 
@@ -55,7 +55,7 @@ def test_it_loads_with_the_right_weights(shop, plain, title):
     assert result.model.schedule.prediction == kind.prediction
     assert bool(result.sentence) == bool(kind.says)
     assert kind.says in result.sentence
-    for part in (result.model.vae, *result.model.text_encoders):
+    for part in (result.model.pictures.vae, *result.model.prompts.encoders):
         # Nothing computes in 8 bits, and a module is moved and cast as a whole.
         (dtype,) = {p.dtype for p in part.parameters()}
         assert dtype.itemsize > 1

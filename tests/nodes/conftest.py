@@ -45,6 +45,9 @@ def stand_ins(base):
             "Boolean",
             "Image",
             "Mask",
+            "Model",
+            "Clip",
+            "Vae",
             "LoraModel",
             "LossMap",
         )
@@ -75,7 +78,9 @@ def stand_ins(base):
             "soft_empty_cache": lambda: None,
             "InterruptProcessingException": type("InterruptProcessingException", (Exception,), {}),
             "throw_exception_if_processing_interrupted": lambda: None,
+            "OOM_EXCEPTION": torch.OutOfMemoryError,
         },
+        **{f"comfy.{name}": {} for name in ("lora", "model_patcher", "model_sampling")},
         "folder_paths": {
             "get_filename_list": lambda name: ["sd15.safetensors", "old.ckpt"],
             "get_full_path": lambda name, file: str(base / name / file),

@@ -16,6 +16,7 @@ WIDGETS = {"COMBO", "STRING", "INT", "FLOAT", "BOOLEAN"}
 ROOT = Path(__file__).resolve().parents[2]
 IDS = [
     "LoadCheckpoint",
+    "UseComfyUIModel",
     "SubjectImages",
     "PriorImages",
     "Calibrate",

@@ -189,7 +189,7 @@ def test_words_with_any_characters_are_filled_in_as_they_are():
 
 
 def test_captions_that_differ_only_where_the_encoder_stops_are_told(mini_sd):
-    start = "cat " * 40
+    start = "cat " * 100  # three chunks of the miniature are 90 tokens
     pictures = [
         Picture(f"{n}", Image.new("RGB", (64, 64)), f"{n}", caption=start + end)
         for n, end in enumerate(("red", "blue"))
@@ -197,7 +197,7 @@ def test_captions_that_differ_only_where_the_encoder_stops_are_told(mini_sd):
     said = []
     encode_subject(mini_sd, pictures, "x", observer=said.append)
     (text,) = [e.text for e in said if isinstance(e, Notice)]
-    assert text.startswith("2 captions are longer than the 30 tokens")
+    assert text.startswith("2 captions are longer than the 90 tokens")
     assert "2 of them are the same to it" in text
 
 

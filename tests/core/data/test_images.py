@@ -176,15 +176,15 @@ def test_masks_that_are_not_used_are_told(tmp_path):
 
 
 def test_a_cache_gives_the_same_latents_and_survives_damage(mini_sd, mixed, tmp_path, monkeypatch):
-    fresh = encode_subject(mini_sd, mixed, "x", cache=LatentCache(tmp_path, mini_sd.vae))
+    fresh = encode_subject(mini_sd, mixed, "x", cache=LatentCache(tmp_path, mini_sd.pictures.vae))
     files = sorted(tmp_path.iterdir())
     assert len(files) == 4
     files[0].write_bytes(b"damaged")
-    again = encode_subject(mini_sd, mixed, "x", cache=LatentCache(tmp_path, mini_sd.vae))
+    again = encode_subject(mini_sd, mixed, "x", cache=LatentCache(tmp_path, mini_sd.pictures.vae))
     for a, b in zip((*fresh.mean, *fresh.std), (*again.mean, *again.std), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(mini_sd.vae, "encode", None)  # all is found: nothing is encoded
-    encode_subject(mini_sd, mixed, "x", cache=LatentCache(tmp_path, mini_sd.vae))
+    monkeypatch.setattr(mini_sd.pictures.vae, "encode", None)  # all is found: nothing is encoded
+    encode_subject(mini_sd, mixed, "x", cache=LatentCache(tmp_path, mini_sd.pictures.vae))
 
 
 def test_the_last_of_five_is_held_out(subject):

@@ -115,3 +115,10 @@ def test_a_date_that_is_none_is_todays(monkeypatch, epoch):
 def test_the_date_can_be_set(monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     assert about()["modelspec.date"] == "1970-01-02"
+
+
+def test_how_prompts_were_read_is_in_kohyas_words():
+    read = about(clip_skip=2, max_tokens=225)
+    assert (read["ss_clip_skip"], read["ss_max_token_length"]) == ("2", "225")
+    read = about(max_tokens=75)
+    assert (read["ss_clip_skip"], read["ss_max_token_length"]) == ("None", "None")

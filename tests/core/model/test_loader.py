@@ -24,7 +24,7 @@ def test_the_embedded_model(mini_sd):
     assert not mini_sd.unet.training
     assert not any(
         p.requires_grad
-        for part in (mini_sd.unet, mini_sd.vae, *mini_sd.text_encoders)
+        for part in (mini_sd.unet, mini_sd.pictures.vae, *mini_sd.prompts.encoders)
         for p in part.parameters()
     )
 

@@ -37,9 +37,9 @@ def diffusers_draws(model, scheduler, **options):
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline(
-        vae=model.vae,
-        text_encoder=model.text_encoders[0],
-        tokenizer=model.tokenizers[0],
+        vae=model.pictures.vae,
+        text_encoder=model.prompts.encoders[0],
+        tokenizer=model.prompts.tokenizers[0],
         unet=model.unet,
         scheduler=scheduler,
         safety_checker=None,

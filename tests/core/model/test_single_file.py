@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from cntlora_core.errors import CheckpointError
 from cntlora_core.model import single_file, tokenizers
+from cntlora_core.model.encoders import temporarily_on
 from cntlora_core.model.families import FAMILIES, config_of, detect_family, distilled
 from cntlora_core.model.ldm_names import UNET_PREFIX, unet_name, vae_name
-from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint, temporarily_on
+from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
 from cntlora_core.model.tensor_file import open_tensors
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -90,7 +91,11 @@ def test_loading_fills_every_weight(small):
     model = load_checkpoint(path, tokenizer=vocabulary)
     assert model.family == family
     assert model.schedule.prediction_type == ("v_prediction" if family == "sd2-v" else "epsilon")
-    assert len(model.text_encoders) == len(model.tokenizers) == (2 if family == "sdxl" else 1)
+    assert (
+        len(model.prompts.encoders)
+        == len(model.prompts.tokenizers)
+        == (2 if family == "sdxl" else 1)
+    )
     stored = load_file(path)
     attentive = frozenset(
         i for i, k in enumerate(model.unet.config.up_block_types) if k.startswith("CrossAttn")
@@ -100,7 +105,7 @@ def test_loading_fills_every_weight(small):
         assert torch.equal(
             value, stored[UNET_PREFIX + unet_name(name, attention_up_blocks=attentive)].float()
         )
-    for part in (model.vae, *model.text_encoders):
+    for part in (model.pictures.vae, *model.prompts.encoders):
         assert not any(t.is_meta for t in (*part.parameters(), *part.buffers()))
 
 
@@ -126,7 +131,7 @@ def test_text_encoders_agree_with_transformers(small):
     """The joined q, k, v of OpenCLIP are taken apart rightly: both layouts give one result."""
     family, path, vocabulary = small
     model = load_checkpoint(path, tokenizer=vocabulary)
-    encoder = model.text_encoders[-1]
+    encoder = model.prompts.encoders[-1]
     stored = load_file(path)
     state = {k.removeprefix("text_model."): v for k, v in encoder.state_dict().items()}
     layer = "encoder.layers.1.self_attn.k_proj.weight"

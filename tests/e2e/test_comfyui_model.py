@@ -1,0 +1,298 @@
+"""What ComfyUI has loaded, trained on where it is: beside the same file through our own loader."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
+from cntlora_core.data.dataset import encode_subject
+from cntlora_core.data.images import find_pictures
+from cntlora_core.model import single_file
+from cntlora_core.model.conditioning import encode_prompts
+from cntlora_core.model.ldm_names import attention_up_blocks, unet_name
+from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
+from cntlora_core.model.sampling import sample_latents
+from cntlora_core.run import run_training
+
+pytestmark = pytest.mark.comfyui
+ROOT = Path(__file__).resolve().parents[2]
+LONG = "a photo of a cat on a table with a red ball beside a window, " * 12
+
+
+def load_module(name, path, **options):
+    spec = importlib.util.spec_from_file_location(name, path, **options)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def comfy():
+    """The host's modules, on the CPU, and the pack beside them."""
+    if not os.environ.get("COMFYUI_PATH"):
+        pytest.skip("COMFYUI_PATH is not set")
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    import comfy.sd
+    import comfy.supported_models
+
+    load_module("cntlora_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    importlib.import_module("cntlora_pack.nodes")
+    return comfy
+
+
+def small(family, maker):
+    """The family's grammar at a tenth of its width: ComfyUI's norms have 32 groups."""
+    config = maker.small_config(family)
+    unet, vae = config["unet"], config["vae"]
+    widths = [32 * min(2**i, 4) for i in range(len(unet["block_out_channels"]))]
+    unet.update(block_out_channels=widths, norm_num_groups=32)
+    unet["attention_head_dim"] = [1, 1, 2] if family == "sdxl" else 8
+    if family == "sdxl":  # what ComfyUI tells it by
+        unet["transformer_layers_per_block"] = [1, 2, 10]
+    vae.update(block_out_channels=[32, 32, 64, 64], norm_num_groups=32)
+    return config
+
+
+class Models:
+    """One file through both loaders."""
+
+    def __init__(self, comfy, family, folder, config, maker):
+        self.comfy, self.family, self.config = comfy, family, config
+        self.path = folder / f"{family}.safetensors"
+        maker.write(self.path, family, dtype="fp16", config=config)
+        self.nodes = sys.modules["cntlora_pack.nodes.comfyui_model"]
+        # The pack brings a core of its own, as in ComfyUI.
+        self.refused = sys.modules["cntlora_pack.cntlora_core.errors"].CheckpointError
+        self.loaded = self.load()
+
+    def ours(self, **options):
+        tokenizer = Path(self.comfy.__path__[0], "sd1_tokenizer")
+        return load_checkpoint(self.path, tokenizer=tokenizer, **options)
+
+    def theirs(self):
+        """MODEL, CLIP and VAE as a loader node gives them: the same to all, who leave no trace."""
+        return self.loaded
+
+    def load(self):
+        texts = {
+            f"clip_{name}_model_config": {
+                "num_hidden_layers": text["num_hidden_layers"],
+                "intermediate_size": text["intermediate_size"],
+            }
+            for name, text in zip("lg", self.config["text_encoders"], strict=False)
+        }
+        with torch.inference_mode():
+            model, clip, _, _ = self.comfy.sd.load_state_dict_guess_config(
+                load_file(self.path), output_vae=False, te_model_options=texts
+            )
+            state = {
+                k.removeprefix("first_stage_model."): v
+                for k, v in load_file(self.path).items()
+                if k.startswith("first_stage_model.")
+            }
+            blocks = {
+                "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "ch": 32,
+                "out_ch": 3, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 2, "attn_resolutions": [],
+                "dropout": 0.0,
+            }  # fmt: skip
+            settings = {"params": {"embed_dim": 4, "ddconfig": blocks}}
+            vae = self.comfy.sd.VAE(sd=state, config=settings)
+        return model, clip, vae
+
+    def use(self, model, clip, vae, dtype=torch.float32):
+        return self.nodes.use_model(model, clip, vae, device=torch.device("cpu"), dtype=dtype)
+
+
+@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+def models(request, comfy, tmp_path_factory):
+    maker = load_module("make_checkpoint", ROOT / "benchmarks" / "make_checkpoint.py")
+    family = request.param
+    config = small(family, maker)
+    kind = {"sd1": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[family]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(kind.unet_config, "model_channels", 32)
+        for module in (single_file, sys.modules["cntlora_pack.nodes.comfyui_model"]):
+            patch.setattr(module, "config_of", lambda name: json.loads(json.dumps(config)))
+        yield Models(comfy, family, tmp_path_factory.mktemp(family), config, maker)
+
+
+def trained(model):
+    """A LoRA after two steps from a calibration."""
+    pictures = find_pictures(MINI_SD_FOLDER / "subject")[:3]
+    with model.at_work():
+        subject = encode_subject(model, pictures, "a sks cat", DataConfig(resolution=64))
+        start = CalibrationConfig(effort="quick", rank=2)
+        how = TrainConfig(steps=2, learning_rate=1e-3, validate_every=0)
+        return subject, run_training(model, subject, start, how).lora
+
+
+def test_the_same_lora_as_from_our_own_loader(models):
+    ours, (model, clip, vae) = models.ours(), models.theirs()
+    before = {k: v.clone() for k, v in model.model.state_dict().items()}
+    theirs = models.use(model, clip, vae)
+    assert (theirs.family, theirs.resolution) == (ours.family, ours.resolution)
+    torch.testing.assert_close(
+        theirs.schedule.alphas_cumprod, ours.schedule.alphas_cumprod, rtol=1e-4, atol=0
+    )
+    (subject, lora), (expected, expected_lora) = trained(theirs), trained(ours)
+    for name in ("mean", "std"):
+        for a, b in zip(getattr(subject, name), getattr(expected, name), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        subject.conditioning.tokens, expected.conditioning.tokens, rtol=1e-3, atol=1e-4
+    )
+    # Of the whole, in the weights' own measure: a layer that hardly takes part is mostly rounding.
+    ours_whole, whole = (
+        torch.cat([factors.delta().flatten() for _, factors in sorted(each.items())])
+        for each in (expected_lora, lora)
+    )
+    print("difference of the LoRAs:", float((whole - ours_whole).norm() / ours_whole.norm()))
+    assert (whole - ours_whole).norm() < 0.01 * ours_whole.norm()
+    assert all(torch.equal(v, before[k]) for k, v in model.model.state_dict().items())
+
+
+def test_the_weights_are_shared_while_it_works_and_nowhere_else(models):
+    model, clip, vae = models.theirs()
+    used = models.use(model, clip, vae)
+    host = dict(model.model.diffusion_model.named_parameters())
+    assert all(w.is_meta for w in used.unet.parameters())
+    attentive = attention_up_blocks(used.unet.config)
+    with used.at_work():
+        for name, weight in used.unet.named_parameters():
+            lent = host[unet_name(name, attention_up_blocks=attentive)]
+            assert weight.data_ptr() == lent.data_ptr(), name
+            assert not weight.is_inference()
+    assert all(w.is_meta for w in used.unet.parameters())
+
+
+@pytest.mark.parametrize("skip", [1, 2])
+def test_prompts_are_encoded_as_comfyui_does(models, skip):
+    if models.family == "sdxl" and skip > 1:
+        pytest.skip("SDXL keeps its own layer")
+    _, clip, vae = theirs = models.theirs()
+    clip = clip.clone()
+    if skip > 1:
+        clip.clip_layer(-skip)
+    used = models.use(theirs[0], clip, vae)
+    ours = models.ours(clip_skip=skip)
+    assert used.prompts.clip_skip in (None, skip)
+    prompts = ["a cat", "", LONG[:500], LONG]
+    for prompt in prompts:
+        a, b = (encode_prompts(model, [prompt]) for model in (used, ours))
+        assert a.tokens.shape == b.tokens.shape
+        torch.testing.assert_close(a.tokens, b.tokens, rtol=1e-3, atol=1e-4)
+        if a.pooled is not None:
+            torch.testing.assert_close(a.pooled, b.pooled, rtol=1e-3, atol=1e-4)
+    assert encode_prompts(ours, prompts).tokens.shape[1] == 77 * 6  # of 1, 2 and 3 chunks
+
+
+def test_patches_on_the_model_count_and_stay_off_it(models):
+    model, clip, vae = models.theirs()
+    key = "diffusion_model.time_embed.0.weight"
+    own = model.model.state_dict()[key].clone()
+    patched = model.clone()
+    with torch.inference_mode():
+        patched.add_patches({key: (torch.full_like(own, 0.5),)}, 0.5, 0.25)
+    used = models.use(patched, clip, vae)
+    with used.at_work():
+        merged = used.unet.time_embedding.linear_1.weight
+        torch.testing.assert_close(merged, own * 0.25 + 0.25)
+        assert merged.data_ptr() != model.model.state_dict()[key].data_ptr()
+        other = used.unet.time_embedding.linear_2.weight
+        assert other.data_ptr() == model.model.diffusion_model.time_embed[2].weight.data_ptr()
+    assert torch.equal(model.model.state_dict()[key], own)
+
+
+def test_prediction_and_schedule_are_the_models_own(models):
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    model, clip, vae = models.theirs()
+    (changed,) = ModelSamplingDiscrete().patch(model, "v_prediction", True)
+    assert models.use(changed, clip, vae).schedule.prediction == "v + zero terminal SNR"
+    for name in ("lcm", "x0"):
+        (changed,) = ModelSamplingDiscrete().patch(model, name, False)
+        with pytest.raises(models.refused, match="The MODEL samples by"):
+            models.use(changed, clip, vae)
+
+
+def test_what_cannot_be_trained_is_refused(models):
+    model, clip, vae = models.theirs()
+    changed = model.clone()
+    changed.set_model_attn1_patch(lambda *args: args)
+    with pytest.raises(models.refused, match="cannot be trained through"):
+        models.use(changed, clip, vae)
+    with pytest.raises(models.refused, match="There is no CLIP"):
+        models.use(model, None, vae)
+    wrong = models.use(model, clip, vae)
+    wrong.prompts.features = 5
+    with pytest.raises(models.refused, match="CLIP is of another kind"):
+        wrong.prompts.encode([""], wrong.device)
+
+
+def test_fp8_weights_are_taken_as_they_are(models, tmp_path):
+    state = load_file(models.path)
+    small = {
+        k: v.to(torch.float8_e4m3fn) if k.startswith("model.") and v.ndim > 1 else v
+        for k, v in state.items()
+    }
+    save_file(small, tmp_path / "fp8.safetensors")
+    with torch.inference_mode():
+        model = models.comfy.sd.load_state_dict_guess_config(
+            load_file(tmp_path / "fp8.safetensors"), output_vae=False, output_clip=False,
+            model_options={"dtype": torch.float8_e4m3fn},
+        )[0]  # fmt: skip
+    _, clip, vae = models.theirs()
+    used = models.use(model, clip, vae)
+    kept = model.model.diffusion_model.time_embed[0].weight
+    assert kept.dtype == torch.float8_e4m3fn
+    with used.at_work():
+        assert torch.equal(used.unet.time_embedding.linear_1.weight, kept.float())
+        assert torch.isfinite(sample_latents(used, ["a cat"], [0], steps=1, size=(64, 64))).all()
+
+
+def test_pictures_are_tiled_where_memory_does_not_suffice(models, monkeypatch):
+    _, _, vae = theirs = models.theirs()
+    used = models.use(*theirs)
+    pixels = torch.rand(1, 3, 64, 64) * 2 - 1
+    mean, _ = used.pictures.encode(pixels)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(vae.first_stage_model.encoder, "forward", full)
+    monkeypatch.setattr(vae, "encode_tiled", lambda images: torch.ones(len(images), 4, 8, 8))
+    tiled, std = used.pictures.encode(pixels)
+    assert tiled.shape == mean.shape
+    assert not std.any()
+
+
+def test_the_template_runs_on_a_model_of_full_size(comfyui):
+    """SD 1.5's shapes with random weights, in as few passes as show that every node works."""
+    workflow = Path(__file__).with_name("workflows") / "with_comfyui_model.json"
+    graph = json.loads(workflow.read_text(encoding="utf-8"))
+    name = graph["8"]["inputs"]["ckpt_name"]
+    maker = load_module("make_checkpoint", ROOT / "benchmarks" / "make_checkpoint.py")
+    path = comfyui.base / "models/checkpoints" / name
+    maker.write(path, "sd1", dtype="fp16")
+    graph["3"]["inputs"]["init"] = "gaussian"
+    graph["4"]["inputs"].update(steps=1, sample_every=0, validate_every=0, batch_size=1)
+    graph["6"]["inputs"].update(count=1, steps=1, guidance=1.0)
+    try:
+        result = comfyui.run(graph, 3000)
+    finally:
+        path.unlink()
+    assert result["status"]["status_str"] == "success", result["status"]
+    (text,) = result["outputs"]["5"]["text"]
+    assert text.startswith("Saved as my_subject")
+    assert result["outputs"]["6"]["images"]
+    assert "lora key not loaded" not in comfyui.text()

@@ -4,7 +4,7 @@ ComfyUI."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -266,16 +266,16 @@ class ComfyUIPictures:
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.inference_mode():
-            try:
-                mean, std = self._posterior(pixels)
-            except management.OOM_EXCEPTION:
-                mean = None
-            if mean is None:
-                text = "Memory did not suffice for the VAE: the pictures are encoded in tiles."
-                self.observer(Notice(text))
-                mean = self.vae.encode_tiled((pixels.movedim(1, -1) + 1) / 2)
-                std = torch.zeros_like(mean)
-        return (mean.float() * self.factor).clone(), (std.float() * self.factor).clone()
+            mean, std = self._whole_or_tiled(pixels)
+        return mean.float() * self.factor, std.float() * self.factor
+
+    def _whole_or_tiled(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        with suppress(management.OOM_EXCEPTION):
+            return self._posterior(pixels)
+        text = "Memory did not suffice for the VAE: the pictures are encoded in tiles."
+        self.observer(Notice(text))
+        mean = self.vae.encode_tiled((pixels.movedim(1, -1) + 1) / 2)
+        return mean, torch.zeros_like(mean)
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation where the VAE has them, as `vae.encode` computes its mean."""
@@ -295,4 +295,4 @@ class ComfyUIPictures:
     def decode(self, latents: Tensor) -> Tensor:
         with torch.inference_mode():
             images = self.vae.decode(latents / self.factor)
-        return images.clone().movedim(-1, 1).float() * 2 - 1
+        return images.movedim(-1, 1).float() * 2 - 1

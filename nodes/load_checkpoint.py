@@ -21,6 +21,11 @@ PARTS = {
     "text_encoder_2": ("text_encoders", "SDXL's other one, in any order."),
 }
 
+# A graph made before an input existed has these: nothing runs again for their being written out.
+DEFAULTS = {"prediction": AUTO, "clip_skip": 1, "max_tokens": MAX_TOKENS} | dict.fromkeys(
+    PARTS, host.OWN
+)
+
 
 class LoadCheckpoint(io.ComfyNode):
     @classmethod
@@ -106,7 +111,7 @@ class LoadCheckpoint(io.ComfyNode):
             files += _parts(others)
         stats = [os.stat(path) for path in files if path and os.path.exists(path)]
         seen = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-        return f"{checkpoint}|{sorted(others.items())}|{seen}"
+        return f"{checkpoint}|{sorted((DEFAULTS | others).items())}|{seen}"
 
     @classmethod
     def execute(

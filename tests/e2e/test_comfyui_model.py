@@ -59,6 +59,8 @@ def small(family, maker):
     unet["attention_head_dim"] = [1, 1, 2] if family == "sdxl" else 8
     if family == "sdxl":  # what ComfyUI tells it by
         unet["transformer_layers_per_block"] = [1, 2, 10]
+    for text in config["text_encoders"]:
+        text["num_hidden_layers"] = 3
     vae.update(block_out_channels=[32, 32, 64, 64], norm_num_groups=32)
     return config
 
@@ -127,10 +129,13 @@ def models(request, comfy, tmp_path_factory):
 
 
 def trained(model):
-    """A LoRA after two steps from a calibration."""
+    """A LoRA after two steps from a calibration. At 64 px the deepest attention would see one place
+    alone, and what it asks for would be rounding."""
     pictures = find_pictures(MINI_SD_FOLDER / "subject")[:3]
     with model.at_work():
-        subject = encode_subject(model, pictures, "a sks cat", DataConfig(resolution=64))
+        subject = encode_subject(
+            model, pictures, "a sks cat", DataConfig(resolution=128, upscale=True)
+        )
         start = CalibrationConfig(effort="quick", rank=2)
         how = TrainConfig(steps=2, learning_rate=1e-3, validate_every=0)
         return subject, run_training(model, subject, start, how).lora
@@ -151,13 +156,12 @@ def test_the_same_lora_as_from_our_own_loader(models):
     torch.testing.assert_close(
         subject.conditioning.tokens, expected.conditioning.tokens, rtol=1e-3, atol=1e-4
     )
-    # Of the whole, in the weights' own measure: a layer that hardly takes part is mostly rounding.
+    # Of the whole: a layer that hardly takes part is mostly rounding.
     ours_whole, whole = (
         torch.cat([factors.delta().flatten() for _, factors in sorted(each.items())])
         for each in (expected_lora, lora)
     )
-    print("difference of the LoRAs:", float((whole - ours_whole).norm() / ours_whole.norm()))
-    assert (whole - ours_whole).norm() < 0.01 * ours_whole.norm()
+    assert float((whole - ours_whole).norm() / ours_whole.norm()) < 0.01
     assert all(torch.equal(v, before[k]) for k, v in model.model.state_dict().items())
 
 

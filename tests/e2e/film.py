@@ -20,16 +20,22 @@ from graph_page import GraphPage
 from server import Server
 
 IMAGES = Path(__file__).resolve().parents[2] / "docs/images"
-STEPS, SAMPLE_EVERY = 60, 10
-FRAMES, FRAME_MS, LAST_MS = 48, 160, 3000
+SETTINGS = {"steps": "40", "sample_every": 10}
+FRAMES, FRAME_MS, LAST_MS = 40, 300, 3000
 WIDTH, QUALITY = 900, 55  # px; of WebP
 LARGEST = 1_500_000  # bytes
 # Zoom and offset at which both panels fill the screen, and at which the whole graph does.
-PANELS, WHOLE = (1.0, [-735, 5]), (0.78, [20, 35])
+PANELS, WHOLE = (0.92, [-722, 10]), (0.78, [68, 75])
 LOOK_AT = """([scale, offset]) => {
     const { ds } = window.app.canvas;
     Object.assign(ds, { scale, offset });
     window.app.canvas.setDirty(true, true);
+}"""
+SET = """(settings) => {
+    const train = window.app.graph.nodes.find((n) => n.comfyClass === 'CNTLoRATrain');
+    for (const widget of train.widgets) {
+        if (widget.name in settings) widget.value = settings[widget.name];
+    }
 }"""
 DONE = """() => [...document.querySelectorAll('.cntlora-headline')].every((e) =>
     e.textContent === 'Done')"""
@@ -48,7 +54,7 @@ def look_at(page, view, size) -> None:
 def film(page) -> list[Image.Image]:
     """A screenshot whenever the panels say something new, until both are done."""
     frames, said = [screenshot(page)], None
-    page.shorten(steps=STEPS, sample_every=SAMPLE_EVERY)
+    page.evaluate(SET, SETTINGS)
     page.run_again()
     until = time.monotonic() + 900
     while time.monotonic() < until:
@@ -95,7 +101,9 @@ def main() -> None:
             page.open_example("train_a_subject")
             look_at(page, PANELS, (980, 860))
             write(film(page), IMAGES / "run.webp")
-            page.page.wait_for_function("() => window.app.ui.lastQueueSize === 0", timeout=300_000)
+            page.wait_for("text", "Saved as|6 pictures", 300)
+            while server.get("/queue")["queue_running"]:
+                page.page.wait_for_timeout(500)
             look_at(page, WHOLE, (1760, 900))
             screenshot(page).save(IMAGES / "graph.png", optimize=True)
             browser.close()

@@ -52,7 +52,8 @@ def measure(
     total, done, norms = torch.zeros(1, dtype=torch.float64), 0, []
     recompute = recomputing_activations(model.unet, gradient_checkpointing and backward)
     scale = gradient_scale(model.dtype)
-    moments = Moments()
+    half = model.dtype.itemsize < torch.float32.itemsize
+    moments = Moments(gradient_dtype=torch.bfloat16 if half else torch.float32)
     gradient = moments.add_gradient if backward else None
     with (
         record(

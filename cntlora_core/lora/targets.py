@@ -80,7 +80,7 @@ def find_projections(unet: nn.Module, targets: str = "attention") -> tuple[Proje
 
 def targets_for(family: str, config: CalibrationConfig) -> str:
     """What `auto` means: feed-forward layers too where data ranks find them room in the same
-    budget. SDXL's would take 5 GB more of the host's memory while calibrating."""
+    budget. SDXL's would take 2.5 GB more of the host's memory while calibrating."""
     if config.targets != "auto":
         return config.targets
     wide = config.init in CALIBRATED and config.rank_rule == "data" and family != "sdxl"

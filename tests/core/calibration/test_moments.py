@@ -28,6 +28,16 @@ def test_a_million_tokens_lose_no_digits():
     assert float(mean.get()) == pytest.approx(0.1, rel=1e-6)
 
 
+def test_a_mean_may_be_kept_in_half_precision():
+    whole, half = RunningMean(), RunningMean(dtype=torch.bfloat16)
+    for seed in range(4):
+        chunk = torch.randn(30, 6, generator=torch.Generator().manual_seed(seed))
+        for mean in (whole, half):
+            mean.update(chunk.T @ chunk, len(chunk))
+    assert half.get().dtype == torch.bfloat16
+    assert float((half.get() - whole.get()).norm() / whole.get().norm()) < 0.01
+
+
 def test_nothing_recorded_is_an_error():
     with pytest.raises(RuntimeError, match="no tokens"):
         RunningMean().get()

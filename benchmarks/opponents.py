@@ -34,7 +34,7 @@ from cntlora_core.data.importance import Importance
 from cntlora_core.defaults import MINI_SD
 from cntlora_core.events import Event, Validation
 from cntlora_core.model.loader import StableDiffusion, load_checkpoint
-from cntlora_core.run import run_training
+from cntlora_core.run.runs import run_training
 from cntlora_core.training.validation import validation_loss
 
 COSTS = (10, 15, 20, 30, 45, 60, 90, 120)

@@ -29,7 +29,7 @@ from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.lora.targets import find_projections, targets_for
 from cntlora_core.model.gradient_checkpointing import recomputing_activations
 from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
-from cntlora_core.run import save_run
+from cntlora_core.run.saving import save_run
 from cntlora_core.training.loop import train
 from cntlora_core.training.memory_estimate import estimate_training_memory
 from cntlora_core.training.state import start_state

@@ -34,7 +34,7 @@ from cntlora_core.model.noise_schedule import stratified_timesteps
 from cntlora_core.model.prediction import EPSILON, V_ZERO_SNR, scheduler_keys
 from cntlora_core.model.sampling import sample, sample_latents
 from cntlora_core.report.charts import sample_sheet
-from cntlora_core.run import run_training
+from cntlora_core.run.runs import run_training
 
 NAMES = """cat face, dog face, fox face, bear face, rabbit face, tiger face, monkey face, panda face
 grinning face, crying face, face with tears of joy, smiling face with sunglasses, red heart

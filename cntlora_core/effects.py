@@ -3,12 +3,23 @@ silence."""
 
 from __future__ import annotations
 
-from .config import CALIBRATED, CalibrationConfig, TrainConfig
+from collections.abc import Sequence
+from typing import Any
+
+from .config import CALIBRATED, CalibrationConfig, DataConfig, TrainConfig
 
 
-def without_effect_in_training(
-    config: TrainConfig, *, validates: bool, has_prior: bool
-) -> list[str]:
+def without_effect_in_data(config: DataConfig) -> list[str]:
+    """Of how pictures are shown."""
+    tags = [] if config.shuffle_tags or config.tag_dropout else ["keep_tags", "caption_variants"]
+    masks = [] if config.masked else ["unmasked_weight"]
+    return [
+        *_said(_changed(config, *tags), "tags are neither shuffled nor left out"),
+        *_said(_changed(config, *masks), "nothing is masked"),
+    ]
+
+
+def without_effect_in_training(config: TrainConfig, validates: bool, has_prior: bool) -> list[str]:
     """Of the training's settings, whose steps are known."""
     default = TrainConfig()
     rules = [
@@ -23,6 +34,10 @@ def without_effect_in_training(
             "early. Set validate_every.",
         ),
         (
+            not config.keep_best and not validates,
+            "keep_best is off, but nothing is validated: the last weights are given out anyway.",
+        ),
+        (
             config.prior_weight != default.prior_weight and not has_prior,
             f"prior_weight is {config.prior_weight:g}, but there is no prior loss: it has no "
             "effect.",
@@ -35,6 +50,14 @@ def without_effect_in_training(
     return [text for holds, text in rules if holds]
 
 
+def without_effect_on_natural_steps(config: TrainConfig, rate: float) -> list[str]:
+    """Of the training's settings. `rate`: the learning rate where nobody asks for one."""
+    ignored = _changed(config, "weight_decay", "schedule", "warmup", "max_grad_norm")
+    if config.learning_rate not in (0, rate):
+        ignored.insert(0, "learning_rate")
+    return _said(ignored, "natural-gradient steps have their own length (adamw would use it)")
+
+
 def class_matters(config: CalibrationConfig, *, continued: bool) -> bool:
     """Whether calibration preserves a class when it is told of one."""
     return config.init in CALIBRATED and bool(config.preservation) and not continued
@@ -45,22 +68,25 @@ def without_effect_in_calibration(
 ) -> list[str]:
     """Of the calibration's settings. `continued`: the start is a LoRA file, nothing is
     calibrated."""
-    default = CalibrationConfig()
-
-    def changed(*names: str) -> list[str]:
-        return [name for name in names if getattr(config, name) != getattr(default, name)]
-
     if continued:
-        ignored = changed("init", "rank", "rank_rule", "effort", "targets", "preservation", "rho")
+        ignored = ["init", "rank", "rank_rule", "effort", "targets", "preservation", "rho"]
         why = "the LoRA that is continued has its own start and ranks"
-    elif config.init not in CALIBRATED:
-        ignored = changed("rank_rule", "effort", "preservation", "rho")
+        return _said(_changed(config, *ignored), why)
+    if config.init not in CALIBRATED:
         why = f"init is '{config.init}', which measures nothing"
-    else:
-        ignored = changed("effort") if config.init == "domain" else []
-        why = "init 'domain' is one sweep"
-        if not has_class and (unused := changed("preservation")):
-            ignored, why = [*ignored, *unused], f"{why}, and no class is preserved"
-            if ignored == unused:
-                why = "there is no class to preserve"
-    return [f"{', '.join(ignored)}: without effect, because {why}."] if ignored else []
+        return _said(_changed(config, "rank_rule", "effort", "preservation", "rho"), why)
+    sweep = ["effort"] if config.init == "domain" else []
+    preserved = [] if has_class else ["preservation"]
+    return [
+        *_said(_changed(config, *sweep), "init 'domain' is one sweep"),
+        *_said(_changed(config, *preserved), "there is no class to preserve"),
+    ]
+
+
+def _changed(config: Any, *names: str) -> list[str]:
+    default = type(config)()
+    return [name for name in names if getattr(config, name) != getattr(default, name)]
+
+
+def _said(names: Sequence[str], why: str) -> list[str]:
+    return [f"{', '.join(names)}: without effect, because {why}."] if names else []

@@ -7,10 +7,12 @@ from typing import Any
 from ..cntlora_core.config import CalibrationConfig
 from ..cntlora_core.data.class_images import class_noised
 from ..cntlora_core.data.encoded import EncodedImages
+from ..cntlora_core.effects import class_matters, without_effect_in_calibration
+from ..cntlora_core.events import Notice
 from ..cntlora_core.lora.adapter import parameter_count
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.report.charts import rank_map
-from ..cntlora_core.run import run_calibration
+from ..cntlora_core.run.runs import run_calibration
 from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io
@@ -22,6 +24,7 @@ from .types import (
     Prior,
     SDModel,
     SubjectPictures,
+    check_room,
     lora_model,
     to_image,
 )
@@ -73,10 +76,13 @@ class CalibrateLoRA(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         config = read_settings(CalibrationConfig, settings)
+        check_room(sd_model, config)
         with (
             Reporter(host.identity(cls), "CNTLoRACalibrate") as report,
             host.working(sd_model),
         ):
+            for text in _without_effect(config, prior is not None):
+                report(Notice(text))
             encoded, _ = subject.encode(sd_model, report)
             kept = class_noised(sd_model, prior) if prior else None
             start = run_calibration(sd_model, encoded, config, preserve=kept, observer=report)
@@ -90,3 +96,10 @@ class CalibrateLoRA(io.ComfyNode):
         return io.NodeOutput(
             CalibratedStart(start, config), lora, to_image([picture]), ui=report.shown()
         )
+
+
+def _without_effect(config: CalibrationConfig, has_class: bool) -> list[str]:
+    said = without_effect_in_calibration(config, continued=False, has_class=has_class)
+    if has_class and not class_matters(config, continued=False):
+        said.append("The prior has no effect: this start measures nothing, or preservation is 0.")
+    return said

@@ -8,7 +8,7 @@ from ..cntlora_core.events import Event, Notice, Step, Training
 from ..cntlora_core.lora.adapter import attached_lora
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.model.sampling import sample
-from ..cntlora_core.run import RunResult
+from ..cntlora_core.run.outcome import RunResult
 from . import host
 from .reporter import Reporter
 

@@ -13,6 +13,7 @@ from ..cntlora_core.data.captions import prepare_captions
 from ..cntlora_core.data.checks import check_pictures
 from ..cntlora_core.data.folder import PictureFile, picture_files
 from ..cntlora_core.data.images import open_pictures
+from ..cntlora_core.effects import without_effect_in_data
 from ..cntlora_core.errors import CNTLoRAError, ImageError, SettingError
 from ..cntlora_core.events import Event, Notice, Observer, ignore
 from ..cntlora_core.model.loader import MINI_SD_FOLDER
@@ -134,6 +135,7 @@ class SubjectImages(io.ComfyNode):
             pictures, prompt, words, add_trigger=data.add_trigger, observer=note
         )
         notices += check_pictures(pictures, data.resolution, masked=data.masked)
+        notices += without_effect_in_data(data)
         sizes = sorted(min(p.image.size) for p in pictures)
         text = (
             f"{len(pictures)} pictures, shorter sides {sizes[0]}-{sizes[-1]} px. "

@@ -14,7 +14,8 @@ from ..cntlora_core.errors import CNTLoRAError
 from ..cntlora_core.events import Event, Notice, Saved
 from ..cntlora_core.files import DISK, Disk, free_name
 from ..cntlora_core.model.loader import StableDiffusion
-from ..cntlora_core.run import RunResult, run_training
+from ..cntlora_core.run.outcome import RunResult
+from ..cntlora_core.run.runs import run_training
 from ..cntlora_core.settings import read_settings
 from ..cntlora_core.training.prior_loss import BasePrediction, ClassImages, PriorLoss
 from ..cntlora_core.training.validation import validation_loss
@@ -32,6 +33,7 @@ from .types import (
     SDModel,
     Settings,
     SubjectPictures,
+    check_room,
     lora_model,
     to_image,
 )
@@ -47,6 +49,7 @@ ON_TRAIN = (
     "weight_decay",
     "gradient_checkpointing",
 )
+PRIOR_LOSSES = ("class images", "base prediction")
 ORDINARY = CalibrationConfig(init="gaussian")  # the start when none is connected
 
 
@@ -113,10 +116,13 @@ class TrainLoRA(io.ComfyNode):
         start = lora_init.config if lora_init else ORDINARY
         made = lora_init.calibration if lora_init else None
         config = read_settings(TrainConfig, own | (settings.fields if settings else {}))
+        check_room(sd_model, start, made.lora if made else None)
         with (
             Reporter(host.identity(cls), "CNTLoRATrain", config.steps, disk=cls.disk) as report,
             host.working(sd_model),
         ):
+            for text in _without_effect(config, validation, prior, settings):
+                report(Notice(text))
             encoded, held_out = subject.encode(sd_model, report)
             if validation:
                 if validation.prompt != subject.prompt:
@@ -126,7 +132,7 @@ class TrainLoRA(io.ComfyNode):
             sampler = Sampler(sd_model, sample_prompt or encoded.prompt, sample_every, report)
 
             def finished(run: RunResult) -> LoRAModel:
-                return lora_model(run.lora, sd_model, encoded, start, config, run.kept_step)
+                return lora_model(run.lora, sd_model, encoded, start, run.training, run.kept_step)
 
             def keep(run: RunResult) -> None:
                 if run.steps:
@@ -197,6 +203,26 @@ def _telling_where(kept: list[str]) -> Iterator[None]:
         raise
 
 
+def _without_effect(
+    config: TrainConfig,
+    validation: Pictures | None,
+    prior: EncodedImages | None,
+    settings: ExtraSettings | None,
+) -> list[str]:
+    """Inputs that do nothing beside the others, a sentence each."""
+    rules = [
+        (
+            validation is not None and not config.validate_every,
+            "The pictures to validate with have no effect: validate_every is 0.",
+        ),
+        (
+            prior is None and settings is not None and settings.prior_loss != PRIOR_LOSSES[0],
+            "prior_loss has no effect: no prior is connected.",
+        ),
+    ]
+    return [text for holds, text in rules if holds]
+
+
 def _other_words(validation: str, subject: str) -> str:
     return (
         f"The pictures to validate with say '{validation}', those to train on '{subject}': the "
@@ -207,7 +233,7 @@ def _other_words(validation: str, subject: str) -> str:
 def _prior_loss(prior: EncodedImages | None, settings: ExtraSettings | None) -> PriorLoss | None:
     if prior is None:
         return None
-    if settings and settings.prior_loss == "base prediction":
+    if settings and settings.prior_loss == PRIOR_LOSSES[1]:
         return BasePrediction(prior.conditioning[:1])
     return ClassImages(prior)
 

@@ -8,11 +8,9 @@ from ..cntlora_core.config import TrainConfig
 from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io
-from .train import ON_TRAIN
+from .train import ON_TRAIN, PRIOR_LOSSES
 from .types import ExtraSettings, Settings
 from .widgets import widgets_of
-
-PRIOR_LOSSES = ("class images", "base prediction")
 
 
 class TrainingSettings(io.ComfyNode):

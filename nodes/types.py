@@ -22,11 +22,12 @@ from ..cntlora_core.data.encoded import EncodedImages, with_validation
 from ..cntlora_core.data.images import Picture, fitted_mask
 from ..cntlora_core.errors import ImageError
 from ..cntlora_core.events import Notice, Observer, ignore
-from ..cntlora_core.files import DISK, Disk
+from ..cntlora_core.files import DISK, Disk, check_space
 from ..cntlora_core.lora.adapter import LoRA
 from ..cntlora_core.lora.file import to_state_dict
 from ..cntlora_core.model.loader import StableDiffusion
-from ..cntlora_core.run import save_run
+from ..cntlora_core.run.saving import save_run
+from ..cntlora_core.training.state_size import parameters_of
 from . import host
 from .host import io
 
@@ -137,6 +138,11 @@ def lora_model(
 
     state.write, state.prompt = save, subject.prompt
     return state
+
+
+def check_room(model: StableDiffusion, config: CalibrationConfig, lora: LoRA | None = None) -> None:
+    """Refuse to start what the loras folder has no space for. Raises OutputError."""
+    check_space(host.lora_path("lora"), 4 * parameters_of(model, config, lora), "the LoRA")
 
 
 def to_image(pictures: Sequence[Image.Image]) -> Tensor:

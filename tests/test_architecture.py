@@ -42,8 +42,7 @@ def test_no_file_is_over_400_lines(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
 
-# What each floor of the core may stand on. Files beside the packages are everybody's; `run.py` is
-# the floor under the command line.
+# What each floor of the core may stand on. Files beside the packages are everybody's.
 COMMON = {
     "config",
     "defaults",

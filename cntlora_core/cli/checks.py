@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import CalibrationConfig
-from ..effects import class_matters, without_effect_in_calibration
+from ..config import CalibrationConfig, DataConfig, TrainConfig
+from ..effects import class_matters, without_effect_in_calibration, without_effect_in_data
 from ..errors import SettingError
 from ..files import Disk, check_output, check_space
 from .options import CLASS_COUNT, settings_from
@@ -46,46 +46,57 @@ def check_arguments(args: argparse.Namespace) -> None:
         optional_optimizer(args.optimizer)
 
 
-def class_used(args: argparse.Namespace) -> bool:
-    """Whether anything asks for the class: calibration, to preserve it, or the prior loss."""
-    if not args.class_prompt:
-        return False
+def class_preserved(args: argparse.Namespace) -> bool:
+    """Whether calibration preserves the class."""
     calibration = settings_from(CalibrationConfig, args)
-    preserved = class_matters(calibration, continued=bool(args.continue_from))
-    return preserved or args.prior != "none"
+    matters = class_matters(calibration, continued=bool(args.continue_from))
+    return bool(args.class_prompt) and matters
 
 
-def without_effect(args: argparse.Namespace, calibration: CalibrationConfig) -> list[str]:
+def without_effect(
+    args: argparse.Namespace, data: DataConfig, calibration: CalibrationConfig
+) -> list[str]:
     """Options that do nothing beside the others, a sentence each."""
-    used, drawn = class_used(args), args.prior == "images" and not args.class_images
+    preserved, trained = class_preserved(args), args.prior == "images"
     rules = [
         (
-            bool(args.class_prompt) and not used,
+            bool(args.class_prompt) and not preserved and args.prior == "none",
             "--class-prompt has no effect here: nothing is calibrated that would preserve the "
             "class. Add --prior images or --prior base.",
         ),
         (
-            args.class_count != CLASS_COUNT and not drawn,
+            args.class_count != CLASS_COUNT and (not trained or bool(args.class_images)),
             "--class-count has no effect: pictures are drawn for --prior images without "
             "--class-images.",
+        ),
+        (
+            bool(args.class_images) and not preserved and not trained,
+            "--class-images has no effect: nothing asks for pictures of the class.",
+        ),
+        (
+            bool(args.masks) and not data.masked,
+            "--masks has no effect without --masked.",
         ),
         (
             bool(args.validation_images) and not args.validate_every,
             "--validation-images has no effect with --validate-every 0.",
         ),
         (
+            not data.hold_out and (bool(args.validation_images) or not args.validate_every),
+            "--no-hold-out has no effect: nothing is held out of these pictures anyway.",
+        ),
+        (
             args.continue_shared and not args.continue_from,
             "--continue-shared has no effect without --continue-from.",
         ),
-        (
-            bool(args.class_images) and not used,
-            "--class-images has no effect: nothing asks for the class.",
+    ]
+    return [
+        *(text for holds, text in rules if holds),
+        *without_effect_in_data(data),
+        *without_effect_in_calibration(
+            calibration, continued=bool(args.continue_from), has_class=preserved
         ),
     ]
-    continued = bool(args.continue_from)
-    return [text for holds, text in rules if holds] + without_effect_in_calibration(
-        calibration, continued=continued, has_class=used
-    )
 
 
 def check_outputs(args: argparse.Namespace, disk: Disk) -> tuple[Path, bool, RunSnapshots | None]:
@@ -108,27 +119,21 @@ def check_outputs(args: argparse.Namespace, disk: Disk) -> tuple[Path, bool, Run
     return check_output(args.output, overwrite=overwrite), overwrite, checkpoints
 
 
-# Of each parameter a checkpoint holds the weight, the best one, that before the last step and two
-# moments, fp32.
-STATE_BYTES = 5 * 4
-
-
 def check_room(
     args: argparse.Namespace,
     output: Path,
     model: StableDiffusion,
     lora: LoRA | None,
-    checkpoints: bool,
+    calibration: CalibrationConfig,
+    training: TrainConfig,
 ) -> None:
-    from ..calibration.ranks import budget_of
+    """Space for the LoRA, and its checkpoints where there will be some. Raises OutputError."""
     from ..devices import DTYPES
-    from ..lora.adapter import parameter_count
-    from ..lora.targets import find_projections
+    from ..training.state_size import parameters_of, state_bytes
 
-    parameters = (
-        parameter_count(lora) if lora else budget_of(find_projections(model.unet), args.rank)
-    )
+    parameters = parameters_of(model, calibration, lora)
     needed, what = parameters * DTYPES[args.save_precision].itemsize, "the LoRA"
-    if checkpoints:  # while one is written, the one before it is there too
-        needed, what = needed + 2 * parameters * STATE_BYTES, "the LoRA with its checkpoints"
+    if args.save_every or args.resume:  # while one is written, the one before it is there too
+        state = state_bytes(model, calibration, training, lora)
+        needed, what = needed + 2 * state, "the LoRA with its checkpoints"
     check_space(output, needed, what)

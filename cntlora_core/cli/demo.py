@@ -17,7 +17,9 @@ from ..lora.adapter import LoRA, attached_lora, parameter_count
 from ..model.loader import MINI_SD_FOLDER, StableDiffusion, load_checkpoint
 from ..model.sampling import sample
 from ..report.charts import loss_chart, rank_map, sample_sheet
-from ..run import RunResult, run_training, save_run
+from ..run.outcome import RunResult
+from ..run.runs import run_training
+from ..run.saving import save_run
 from ..training.validation import validation_loss
 from .console import Console, EventFile, broadcast
 
@@ -64,7 +66,7 @@ def _run(folder: Path, observer: Observer) -> dict[str, Any]:
         subject,
         steps=run.kept_step,
         calibration=CALIBRATION,
-        training=training,
+        training=run.training,
         overwrite=True,
         observer=observer,
     )
@@ -77,8 +79,8 @@ def _run(folder: Path, observer: Observer) -> dict[str, Any]:
         "lora": str(lora),
         "base_loss": run.base_loss,
         "step0_loss": run.validations[0][1],
-        "final_loss": dict(run.validations)[run.kept_step],
-        "gaussian_final_loss": dict(gaussian.validations)[gaussian.kept_step],
+        "final_loss": run.kept_loss,
+        "gaussian_final_loss": gaussian.kept_loss,
     }
 
 

@@ -11,7 +11,7 @@ from ..events import Observer
 from ..files import DISK, Disk, user_folders
 
 if TYPE_CHECKING:
-    from ..run import RunResult
+    from ..run.outcome import RunResult
     from ..training.resume import RunSnapshots
 
 
@@ -32,7 +32,7 @@ class Keeper:
 
     def keep(self, run: RunResult) -> None:
         """Save it, unless no step was finished. Raises OutputError when no place takes it."""
-        from ..run import save_run
+        from ..run.saving import save_run
 
         self.run = run
         if run.steps or not self.trains:
@@ -40,12 +40,24 @@ class Keeper:
                 self.output,
                 run.lora,
                 **self.story,
+                training=run.training,
                 steps=run.kept_step,
                 overwrite=self.overwrite,
                 elsewhere=user_folders(),
                 disk=self.disk,
                 observer=self.observer,
             )
+
+    def finish(self, run: RunResult) -> dict[str, Any]:
+        """All is saved: what the command prints."""
+        if self.checkpoints:
+            self.checkpoints.remove()
+        return {
+            "lora": str(self.saved),
+            "steps": run.steps,
+            "kept": run.kept_step,
+            "loss": run.kept_loss,
+        }
 
     def locate(self, error: CNTLoRAError) -> None:
         """Add to an error where the work is, and how to go on."""

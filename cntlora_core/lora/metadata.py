@@ -88,49 +88,22 @@ def describe(
     that was not.
 
     `prediction` is the noise schedule's, `clip_skip` and `max_tokens` the prompt encoder's. The
-    trigger goes where each reader looks: the outer keys
-    of `ss_tag_frequency`, the class tokens of the datasets, and `modelspec.trigger_phrase`. Ranks
-    that differ are `Dynamic`, kohya's word for it.
+    trigger goes where each reader looks: the outer keys of `ss_tag_frequency`, the class tokens of
+    the datasets, and `modelspec.trigger_phrase`. Ranks that differ are `Dynamic`, kohya's word.
     """
-    ranks = {name: factors.rank for name, factors in lora.items()}
-    distinct = set(ranks.values())
-    size = taught.resolution
-    metadata = {
-        "ss_base_model_version": BASE_VERSION[family],
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(distinct.pop()) if len(distinct) == 1 else "Dynamic",
-        "ss_network_alpha": str(common_alpha(lora)),
+    metadata = _of_model(family, prediction, model_name) | _of_weights(lora) | _of_pictures(taught)
+    metadata |= {
         "ss_output_name": title,
-        "ss_sd_model_name": model_name,
         "ss_steps": str(steps),
         "ss_seed": str(training.seed if training else calibration.seed),
-        "ss_resolution": f"({size}, {size})",
-        "ss_num_train_images": str(len(taught.captions)),
-        "ss_tag_frequency": json.dumps(_tag_frequency(taught), ensure_ascii=False),
-        "ss_datasets": json.dumps([{"subsets": _subsets(taught)}], ensure_ascii=False),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": ARCHITECTURE[family],
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
-        if family == "sdxl"
-        else "diffusers",
-        "modelspec.title": title,
-        "modelspec.resolution": f"{size}x{size}",
-        "modelspec.date": _today(),
-        "modelspec.trigger_phrase": taught.trigger,
-        "modelspec.prediction_type": prediction.partition(" ")[0],
-        "ss_v_parameterization": str(prediction.startswith("v")),
         "ss_clip_skip": str(clip_skip),
         # kohya's trainers leave it unsaid for what CLIP reads at once
         "ss_max_token_length": str(max_tokens if max_tokens != 75 else None),
-        "ss_zero_terminal_snr": str(prediction.endswith("zero terminal SNR")),
+        "modelspec.title": title,
+        "modelspec.date": _today(),
         "cntlora.version": __version__,
         "cntlora.init": "continued" if source else calibration.init,
-        "cntlora.ranks": json.dumps(ranks),
-        "cntlora.parameters": str(parameter_count(lora)),
-        "cntlora.data_hash": taught.digest,
     }
-    if family in ("sd2", "sd2-v"):
-        metadata["ss_v2"] = "True"
     if source:
         metadata["cntlora.continued_from"] = json.dumps(asdict(source), ensure_ascii=False)
     else:
@@ -138,25 +111,74 @@ def describe(
     return metadata | (_of_training(training) if training else {})
 
 
-def _of_training(config: TrainConfig) -> dict[str, str]:
-    schedule: str = config.schedule
-    if schedule == "constant" and config.warmup:
-        schedule = "constant_with_warmup"  # kohya's word for it
+def _of_model(family: str, prediction: str, name: str) -> dict[str, str]:
+    metadata = {
+        "ss_base_model_version": BASE_VERSION[family],
+        "ss_sd_model_name": name,
+        "ss_v_parameterization": str(prediction.startswith("v")),
+        "ss_zero_terminal_snr": str(prediction.endswith("zero terminal SNR")),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": ARCHITECTURE[family],
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
+        if family == "sdxl"
+        else "diffusers",
+        "modelspec.prediction_type": prediction.partition(" ")[0],
+    }
+    return metadata | ({"ss_v2": "True"} if family in ("sd2", "sd2-v") else {})
+
+
+def _of_weights(lora: Mapping[str, Factors]) -> dict[str, str]:
+    ranks = {name: factors.rank for name, factors in lora.items()}
+    distinct = set(ranks.values())
     return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(distinct.pop()) if len(distinct) == 1 else "Dynamic",
+        "ss_network_alpha": str(common_alpha(lora)),
+        "cntlora.ranks": json.dumps(ranks),
+        "cntlora.parameters": str(parameter_count(lora)),
+    }
+
+
+def _of_pictures(taught: Taught) -> dict[str, str]:
+    size = taught.resolution
+    return {
+        "ss_resolution": f"({size}, {size})",
+        "ss_num_train_images": str(len(taught.captions)),
+        "ss_tag_frequency": json.dumps(_tag_frequency(taught), ensure_ascii=False),
+        "ss_datasets": json.dumps([{"subsets": _subsets(taught)}], ensure_ascii=False),
+        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.trigger_phrase": taught.trigger,
+        "cntlora.data_hash": taught.digest,
+    }
+
+
+def _of_training(config: TrainConfig) -> dict[str, str]:
+    metadata = {
         "ss_max_train_steps": str(config.steps),
-        "ss_learning_rate": str(config.learning_rate),
-        "ss_unet_lr": str(config.learning_rate),
-        "ss_optimizer": f"{OPTIMIZERS[config.optimizer]}(weight_decay={config.weight_decay})",
-        "ss_lr_scheduler": schedule,
-        "ss_lr_warmup_steps": str(config.warmup),
+        "ss_optimizer": OPTIMIZERS[config.optimizer],
         "ss_batch_size_per_device": str(config.batch_size),
         "ss_gradient_accumulation_steps": str(config.accumulation),
         "ss_gradient_checkpointing": str(config.gradient_checkpointing),
-        "ss_max_grad_norm": str(config.max_grad_norm),
         "ss_min_snr_gamma": str(config.min_snr_gamma or None),
         "ss_noise_offset": str(config.noise_offset or None),
         "ss_caption_dropout_rate": str(config.caption_dropout),
         "cntlora.training": json.dumps(to_dict(config)),
+    }
+    return metadata | ({} if config.optimizer == "natural" else _of_rate(config))
+
+
+def _of_rate(config: TrainConfig) -> dict[str, str]:
+    """What natural-gradient steps have no use for."""
+    schedule: str = config.schedule
+    if schedule == "constant" and config.warmup:
+        schedule = "constant_with_warmup"  # kohya's word for it
+    return {
+        "ss_optimizer": f"{OPTIMIZERS[config.optimizer]}(weight_decay={config.weight_decay})",
+        "ss_learning_rate": str(config.learning_rate),
+        "ss_unet_lr": str(config.learning_rate),
+        "ss_lr_scheduler": schedule,
+        "ss_lr_warmup_steps": str(config.warmup),
+        "ss_max_grad_norm": str(config.max_grad_norm),
     }
 
 

@@ -74,11 +74,7 @@ def train(
         lr = state.natural.share if state.natural else config.lr_at(state.step + 1)
         if (wrong := _optimise(state, config, lr, value)) is not None:
             state.abandon_step()
-            raise NonFiniteError(
-                f"The {wrong} became NaN or infinite at step {state.step + 1}; the weights before "
-                "it are kept. " + state.advice(lr),
-                state.step + 1,
-            )
+            raise NonFiniteError(state.failure(wrong, lr), state.step + 1)
         state.end_step()
         state.losses.append(value.item())
 

@@ -94,11 +94,19 @@ class TrainState:
         with self.natural.recording(model, pictures, self.scaler.get_scale()):
             yield
 
-    def advice(self, lr: float) -> str:
-        """What to try when a step fails."""
-        if self.natural:
-            return "Use precision bf16 or fp32, or optimizer adamw."
-        return f"Lower the learning rate (it was {lr:g}) or use precision bf16 or fp32."
+    def failure(self, wrong: str, lr: float) -> str:
+        """What to say, and to try, when the next step gives no numbers."""
+        text = f"The {wrong} became NaN or infinite at step {self.step + 1}"
+        if not self.step:  # no step has changed anything: it is none's fault
+            text += ": nothing was trained. Use precision fp32, or another checkpoint or VAE."
+        elif self.natural:
+            text += "; the weights before it are kept. Use precision fp32, or optimizer adamw."
+        else:
+            text += (
+                f"; the weights before it are kept. Lower the learning rate (it was {lr:g}) or use "
+                "precision bf16 or fp32."
+            )
+        return text
 
     def begin_step(self) -> None:
         """Back to the weights that are trained."""

@@ -21,7 +21,7 @@ from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.model.conditioning import encode_prompts
 from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
 from cntlora_core.model.sampling import sample
-from cntlora_core.run import run_training
+from cntlora_core.run.runs import run_training
 from cntlora_core.training.prior_loss import BasePrediction
 from cntlora_core.training.validation import validation_loss
 

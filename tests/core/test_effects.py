@@ -3,11 +3,11 @@ that have one say nothing."""
 
 import pytest
 
-from cntlora_core.cli.checks import class_used, without_effect
+from cntlora_core.cli.checks import without_effect
 from cntlora_core.cli.main import _parser
 from cntlora_core.cli.options import settings_from
-from cntlora_core.config import CalibrationConfig, TrainConfig
-from cntlora_core.effects import without_effect_in_training
+from cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
+from cntlora_core.effects import without_effect_in_training, without_effect_on_natural_steps
 
 BASE = ["train", "--checkpoint", "mini-sd", "--images", "i", "--prompt", "p"]
 BASE += ["--output", "x.safetensors"]
@@ -18,7 +18,8 @@ CONTINUED = ["--continue-from", "a.safetensors"]
 
 def said(*more):
     args = _parser().parse_args([*BASE, *more])
-    return args, " ".join(without_effect(args, settings_from(CalibrationConfig, args)))
+    settings = (settings_from(kind, args) for kind in (DataConfig, CalibrationConfig))
+    return args, " ".join(without_effect(args, *settings))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,13 @@ def said(*more):
             "--class-count has no effect",
         ),
         (["--validation-images", "v", "--validate-every", "0"], "--validation-images has no"),
+        ([*CLASS, *ORDINARY, "--prior", "base", "--class-images", "c"], "--class-images has no"),
         (["--continue-shared"], "--continue-shared has no effect"),
+        (["--no-hold-out", "--validate-every", "0"], "--no-hold-out has no effect"),
+        (["--no-hold-out", "--validation-images", "v"], "--no-hold-out has no effect"),
+        (["--masks", "m"], "--masks has no effect without --masked"),
+        (["--unmasked-weight", "0.1"], "unmasked_weight: without effect, because nothing is mask"),
+        (["--keep-tags", "2", "--caption-variants", "4"], "keep_tags, caption_variants: without"),
         *(
             ([*CONTINUED, option, value], option[2:].replace("-", "_"))
             for option, value in [
@@ -68,6 +75,10 @@ def test_what_has_no_effect_is_said(options, words):
         [*CLASS, "--preservation", "2"],
         [*CONTINUED, "--continue-shared"],
         ["--validation-images", "v"],
+        ["--no-hold-out"],
+        ["--masked", "--masks", "m", "--unmasked-weight", "0.1"],
+        ["--tag-dropout", "0.1", "--keep-tags", "2"],
+        ["--shuffle-tags", "--caption-variants", "4"],
         ["--effort", "quick", "--rank-rule", "uniform", "--rank", "8"],
         [*ORDINARY, "--rank", "8", "--targets", "attention"],
     ],
@@ -76,20 +87,15 @@ def test_what_has_an_effect_is_not_talked_about(options):
     assert said(*options)[1] == ""
 
 
-def test_no_pictures_of_the_class_are_drawn_for_nothing():
-    assert not class_used(said(*CLASS, *ORDINARY)[0])
-    assert class_used(said(*CLASS)[0])
-    assert class_used(said(*CLASS, *ORDINARY, "--prior", "base")[0])
-
-
 @pytest.mark.parametrize(
     ("settings", "validates", "has_prior", "words"),
     [
         ({"warmup": 10}, True, False, "never reaches its full height"),
         ({"patience": 3}, False, False, "nothing is validated"),
+        ({"keep_best": False}, False, False, "the last weights are given out anyway"),
         ({"prior_weight": 2.0}, True, False, "there is no prior loss"),
         ({"prior_weight": 0.0}, True, True, "the prior loss has no effect"),
-        ({"warmup": 9, "patience": 5, "prior_weight": 2.0}, True, True, ""),
+        ({"warmup": 9, "patience": 5, "keep_best": False, "prior_weight": 2.0}, True, True, ""),
     ],
 )
 def test_the_trainings_own_settings(settings, validates, has_prior, words):
@@ -97,3 +103,18 @@ def test_the_trainings_own_settings(settings, validates, has_prior, words):
     found = without_effect_in_training(config, validates=validates, has_prior=has_prior)
     assert bool(found) == bool(words)
     assert words in " ".join(found)
+
+
+def test_settings_of_other_optimisers_say_nothing_to_natural_steps():
+    rate = 3e-3
+    assert without_effect_on_natural_steps(TrainConfig(), rate) == []
+    assert without_effect_on_natural_steps(TrainConfig(learning_rate=rate), rate) == []
+    for name, value in {
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "schedule": "cosine",
+        "warmup": 5,
+        "max_grad_norm": 2.0,
+    }.items():
+        (text,) = without_effect_on_natural_steps(TrainConfig(**{name: value}), rate)
+        assert text.startswith(f"{name}: without effect, because natural-gradient steps")

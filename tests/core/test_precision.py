@@ -12,7 +12,7 @@ from cntlora_core.distributed import ALONE
 from cntlora_core.events import ignore
 from cntlora_core.lora.targets import find_projections
 from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
-from cntlora_core.run import run_training
+from cntlora_core.run.runs import run_training
 from cntlora_core.training.validation import validation_loss
 
 

@@ -72,9 +72,9 @@ def test_what_validates_was_neither_calibrated_nor_trained_on(pack, model, pictu
         seen["validated"] = subject.names
         return lambda: 1.0
 
-    from cntlora_pack.cntlora_core import run as runs
     from cntlora_pack.cntlora_core.calibration.calibrate import calibrate as real
     from cntlora_pack.cntlora_core.calibration.calibrate import continued
+    from cntlora_pack.cntlora_core.run import runs
 
     def gaussian(model, config):
         plain = pack.train.CalibrationConfig(init="gaussian", rank=config.rank)

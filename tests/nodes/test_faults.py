@@ -84,3 +84,24 @@ def test_save_lora_finds_another_place(pack, inputs, failing_disk, call):
     with pytest.raises(ValueError, match="could not be written"):
         run(full, lora=lora, name="fault", precision="fp32")
     assert not list(pack.base.rglob(".cntlora-*"))
+
+
+def test_a_run_that_could_not_be_saved_is_not_started(pack, inputs, monkeypatch):
+    used = SimpleNamespace(total=1_000_000, used=999_000, free=1_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: used)
+    for node, more in ((pack.TrainLoRA, {}), (pack.CalibrateLoRA, {"init": "gaussian"})):
+        given = {name: inputs[name] for name in ("sd_model", "subject")}
+        with pytest.raises(ValueError, match=r"0\.0 MB free, and the LoRA needs"):
+            run(node, **(given | more if more else inputs))
+
+
+def test_inputs_that_do_nothing_are_told(pack, inputs):
+    settings = run(pack.TrainingSettings, prior_loss="base prediction").values[0]
+    more = {"validation": inputs["subject"], "settings": settings, "steps": 1}
+    run(pack.TrainLoRA, **inputs | more)
+    told = " ".join(e["text"] for e in events(pack) if e["type"] == "warning")
+    assert "The pictures to validate with have no effect: validate_every is 0." in told
+    assert "prior_loss has no effect: no prior is connected." in told
+    given = {name: inputs[name] for name in ("sd_model", "subject")}
+    run(pack.CalibrateLoRA, **given, init="gaussian", effort="quick")
+    assert any("effort: without effect" in e.get("text", "") for e in events(pack))

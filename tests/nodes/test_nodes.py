@@ -177,7 +177,7 @@ def test_auto_settings_get_numbers_from_the_model_and_the_page_is_told(
     def train(model, subject, state, config, **options):
         raise pack.host.Cancelled
 
-    from cntlora_pack.cntlora_core import run as runs
+    from cntlora_pack.cntlora_core.run import runs
 
     monkeypatch.setattr(runs, "train", train)
     real = replace(model, name="sd15.safetensors")
@@ -208,7 +208,7 @@ def test_what_was_chosen_stands_in_the_file(pack, model, pictures):
 def test_running_out_of_memory_says_what_to_try_and_where_the_work_is(
     pack, model, pictures, monkeypatch
 ):
-    from cntlora_pack.cntlora_core import run as runs
+    from cntlora_pack.cntlora_core.run import runs
 
     def fail(model, subject, state, *args, observer, **options):
         state.step = 1

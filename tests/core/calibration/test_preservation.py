@@ -15,7 +15,7 @@ from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.data.class_images import class_images, class_noised
 from cntlora_core.events import Step
 from cntlora_core.lora.adapter import Factors, attached_lora
-from cntlora_core.run import run_training
+from cntlora_core.run.runs import run_training
 from cntlora_core.training.resume import RunSnapshots, state_path
 
 QUICK = CalibrationConfig(effort="quick", targets="attention")

@@ -214,7 +214,7 @@ def test_learning_rates():
 
 def test_an_optimiser_that_is_not_installed_is_a_sentence(mini_sd, subject):
     from cntlora_core.config import CalibrationConfig
-    from cntlora_core.run import run_training
+    from cntlora_core.run.runs import run_training
 
     with pytest.raises(SettingError, match="pip install prodigyopt"):
         run_training(

@@ -9,7 +9,7 @@ from cntlora_core.data.batches import draw_batch
 from cntlora_core.data.dataset import encode_subject
 from cntlora_core.data.images import Picture
 from cntlora_core.data.tags import in_order, tag_variants
-from cntlora_core.run import run_training
+from cntlora_core.run.runs import run_training
 
 TAGS = "sks, red, blue, green, round"
 SHUFFLED = DataConfig(shuffle_tags=True)

@@ -8,7 +8,7 @@ from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.errors import NonFiniteError, SettingError
 from cntlora_core.events import Step, Validation
 from cntlora_core.lora.adapter import attached_lora
-from cntlora_core.run import run_training
+from cntlora_core.run.runs import run_training
 from cntlora_core.training.loop import train
 from cntlora_core.training.state import start_state
 from cntlora_core.training.validation import validation_loss

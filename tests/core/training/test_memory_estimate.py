@@ -10,7 +10,7 @@ from cntlora_core.lora.adapter import attached_lora, gaussian_init
 from cntlora_core.lora.targets import find_projections
 from cntlora_core.model.families import config_of
 from cntlora_core.model.gradient_checkpointing import recomputing_activations
-from cntlora_core.run import run_training
+from cntlora_core.run.runs import run_training
 from cntlora_core.training.memory_estimate import (
     estimate_training_memory,
     peak_bytes,

@@ -8,7 +8,7 @@ import torch
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.events import Notice, Status
 from cntlora_core.model.families import config_of
-from cntlora_core.run import run_training
+from cntlora_core.run.runs import run_training
 from cntlora_core.training import memory_plan
 from cntlora_core.training.memory_estimate import estimate_training_memory
 from cntlora_core.training.memory_plan import (

@@ -11,7 +11,7 @@ from cntlora_core.cli.main import main
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.errors import SettingError
 from cntlora_core.events import Step
-from cntlora_core.run import run_training
+from cntlora_core.run.runs import run_training
 from cntlora_core.training.optimizers import PACKAGES, optional_optimizer
 
 

@@ -15,7 +15,7 @@ from cntlora_core.model.conditioning import encode_prompts
 from cntlora_core.model.denoising_loss import predict
 from cntlora_core.model.loader import MINI_SD_FOLDER
 from cntlora_core.model.noise_schedule import NoiseSchedule
-from cntlora_core.run import run_training
+from cntlora_core.run.runs import run_training
 from cntlora_core.training.prior_loss import BasePrediction, ClassImages
 
 PLAIN = CalibrationConfig(init="gaussian", rank=4)

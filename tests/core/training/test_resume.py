@@ -15,7 +15,7 @@ from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.errors import OutOfMemory, SettingError
 from cntlora_core.events import Step, Training
 from cntlora_core.model.loader import MINI_SD_FOLDER
-from cntlora_core.run import run_training
+from cntlora_core.run.runs import run_training
 from cntlora_core.training.resume import RunSnapshots, state_path
 from cntlora_core.training.validation import validation_loss
 

@@ -9,7 +9,7 @@ from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.errors import OutputError, SettingError
 from cntlora_core.events import Notice, Step, Validation
 from cntlora_core.model.fingerprint import fingerprint
-from cntlora_core.run import run_training
+from cntlora_core.run.runs import run_training
 from cntlora_core.training.resume import RunSnapshots
 
 PLAIN = CalibrationConfig(init="gaussian", rank=1)

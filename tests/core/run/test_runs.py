@@ -6,11 +6,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from cntlora_core import run as runs
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.errors import OutOfMemory
 from cntlora_core.events import Progress, Status
-from cntlora_core.run import run_calibration, run_training
+from cntlora_core.run import conditions
+from cntlora_core.run.runs import run_calibration, run_training
 
 QUICK = CalibrationConfig(effort="quick", rank=2, batch_size=2)
 
@@ -26,7 +26,7 @@ def test_calibration_tells_its_phase_and_has_what_a_run_needs_around_it(
         yield
         around.append("out")
 
-    monkeypatch.setattr(runs, "convolutions_as_matmul", noted)
+    monkeypatch.setattr(conditions, "convolutions_as_matmul", noted)
     events, inside = [], []
 
     def observer(event):

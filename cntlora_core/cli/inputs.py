@@ -1,0 +1,142 @@
+"""What `cntlora train` and `cntlora calibrate` read: a LoRA to go on from, pictures, the class."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import DataConfig
+from ..data.concepts import join_concepts
+from ..data.dataset import read_subject
+from ..data.encoded import EncodedImages, with_validation
+from ..distributed import Group
+from ..events import Observer
+from ..lora.adapter import LoRA
+from ..lora.file import load_lora
+from ..lora.metadata import Source
+from ..lora.targets import ALL, find_projections
+from .checks import class_preserved
+from .options import CLASS_STEPS
+
+if TYPE_CHECKING:
+    from ..data.batches import NoisedSet
+    from ..model.loader import StableDiffusion
+    from ..training.prior_loss import PriorLoss
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """`lora`: to go on from, of the file `source`. `held_out`: to validate with."""
+
+    source: Source | None
+    lora: LoRA | None
+    subject: EncodedImages
+    held_out: EncodedImages
+
+
+def read_inputs(
+    args: argparse.Namespace, model: StableDiffusion, data: DataConfig, observer: Observer
+) -> Inputs:
+    source = lora = None
+    if args.continue_from:
+        known, shared = find_projections(model.unet, ALL), args.continue_shared
+        lora, _ = load_lora(args.continue_from, known, model.family, shared=shared)
+        source = Source.of(args.continue_from)
+    return Inputs(source, lora, *_pictures(args, model, data, observer))
+
+
+def _pictures(
+    args: argparse.Namespace, model: StableDiffusion, data: DataConfig, observer: Observer
+) -> tuple[EncodedImages, EncodedImages]:
+    """What to train on, of --images and every --and-subject, and what to validate with."""
+    from ..data.latent_cache import LatentCache
+
+    cache = LatentCache(args.cache, *model.pictures.modules) if args.cache else None
+
+    def read(folder: str, trigger: str, class_name: str, masks: str | None = None) -> EncodedImages:
+        words = (trigger, class_name)
+        return read_subject(
+            model,
+            folder,
+            args.prompt,
+            data,
+            words=words,
+            masks=masks,
+            cache=cache,
+            observer=observer,
+        )
+
+    parts = [read(args.images, args.trigger, args.class_name, args.masks)]
+    parts += [read(*other) for other in args.and_subject]
+    subject = join_concepts(parts, observer=observer)
+    if args.validation_images:
+        return subject, read(args.validation_images, args.trigger, args.class_name)
+    if args.validate_every and data.hold_out:
+        return with_validation(subject)
+    return subject, subject
+
+
+def validation(
+    args: argparse.Namespace, model: StableDiffusion, held_out: EncodedImages, group: Group
+) -> Callable[[], float] | None:
+    from ..training.validation import validation_loss
+
+    if not args.validate_every:
+        return None
+    return validation_loss(model, held_out, args.batch_size, group)
+
+
+def read_priors(
+    args: argparse.Namespace,
+    model: StableDiffusion,
+    subject: EncodedImages,
+    data: DataConfig,
+    observer: Observer,
+) -> tuple[NoisedSet | None, PriorLoss | None]:
+    """What calibration preserves, and the second loss of training; pictures of the class only where
+    one of them wants some."""
+    from ..data.class_images import class_noised
+    from ..model.conditioning import encode_prompts
+    from ..training.prior_loss import BasePrediction, ClassImages
+
+    preserves = class_preserved(args)
+    pictures = None
+    if preserves or args.prior == "images":
+        pictures = _class_pictures(args, model, subject.resolution, data, observer)
+    prior: PriorLoss | None = None
+    if args.prior == "images":
+        assert pictures is not None
+        prior = ClassImages(pictures)
+    elif args.prior == "base":
+        side = (subject.resolution, subject.resolution)
+        prior = BasePrediction(encode_prompts(model, [args.class_prompt], size=side))
+    return class_noised(model, pictures) if pictures and preserves else None, prior
+
+
+def _class_pictures(
+    args: argparse.Namespace,
+    model: StableDiffusion,
+    resolution: int,
+    data: DataConfig,
+    observer: Observer,
+) -> EncodedImages:
+    from ..data.class_images import PRIOR_PICTURES, PRIOR_STEPS, class_images
+
+    if args.class_images:
+        words = ("", args.class_name)
+        return read_subject(
+            model, args.class_images, args.class_prompt, data, words=words, observer=observer
+        )
+    trained = args.prior == "images"
+    return class_images(
+        model,
+        args.class_prompt,
+        resolution,
+        count=args.class_count if trained else PRIOR_PICTURES,
+        steps=CLASS_STEPS if trained else PRIOR_STEPS,
+        folder=Path(args.cache) if args.cache else None,
+        observer=observer,
+    )

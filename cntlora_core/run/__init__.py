@@ -1,0 +1,1 @@
+"""Whole runs: what the command line and the nodes share."""

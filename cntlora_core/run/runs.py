@@ -1,0 +1,212 @@
+"""Pictures and a checkpoint in, a LoRA out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..calibration.calibrate import Calibration, calibrate, continued
+from ..calibration.constraints import Metric
+from ..calibration.natural import NaturalStart
+from ..config import CalibrationConfig, TrainConfig
+from ..data.batches import NoisedSet
+from ..data.encoded import EncodedImages
+from ..defaults import default_learning_rate
+from ..distributed import ALONE, Group
+from ..effects import without_effect_in_training, without_effect_on_natural_steps
+from ..errors import NonFiniteError
+from ..events import Base, Notice, Observer, Status, Training, Validation, ignore
+from ..lora.adapter import attached_lora
+from ..lora.targets import ALL, find_projections
+from ..model.gradient_checkpointing import recomputing_activations
+from ..training.loop import train
+from ..training.memory_plan import COPIES_OF_ADAPTERS, fitted_to_memory
+from ..training.prior_loss import PriorLoss
+from ..training.resume import RunSnapshots, SavedState
+from ..training.state import start_state
+from .conditions import run_conditions
+from .outcome import Ongoing, RunResult
+
+if TYPE_CHECKING:
+    from ..model.loader import StableDiffusion
+
+
+def run_calibration(
+    model: StableDiffusion,
+    subject: EncodedImages,
+    config: CalibrationConfig,
+    *,
+    preserve: NoisedSet | None = None,
+    observer: Observer = ignore,
+    group: Group = ALONE,
+) -> Calibration:
+    """Calibrate, with what a run needs around it. Raises OutOfMemory with what to try next."""
+    config = fitted_to_memory(model, config, subject.resolution, fixed=0, observer=observer)
+    observer(Status(f"Calibrating ({config.init}) on {len(subject)} pictures"))
+    with run_conditions(model, config, subject.resolution):
+        start = calibrate(model, subject, config, prior=preserve, observer=observer, group=group)
+    observer(start.report)
+    return start
+
+
+def run_training(
+    model: StableDiffusion,
+    subject: EncodedImages,
+    calibration: CalibrationConfig,
+    training: TrainConfig,
+    *,
+    preserve: NoisedSet | None = None,
+    prior: PriorLoss | None = None,
+    start: Calibration | None = None,
+    validate: Callable[[], float] | None = None,
+    checkpoints: RunSnapshots | None = None,
+    on_stop: Callable[[RunResult], None] | None = None,
+    observer: Observer = ignore,
+    group: Group = ALONE,
+) -> RunResult:
+    """Calibrate, then train; or train on from `start`, with its own ranks. The base model is the
+    same before and after.
+
+    `preserve` feeds the calibration's preservation, which training keeps up; `prior` is a second
+    loss on pictures. When training ends early, by a host's Cancel (an exception of `observer`), NaN
+    or want of memory (OutOfMemory says what to try next), nothing is lost: `on_stop` gets the run
+    as far as it went, the checkpoint is written, and the exception goes on.
+    """
+    for text in without_effect_in_training(training, validate is not None, prior is not None):
+        observer(Notice(text))
+    saved = checkpoints.read() if checkpoints else None
+    base_loss = _base_loss(model, validate, training, subject.resolution, observer)
+    if start is None and (saved is None or preserve is not None):
+        start = run_calibration(
+            model, subject, calibration, preserve=preserve, observer=observer, group=group
+        )
+    start = _resumed(saved, model, start, calibration) if saved else start
+    assert start is not None
+    training, natural = _optimizer(start, training, model.name, calibration.init, observer)
+    training = _fitted(model, training, start, subject.resolution, observer)
+    with (
+        run_conditions(model, training, subject.resolution),
+        attached_lora(model.unet, start.lora, trainable=True) as adapters,
+        recomputing_activations(model.unet, training.gradient_checkpointing),
+    ):
+        state = start_state(model, adapters, training, natural, start.importance, group)
+        if saved:
+            saved.restore(state)
+        observer(Training(training.steps, state.step))
+        written = None if group.rank else checkpoints
+        run = Ongoing(start, state, training, base_loss, written, observer)
+        with run.kept(on_stop):
+            train(
+                model,
+                subject,
+                state,
+                training,
+                prior=prior,
+                preservation=start.preservation and start.preservation.on(model.device),
+                validate=validate,
+                save=run.save,
+                observer=run.watch,
+                group=group,
+            )
+        return run.result(best=True)
+
+
+def _resumed(
+    saved: SavedState,
+    model: StableDiffusion,
+    measured: Calibration | None,
+    config: CalibrationConfig,
+) -> Calibration:
+    """The start of a run that goes on. What to preserve is not in its file: it was measured again,
+    to the same numbers."""
+    natural = measured.natural if measured else None
+    metric = natural.metric if natural else Metric(config.rho)
+    return replace(
+        continued(saved.lora, measured.preservation if measured else None),
+        importance=saved.importance,
+        natural=saved.natural(metric, find_projections(model.unet, ALL)),
+    )
+
+
+def _optimizer(
+    start: Calibration, training: TrainConfig, model: str, init: str, observer: Observer
+) -> tuple[TrainConfig, NaturalStart | None]:
+    """The settings with the optimiser that will make the steps, and the metric of natural-gradient
+    steps, where they are wanted and can be made."""
+    if training.optimizer not in ("auto", "natural"):
+        return training, None
+    if start.natural is None:
+        if training.optimizer == "natural":
+            text = (
+                "Natural-gradient steps go on from a calibration with init target that lowered the "
+                "loss, of a model smaller than SDXL, and there is none: adamw trains instead."
+            )
+            observer(Notice(text))
+        return replace(training, optimizer="adamw"), None
+    rate = default_learning_rate(model, init)
+    for text in without_effect_on_natural_steps(training, rate):
+        observer(Notice(text))
+    return replace(training, optimizer="natural"), start.natural
+
+
+def _fitted(
+    model: StableDiffusion,
+    training: TrainConfig,
+    start: Calibration,
+    resolution: int,
+    observer: Observer,
+) -> TrainConfig:
+    """The settings with which the training fits the memory."""
+    adapters = sum(f.up.nbytes + f.down.nbytes for f in start.lora.values())
+    return fitted_to_memory(
+        model, training, resolution, fixed=COPIES_OF_ADAPTERS * adapters, observer=observer
+    )
+
+
+def run_untrained(
+    model: StableDiffusion,
+    subject: EncodedImages,
+    calibration: CalibrationConfig,
+    *,
+    preserve: NoisedSet | None = None,
+    validate: Callable[[], float] | None = None,
+    observer: Observer = ignore,
+    group: Group = ALONE,
+) -> RunResult:
+    """Calibrate alone, validated before and after."""
+    base_loss = _base_loss(model, validate, calibration, subject.resolution, observer)
+    start = run_calibration(
+        model, subject, calibration, preserve=preserve, observer=observer, group=group
+    )
+    validations = []
+    if validate:
+        with (
+            run_conditions(model, calibration, subject.resolution),
+            attached_lora(model.unet, start.lora),
+        ):
+            validations.append((0, validate()))
+        observer(Validation(*validations[0]))
+    return RunResult(start, start.lora, 0, 0, base_loss, validations)
+
+
+def _base_loss(
+    model: StableDiffusion,
+    validate: Callable[[], float] | None,
+    config: CalibrationConfig | TrainConfig,
+    resolution: int,
+    observer: Observer,
+) -> float | None:
+    """The validation loss of the untouched model."""
+    if validate is None:
+        return None
+    with run_conditions(model, config, resolution):
+        loss = validate()
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"The loss of '{model.name}' is not finite before training: nothing was trained. Try "
+            "precision fp32 or bf16, or another VAE."
+        )
+    observer(Base(loss))
+    return loss

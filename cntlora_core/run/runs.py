@@ -140,8 +140,8 @@ def _optimizer(
     if start.natural is None:
         if training.optimizer == "natural":
             text = (
-                "Natural-gradient steps go on from a calibration with init target that lowered the "
-                "loss, of a model smaller than SDXL, and there is none: adamw trains instead."
+                "Natural-gradient steps go on from a calibration with init target, and there is "
+                "none: adamw trains instead."
             )
             observer(Notice(text))
         return replace(training, optimizer="adamw"), None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..calibration.moments import ON_DEVICE, moment_bytes
+from ..calibration.moments import moment_bytes
 from ..calibration.ranks import budget_of
 from ..config import CALIBRATED, CalibrationConfig, TrainConfig
 from ..lora.adapter import LoRA, parameter_count
@@ -43,9 +43,8 @@ def state_bytes(
     layers = _layers(model, calibration, lora)
     parameters = parameters_of(model, calibration, lora)
     kept = 4 * OPTIMIZER.get(training.optimizer, 2) * parameters
-    metric = moment_bytes(layers)
-    if training.optimizer == "natural" and metric <= ON_DEVICE:  # else adamw trains
-        kept = max(kept, 2 * metric)  # as factorised, and what came in since
+    if training.optimizer == "natural":  # or adamw, where calibration found no step
+        kept = max(kept, moment_bytes(layers))
     return 4 * WEIGHTS * parameters + kept + HEADER * len(layers) + 8 * training.steps
 
 

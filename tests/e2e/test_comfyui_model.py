@@ -18,7 +18,7 @@ from cntlora_core.model.conditioning import encode_prompts
 from cntlora_core.model.ldm_names import attention_up_blocks, unet_name
 from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
 from cntlora_core.model.sampling import sample_latents
-from cntlora_core.run import run_training
+from cntlora_core.run.runs import run_training
 
 pytestmark = pytest.mark.comfyui
 ROOT = Path(__file__).resolve().parents[2]

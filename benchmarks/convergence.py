@@ -29,7 +29,7 @@ from peer_starts import METHODS, without
 from starts import ALL, BATCH, OURS, Stopwatch, make_start, steps_worth
 from tqdm import tqdm
 
-from cntlora_core.config import TrainConfig
+from cntlora_core.config import DataConfig, TrainConfig
 from cntlora_core.data.dataset import read_subject
 from cntlora_core.data.encoded import EncodedImages
 from cntlora_core.defaults import MINI_SD
@@ -43,6 +43,8 @@ from cntlora_core.training.validation import validation_loss
 QUICK = ["target balanced", "default", "gaussian"]
 FIRST_RATES = {"ours": (1.5e-3, 3e-3, 6e-3), "peft": (3e-3, 6e-3, 1.2e-2)}
 Row = dict[str, Any]
+
+PROMPT_ALONE = DataConfig(use_captions=False)  # the folders hold captions for pre-training
 
 
 def run(
@@ -111,7 +113,8 @@ class Results:
             return done
         train_folder, held_folder, prompt = _subject(folder)
         subject, held_out = (
-            read_subject(self.model, part, prompt) for part in (train_folder, held_folder)
+            read_subject(self.model, part, prompt, PROMPT_ALONE)
+            for part in (train_folder, held_folder)
         )
         row = {"key": key, **run(self.model, subject, held_out, method, lr, seed, self.args)}
         self.rows[json.dumps(key)] = row

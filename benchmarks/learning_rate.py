@@ -16,7 +16,7 @@ from typing import get_args
 
 import torch
 
-from cntlora_core.config import CalibrationConfig, Init, TrainConfig
+from cntlora_core.config import CalibrationConfig, DataConfig, Init, TrainConfig
 from cntlora_core.data.dataset import read_subject
 from cntlora_core.defaults import MINI_SD
 from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
@@ -24,6 +24,8 @@ from cntlora_core.run.runs import run_training
 from cntlora_core.training.validation import validation_loss
 
 RATES = (1.5e-3, 3e-3, 6e-3, 1e-2, 2e-2)
+
+PROMPT_ALONE = DataConfig(use_captions=False)  # the folders hold captions for pre-training
 
 
 def main() -> None:
@@ -45,8 +47,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = load_checkpoint(MINI_SD)
-    subject = read_subject(model, args.subject, args.prompt)
-    validate = validation_loss(model, read_subject(model, args.heldout, args.prompt), 8)
+    subject = read_subject(model, args.subject, args.prompt, PROMPT_ALONE)
+    validate = validation_loss(
+        model, read_subject(model, args.heldout, args.prompt, PROMPT_ALONE), 8
+    )
     base = validate()
     for init in args.inits:
         for rate in args.rates:

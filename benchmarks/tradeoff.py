@@ -28,7 +28,7 @@ from starts import BATCH
 from tqdm import tqdm
 
 from cntlora_core.calibration.calibrate import Calibration, calibrate
-from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
 from cntlora_core.data.batches import NoisedSet
 from cntlora_core.data.class_images import class_images, class_noised
 from cntlora_core.data.dataset import read_subject
@@ -46,6 +46,8 @@ GAUSSIAN_STEPS = (10, 20, 40, 80, 120)
 OURS_STEPS = (30,)
 LOOKS = ("balanced", "thorough")
 PRIORS = ("none", "class", "domain")
+
+PROMPT_ALONE = DataConfig(use_captions=False)  # the folders hold captions for pre-training
 
 
 def trained(
@@ -193,7 +195,8 @@ def main() -> None:
         ]
         to = reference(model, *pictures, prompt, class_prompt)
         subject, held_out = (
-            read_subject(model, folder / part, prompt) for part in ("train", "heldout")
+            read_subject(model, folder / part, prompt, PROMPT_ALONE)
+            for part in ("train", "heldout")
         )
         validate = validation_loss(model, held_out, 16)
         base = validate()

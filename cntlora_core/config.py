@@ -20,7 +20,7 @@ Targets = Literal["auto", "attention", "attention+ff"]  # layers that get an ada
 Optimizer = Literal["auto", "natural", "adamw", "adamw8bit", "prodigy"]
 Schedule = Literal["constant", "cosine"]
 
-CALIBRATED = ("target", "domain")  # the inits that look at the pictures
+CALIBRATED: tuple[Init, ...] = ("target", "domain")  # the inits that look at the pictures
 EFFORTS = {
     "quick": (4, 8),
     "balanced": (4, 48),
@@ -28,6 +28,7 @@ EFFORTS = {
 }  # sweep, refinement: batches
 
 MOST_STEPS = 1_000_000
+STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2)  # below, a LoRA hardly shows; above, it burns
 
 
 def to_dict(config: DataConfig | CalibrationConfig | TrainConfig) -> dict[str, Any]:
@@ -142,6 +143,12 @@ class DataConfig:
         "surroundings sane.",
         high=1,
         step=0.05,
+        advanced=True,
+    )
+
+    use_captions: bool = setting(
+        True,
+        "Read the captions beside the pictures (cat.txt, metadata.jsonl). Off: the prompt for all.",
         advanced=True,
     )
 
@@ -364,6 +371,14 @@ class SampleConfig:
         step=0.5,
         advanced=True,
     )
+
+    strength_grid: bool = setting(
+        False, "Draw at strengths 0.4, 0.6, 0.8, 1 and 1.2 instead, a row for each.", advanced=True
+    )
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        return STRENGTHS if self.strength_grid else (self.strength,)
 
     def __post_init__(self) -> None:
         check_settings(self)

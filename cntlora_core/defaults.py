@@ -23,13 +23,20 @@ PRODIGY_LR = 1.0  # a factor on the rate that it finds by itself
 
 
 def resolve(
-    config: TrainConfig, model: str, init: str, pictures: int, observer: Observer = ignore
+    config: TrainConfig,
+    model: str,
+    init: str,
+    pictures: int,
+    observer: Observer = ignore,
+    *,
+    share: float = 1.0,
 ) -> TrainConfig:
     """The settings with a number wherever they say auto: by the model's name, the start, the
-    optimiser and the number of pictures. What was chosen is told."""
+    optimiser and the number of pictures; steps are that `share` of the usual. What was chosen is
+    told."""
     chosen: dict[str, Any] = {}
     if not config.steps:
-        chosen["steps"] = default_steps(model, init, pictures)
+        chosen["steps"] = round(share * default_steps(model, init, pictures))
     optimizer = config.optimizer
     if optimizer == "auto":
         chosen["optimizer"] = optimizer = "natural" if init == "target" else "adamw"

@@ -1,6 +1,7 @@
 """CNTLoRA's nodes: a schema and a few lines each, over `cntlora_core`."""
 
 from .calibrate import CalibrateLoRA
+from .continue_lora import ContinueLoRA
 from .host import ComfyExtension, add_routes, io
 from .load_checkpoint import LoadCheckpoint
 from .preview import PreviewLoRA
@@ -17,6 +18,7 @@ NODES: list[type[io.ComfyNode]] = [
     SubjectImages,
     PriorImages,
     CalibrateLoRA,
+    ContinueLoRA,
     TrainLoRA,
     TrainingSettings,
     SaveLoRA,

@@ -11,6 +11,7 @@ from ..cntlora_core.effects import class_matters, without_effect_in_calibration
 from ..cntlora_core.events import Notice
 from ..cntlora_core.lora.adapter import parameter_count
 from ..cntlora_core.model.loader import StableDiffusion
+from ..cntlora_core.presets import with_preset
 from ..cntlora_core.report.charts import rank_map
 from ..cntlora_core.run.runs import run_calibration
 from ..cntlora_core.settings import read_settings
@@ -75,7 +76,7 @@ class CalibrateLoRA(io.ComfyNode):
         prior: EncodedImages | None = None,
         **settings: Any,
     ) -> io.NodeOutput:
-        config = read_settings(CalibrationConfig, settings)
+        config = with_preset(read_settings(CalibrationConfig, settings), subject.preset)
         check_room(sd_model, config)
         with (
             Reporter(host.identity(cls), "CNTLoRACalibrate") as report,
@@ -92,9 +93,13 @@ class CalibrateLoRA(io.ComfyNode):
                 title="Rank and energy of each projection",
                 params=parameter_count(start.lora),
             )
+        made_from = f"{encoded.digest} {encoded.captions} {prior and prior.digest}"
         lora = lora_model(start.lora, sd_model, encoded, config)
         return io.NodeOutput(
-            CalibratedStart(start, config), lora, to_image([picture]), ui=report.shown()
+            CalibratedStart(start, config, made_from=made_from),
+            lora,
+            to_image([picture]),
+            ui=report.shown(),
         )
 
 

@@ -124,11 +124,21 @@ def input_folder() -> Path:
 
 def input_subfolders() -> list[str]:
     """Folders directly under ComfyUI's input folder, without those that are ComfyUI's own."""
-    root = input_folder()
+    return [name for name in subfolders(input_folder()) if name not in HOSTS_FOLDERS]
+
+
+def dataset_roots() -> list[Path]:
+    """Where the host's own dataset nodes keep theirs; none before 0.33."""
+    if "datasets" not in getattr(folder_paths, "folder_names_and_paths", {}):
+        return []
+    return [Path(root) for root in folder_paths.get_folder_paths("datasets")]
+
+
+def subfolders(root: Path) -> list[str]:
     if not root.is_dir():
         return []
     names = (p.name for p in root.iterdir() if p.is_dir())
-    return sorted(n for n in names if not n.startswith(".") and n not in HOSTS_FOLDERS)
+    return sorted(n for n in names if not n.startswith("."))
 
 
 def lora_path(name: str) -> Path:
@@ -147,6 +157,25 @@ def other_folders() -> list[Path]:
     """Where a LoRA goes that the loras folder does not take: ComfyUI's output, then its temp."""
     roots = (folder_paths.get_output_directory(), folder_paths.get_temp_directory())
     return [Path(root, "cntlora-saved") for root in roots]
+
+
+def lora_names() -> list[str]:
+    """The LoRA files that Load LoRA lists."""
+    files = folder_paths.get_filename_list("loras")
+    return [name for name in files if name.endswith(".safetensors")]
+
+
+def lora_file(name: str) -> Path:
+    """The file of a name in that list. Raises SettingError for any other name."""
+    path = folder_paths.get_full_path("loras", name) if name in lora_names() else None
+    if path is None:
+        raise SettingError(f"There is no LoRA '{name}' in models/loras: refresh, and choose one.")
+    return Path(path)
+
+
+def unfinished_folder() -> Path:
+    """Where trainings that did not end keep what they need to go on."""
+    return Path(folder_paths.get_output_directory(), "cntlora-unfinished")
 
 
 def _loras_folder() -> Path:

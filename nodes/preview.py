@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from ..cntlora_core.config import SampleConfig
@@ -14,11 +15,14 @@ from ..cntlora_core.lora.file import from_state_dict
 from ..cntlora_core.lora.targets import ALL, find_projections
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.model.sampling import sample
+from ..cntlora_core.report.charts import sample_sheet
 from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io, ui
 from .types import SDModel, to_image
 from .widgets import widgets_of
+
+GRID_CELL = 256  # px of a picture in the grid of strengths
 
 
 class PreviewLoRA(io.ComfyNode):
@@ -70,15 +74,22 @@ class PreviewLoRA(io.ComfyNode):
             host.check_cancel()
 
         factors = from_state_dict(lora, find_projections(sd_model.unet, ALL), sd_model.family)
-        scaled = {name: f.scaled(how.strength) for name, f in factors.items()}
-        with host.working(sd_model), attached_lora(sd_model.unet, scaled):
-            pictures = sample(
-                sd_model,
-                [prompt] * how.count,
-                range(how.seed, how.seed + how.count),
-                steps=how.steps,
-                guidance=how.guidance,
-                observer=observer,
-            )
-        images = to_image(pictures)
-        return io.NodeOutput(images, ui=ui.PreviewImage(images, cls=cls))
+        rows: dict[str, list[Image.Image]] = {}
+        with host.working(sd_model):
+            for strength in how.strengths:
+                scaled = {name: f.scaled(strength) for name, f in factors.items()}
+                with attached_lora(sd_model.unet, scaled):
+                    rows[f"strength {strength:g}"] = sample(
+                        sd_model,
+                        [prompt] * how.count,
+                        range(how.seed, how.seed + how.count),
+                        steps=how.steps,
+                        guidance=how.guidance,
+                        observer=observer,
+                    )
+        images = to_image([picture for row in rows.values() for picture in row])
+        shown = images
+        if how.strength_grid:
+            cell = min(sd_model.resolution, GRID_CELL)
+            shown = to_image([sample_sheet(list(rows.items()), title=prompt, cell=cell)])
+        return io.NodeOutput(images, ui=ui.PreviewImage(shown, cls=cls))

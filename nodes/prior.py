@@ -15,7 +15,7 @@ from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io, ui
 from .reporter import Reporter
-from .types import Pictures, Prior, SDModel, from_batch, to_image
+from .types import Pictures, Prior, SDModel, from_batches, to_image
 from .widgets import refusal, widgets_of
 
 
@@ -94,7 +94,7 @@ class PriorImages(io.ComfyNode):
                     sd_model, class_prompt, data.resolution, count=count, observer=report
                 )
             else:
-                given = Pictures(tuple(from_batch(images)), class_prompt, data)
+                given = Pictures(tuple(from_batches([images])), class_prompt, data)
                 prior = given.encode_all(sd_model, report)
             pictures = decode(sd_model, torch.stack(prior.mean))
         images = to_image(pictures)

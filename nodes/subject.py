@@ -3,57 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ..cntlora_core.config import DataConfig
-from ..cntlora_core.data.captions import prepare_captions
+from ..cntlora_core.data.captions import prepare_captions, without_captions
 from ..cntlora_core.data.checks import check_pictures
-from ..cntlora_core.data.folder import PictureFile, picture_files
-from ..cntlora_core.data.images import open_pictures
+from ..cntlora_core.data.images import Picture, open_pictures
+from ..cntlora_core.data.tags import what_is_read
 from ..cntlora_core.effects import without_effect_in_data
-from ..cntlora_core.errors import CNTLoRAError, ImageError, SettingError
-from ..cntlora_core.events import Event, Notice, Observer, ignore
-from ..cntlora_core.model.loader import MINI_SD_FOLDER
+from ..cntlora_core.errors import CNTLoRAError, SettingError
+from ..cntlora_core.events import Event, Notice
+from ..cntlora_core.presets import NONE, PRESETS, help_text, told, with_preset
 from ..cntlora_core.report.charts import contact_sheet
 from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io, ui
-from .paths import inside
-from .types import Pictures, SubjectPictures, from_batch, to_image, with_masks
-from .widgets import refusal, widgets_of
+from .picture_folders import EXAMPLES, files_of, folders
+from .types import (
+    Pictures,
+    SubjectPictures,
+    from_batches,
+    to_image,
+    with_captions,
+    with_masks,
+)
+from .widgets import one, refusal, widgets_of
 
-EXAMPLES = {
-    "example: cat faces (embedded)": MINI_SD_FOLDER / "subject",
-    "example: more cat faces, to validate (embedded)": MINI_SD_FOLDER / "heldout",
-}
-
-
-def files_of(name: str, observer: Observer = ignore) -> list[PictureFile]:
-    """The pictures of a name in the list. Raises SettingError or ImageError; reads nothing outside
-    ComfyUI's input folder."""
-    if name in EXAMPLES:
-        return picture_files(EXAMPLES[name], observer)
-    root = host.input_folder()
-    folder = inside(root, name)
-    if not folder.is_dir():
-        raise ImageError(
-            f"The folder 'input/{name}' does not exist. Put 3-20 pictures of the subject there and "
-            "refresh."
-        )
-    try:
-        files = picture_files(folder, observer)
-    except ImageError as error:
-        raise ImageError(str(error).replace(str(folder), f"input/{name}")) from error
-    for path in (p for file in files for p in file.sources):
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise SettingError(
-                f"'{path.name}' is a link to a place outside ComfyUI's input folder: copy the file "
-                "there instead."
-            )
-    return files
+SHOWN_CAPTIONS = 12
 
 
 class SubjectImages(io.ComfyNode):
@@ -64,9 +44,9 @@ class SubjectImages(io.ComfyNode):
             display_name="Subject Images",
             category=host.category(),
             search_aliases=["dataset", "training images", "dreambooth", "load image folder"],
-            description="The pictures to learn from: a folder under ComfyUI's input folder, or an "
-            "IMAGE batch.",
-            inputs=[*_sources(), *_words(), *_wires(), *widgets_of(DataConfig)],
+            description="The pictures to learn from: a folder under ComfyUI's input folder, or "
+            "IMAGEs, a batch or a list of any sizes, with a list of captions.",
+            inputs=[*_sources(), *_words(), *_wires(), *widgets_of(DataConfig), *_more()],
             outputs=[
                 SubjectPictures.Output(
                     display_name="subject", tooltip="For Calibrate LoRA and Train LoRA."
@@ -76,22 +56,24 @@ class SubjectImages(io.ComfyNode):
                     tooltip="What was found, with names, to check by eye.",
                 ),
             ],
+            is_input_list=True,
             has_intermediate_output=True,
         )
 
     @classmethod
     def validate_inputs(
-        cls, folder: str, resolution: Any = None, images: object = "none"
+        cls, folder: Any, resolution: Any = None, images: Any = "none"
     ) -> bool | str:  # only what it judges: the host repeats it for every argument
         try:
-            if images is not None:  # None: connected, and the folder is not read
-                files_of(folder)
+            if one(images) is not None:  # None: connected, and the folder is not read
+                files_of(one(folder))
         except CNTLoRAError as error:
             return str(error)
-        return refusal(DataConfig, {"resolution": resolution})
+        return refusal(DataConfig, {"resolution": one(resolution)})
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, **others: object) -> str:
+    def fingerprint_inputs(cls, folder: Any, **others: object) -> str:
+        folder, others = one(folder), {name: one(value) for name, value in others.items()}
         try:
             paths = [p for file in files_of(folder) for p in file.sources]
             seen: list[object] = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
@@ -104,56 +86,72 @@ class SubjectImages(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        folder: str,
-        trigger: str,
-        class_name: str,
-        prompt: str = "a {trigger} {class}",
-        images: Tensor | None = None,
-        masks: Tensor | None = None,
-        and_subject: Pictures | None = None,
-        **settings: Any,
+        images: Sequence[Tensor] | None = None,
+        masks: Sequence[Tensor] | None = None,
+        captions: Sequence[str] | None = None,
+        **single: Any,
     ) -> io.NodeOutput:
+        """Of every input a list comes, as long as what is connected."""
+        said = {name: one(value) for name, value in single.items()}
+        folder, trigger, class_name = (said.pop(k) for k in ("folder", "trigger", "class_name"))
+        prompt = said.pop("prompt", "a {trigger} {class}")
+        and_subject: Pictures | None = said.pop("and_subject", None)
+        preset = said.pop("preset", NONE)
         if not f"{trigger}{class_name}".strip():
             raise SettingError(
                 "trigger and class_name are empty: say what the pictures show, e.g. 'sks' and "
                 "'dog'."
             )
-        notices: list[str] = []
+        notices = [] if preset == NONE else [told(preset)]
 
         def note(event: Event) -> None:
             if isinstance(event, Notice):
                 notices.append(event.text)
 
-        data = read_settings(DataConfig, settings)
-        pictures = (
-            open_pictures(files_of(folder, note), note) if images is None else from_batch(images)
-        )
-        if masks is not None:
-            pictures, data = with_masks(pictures, masks, note), replace(data, masked=True)
-        words = (trigger, class_name)
+        data = with_preset(read_settings(DataConfig, said), preset)
+        found = from_batches(images) if images else open_pictures(files_of(folder, note), note)
+        if not data.use_captions:
+            found = without_captions(found)
+        if captions:
+            found = with_captions(found, captions)
+        if masks:
+            found, data = with_masks(found, masks, note), replace(data, masked=True)
         pictures, prompt = prepare_captions(
-            pictures, prompt, words, add_trigger=data.add_trigger, observer=note
+            found, prompt, (trigger, class_name), add_trigger=data.add_trigger, observer=note
         )
         notices += check_pictures(pictures, data.resolution, masked=data.masked)
         notices += without_effect_in_data(data)
-        sizes = sorted(min(p.image.size) for p in pictures)
-        text = (
-            f"{len(pictures)} pictures, shorter sides {sizes[0]}-{sizes[-1]} px. "
-            f"Prompt: '{prompt}'."
-        )
         sheet = to_image([contact_sheet([p.image for p in pictures], [p.name for p in pictures])])
-        shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (" ".join([text, *notices]),)}
+        text = " ".join([_sizes(pictures), f"Prompt: '{prompt}'.", *notices])
+        text = "\n".join([text, *_table(pictures, prompt, data)])
+        shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (text,)}
         others = (and_subject, *and_subject.others) if and_subject else ()
-        return io.NodeOutput(
-            Pictures(tuple(pictures), prompt, data, trigger.strip(), others), sheet, ui=shown
-        )
+        subject = Pictures(tuple(pictures), prompt, data, trigger.strip(), others, preset)
+        return io.NodeOutput(subject, sheet, ui=shown)
+
+
+def _sizes(pictures: Sequence[Picture]) -> str:
+    sides = sorted(min(p.image.size) for p in pictures)
+    return f"{len(pictures)} pictures, shorter sides {sides[0]}-{sides[-1]} px."
+
+
+def _table(pictures: Sequence[Picture], prompt: str, data: DataConfig) -> list[str]:
+    """What the model will read of each picture with a caption of its own."""
+    captioned = [p for p in pictures if p.caption]
+    readings = what_is_read(captioned, prompt, data)
+    rows = [
+        f"{p.name}: {texts[0]}" + (f" ({len(texts)} orders)" if len(texts) > 1 else "")
+        for p, texts in zip(captioned[:SHOWN_CAPTIONS], readings, strict=False)
+    ]
+    more = len(captioned) - len(rows)
+    return rows + ([f"and {more} more captions"] if more else [])
 
 
 def _sources() -> list[Any]:
     return [
         io.Combo.Input(
             "folder",
-            options=[*host.input_subfolders(), *EXAMPLES],
+            options=folders(),
             default=next(iter(EXAMPLES)),
             tooltip="A folder in ComfyUI's input folder with 3-20 pictures (PNG, JPEG, "
             "WebP, AVIF, BMP, TIFF, GIF; HEIC with pillow-heif), captions beside them "
@@ -193,7 +191,8 @@ def _wires() -> list[Any]:
         io.Image.Input(
             "images",
             optional=True,
-            tooltip="Pictures from the graph, used instead of the folder when connected.",
+            tooltip="Pictures from the graph, a batch or a list, used instead of the folder when "
+            "connected.",
         ),
         io.Mask.Input(
             "masks",
@@ -206,5 +205,21 @@ def _wires() -> list[Any]:
             optional=True,
             tooltip="Another subject, learnt in the same run, with its own trigger. Each "
             "has an equal share of every pass, however many its pictures are.",
+        ),
+    ]
+
+
+def _more() -> list[Any]:
+    """Inputs that came later, and so stand at the end."""
+    return [
+        io.String.Input(
+            "captions",
+            optional=True,
+            force_input=True,
+            tooltip="A list of captions, one for each picture, or one for all: from a node that "
+            "writes them. Used instead of caption files.",
+        ),
+        host.advanced(io.Combo)(
+            "preset", options=list(PRESETS), default=NONE, optional=True, tooltip=help_text()
         ),
     ]

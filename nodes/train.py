@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any
 
 from ..cntlora_core.config import CalibrationConfig, TrainConfig
@@ -14,15 +15,18 @@ from ..cntlora_core.errors import CNTLoRAError
 from ..cntlora_core.events import Event, Notice, Saved
 from ..cntlora_core.files import DISK, Disk, free_name
 from ..cntlora_core.model.loader import StableDiffusion
+from ..cntlora_core.presets import PRESETS, with_preset
 from ..cntlora_core.run.outcome import RunResult
 from ..cntlora_core.run.runs import run_training
 from ..cntlora_core.settings import read_settings
+from ..cntlora_core.training.identity import run_identity
 from ..cntlora_core.training.prior_loss import BasePrediction, ClassImages, PriorLoss
+from ..cntlora_core.training.resume import RunSnapshots
 from ..cntlora_core.training.validation import validation_loss
 from . import host
 from .host import io
 from .reporter import Reporter
-from .sampler import Sampler
+from .sampler import Sampler, Wanted, more_sample_widgets, sample_widgets
 from .types import (
     CalibratedStart,
     ExtraSettings,
@@ -37,6 +41,7 @@ from .types import (
     lora_model,
     to_image,
 )
+from .unfinished import GO_ON, snapshots, widgets
 from .widgets import refusal, widgets_of
 
 # The settings on this node; Training Settings has the others.
@@ -68,21 +73,9 @@ class TrainLoRA(io.ComfyNode):
             inputs=[
                 *_wires(),
                 *widgets_of(TrainConfig, *ON_TRAIN),
-                host.advanced(io.Int)(
-                    "sample_every",
-                    default=50,
-                    optional=True,
-                    min=0,
-                    max=100_000,
-                    tooltip="Draw samples at step 0 and after every so many steps; 0: none. Often "
-                    "is pretty but slows training.",
-                ),
-                host.advanced(io.String)(
-                    "sample_prompt",
-                    default="",
-                    optional=True,
-                    tooltip="What to draw; empty: the training prompt.",
-                ),
+                *sample_widgets(),
+                *more_sample_widgets(),
+                *widgets(),
             ],
             outputs=[
                 io.LoraModel.Output(
@@ -97,7 +90,9 @@ class TrainLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, steps: Any = None, learning_rate: Any = None) -> bool | str:
+    def validate_inputs(
+        cls, steps: Any = None, learning_rate: Any = None, unfinished: Any = None
+    ) -> bool | str:  # `unfinished` may have ended since it was chosen: `execute` says so
         return refusal(TrainConfig, {"steps": steps, "learning_rate": learning_rate})
 
     @classmethod
@@ -109,14 +104,15 @@ class TrainLoRA(io.ComfyNode):
         validation: Pictures | None = None,
         prior: EncodedImages | None = None,
         settings: ExtraSettings | None = None,
-        sample_every: int = 50,
-        sample_prompt: str = "",
+        checkpoint_every: int = 100,
+        unfinished: str = GO_ON,
         **own: Any,
     ) -> io.NodeOutput:
-        start = lora_init.config if lora_init else ORDINARY
-        made = lora_init.calibration if lora_init else None
+        start = lora_init or CalibratedStart(None, ORDINARY)
+        wanted = Wanted(**{f.name: own.pop(f"sample_{f.name}", f.default) for f in fields(Wanted)})
         config = read_settings(TrainConfig, own | (settings.fields if settings else {}))
-        check_room(sd_model, start, made.lora if made else None)
+        config = with_preset(config, subject.preset)
+        check_room(sd_model, start.config, start.calibration and start.calibration.lora)
         with (
             Reporter(host.identity(cls), "CNTLoRATrain", config.steps, disk=cls.disk) as report,
             host.working(sd_model),
@@ -128,33 +124,55 @@ class TrainLoRA(io.ComfyNode):
                 if validation.prompt != subject.prompt:
                     report(Notice(_other_words(validation.prompt, subject.prompt)))
                 held_out = validation.encode_all(sd_model, report)
-            config = resolve(config, sd_model.name, start.init, encoded.picture_count, report)
-            sampler = Sampler(sd_model, sample_prompt or encoded.prompt, sample_every, report)
+            config = _resolved(config, sd_model, start, encoded, subject.preset, report)
+            sampler = Sampler(sd_model, wanted, encoded.prompt, report)
+            same = _identity(sd_model, subject, encoded, held_out, start, config, prior, settings)
+            checkpoints = snapshots(
+                unfinished, encoded.trigger or encoded.prompt, same, checkpoint_every, cls.disk
+            )
 
             def finished(run: RunResult) -> LoRAModel:
-                return lora_model(run.lora, sd_model, encoded, start, run.training, run.kept_step)
+                story = (start.config, run.training, run.kept_step, start.source)
+                return lora_model(run.lora, sd_model, encoded, *story)
 
             def keep(run: RunResult) -> None:
                 if run.steps:
                     kept.append(_keep(finished(run), run, report, cls.disk))
 
             kept: list[str] = []
-            with _telling_where(kept):
+            with _telling_where(kept, checkpoints, report):
                 run = run_training(
                     sd_model,
                     encoded,
-                    start,
+                    start.config,
                     config,
                     prior=_prior_loss(prior, settings),
-                    start=made,
+                    start=start.calibration,
                     validate=_validation(sd_model, held_out, config),
+                    checkpoints=checkpoints,
                     on_stop=keep,
                     observer=sampler,
                 )
             sampler.finish(run)
+            checkpoints.remove()
         images = to_image(sampler.pictures)
-        losses = {"loss": sampler.losses or [loss for _, loss in run.validations]}
+        losses = {"loss": run.losses or [loss for _, loss in run.validations]}
         return io.NodeOutput(finished(run), losses, images, ui=report.shown())
+
+
+def _resolved(
+    config: TrainConfig,
+    model: StableDiffusion,
+    start: CalibratedStart,
+    subject: EncodedImages,
+    preset: str,
+    report: Reporter,
+) -> TrainConfig:
+    """The settings with numbers where they say auto."""
+    if start.source and config.optimizer == "auto":
+        config = replace(config, optimizer="adamw")  # a LoRA file holds no metric
+    pictures, share = subject.picture_count, PRESETS[preset].steps
+    return resolve(config, model.name, start.config.init, pictures, report, share=share)
 
 
 def _wires() -> list[Any]:
@@ -186,6 +204,31 @@ def _wires() -> list[Any]:
     ]
 
 
+def _identity(
+    model: StableDiffusion,
+    subject: Pictures,
+    encoded: EncodedImages,
+    held_out: EncodedImages,
+    start: CalibratedStart,
+    config: TrainConfig,
+    prior: EncodedImages | None,
+    settings: ExtraSettings | None,
+) -> dict[str, Any]:
+    """What the run is made from and with."""
+    return run_identity(
+        model,
+        encoded,
+        held_out if config.validate_every else None,
+        [one.data for one in (subject, *subject.others)],
+        start.config,
+        config,
+        precision=str(model.dtype),
+        start=start.made_from,
+        continued=start.source and start.source.sha256,
+        prior=prior and [prior.digest, settings.prior_loss if settings else ""],
+    )
+
+
 def _validation(
     model: StableDiffusion, held_out: EncodedImages, config: TrainConfig
 ) -> Callable[[], float] | None:
@@ -193,13 +236,17 @@ def _validation(
 
 
 @contextmanager
-def _telling_where(kept: list[str]) -> Iterator[None]:
-    """An error says where the work is."""
+def _telling_where(kept: list[str], checkpoints: RunSnapshots, report: Reporter) -> Iterator[None]:
+    """An error says where the work is, and how to go on."""
     try:
         yield
     except CNTLoRAError as error:
         for place in kept:
             error.add_sentence(f"What was trained is in {place}.")
+        raise
+    except host.Cancelled:
+        if checkpoints.ours:
+            report.note(Notice("Queue the same graph again and the run goes on where it stopped."))
         raise
 
 

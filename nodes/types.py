@@ -25,7 +25,9 @@ from ..cntlora_core.events import Notice, Observer, ignore
 from ..cntlora_core.files import DISK, Disk, check_space
 from ..cntlora_core.lora.adapter import LoRA
 from ..cntlora_core.lora.file import to_state_dict
+from ..cntlora_core.lora.metadata import Source
 from ..cntlora_core.model.loader import StableDiffusion
+from ..cntlora_core.presets import NONE
 from ..cntlora_core.run.saving import save_run
 from ..cntlora_core.training.state_size import parameters_of
 from . import host
@@ -48,6 +50,7 @@ class Pictures:
     data: DataConfig
     trigger: str = ""
     others: tuple[Pictures, ...] = ()
+    preset: str = NONE
 
     def encode(
         self, model: StableDiffusion, observer: Observer
@@ -90,10 +93,13 @@ class ExtraSettings:
 
 @dataclass(frozen=True)
 class CalibratedStart:
-    """A LoRA to train from, and how it was made."""
+    """A LoRA to train from, and how it was made; no calibration: an ordinary start, made then.
+    `made_from` tells the pictures apart that it was calibrated on."""
 
-    calibration: Calibration
+    calibration: Calibration | None
     config: CalibrationConfig
+    source: Source | None = None  # the file that it was read from
+    made_from: str = ""
 
 
 class LoRAModel(dict[str, Tensor]):
@@ -111,6 +117,7 @@ def lora_model(
     config: CalibrationConfig,
     training: TrainConfig | None = None,
     steps: int = 0,
+    source: Source | None = None,
 ) -> LoRAModel:
     state = LoRAModel(to_state_dict(lora, model.family))
 
@@ -130,6 +137,7 @@ def lora_model(
             steps=steps,
             calibration=config,
             training=training,
+            source=source,
             dtype=dtype,
             elsewhere=host.other_folders(),
             disk=disk,
@@ -158,24 +166,42 @@ def from_image(batch: Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(a)) for a in array]
 
 
-def from_batch(batch: Tensor) -> list[Picture]:
-    """ComfyUI's IMAGE as pictures, named by their number."""
+def from_batches(batches: Sequence[Tensor]) -> list[Picture]:
+    """A list of ComfyUI's IMAGEs, of any sizes, as pictures named by their number."""
+    images = [image for batch in batches for image in from_image(batch)]
     return [
         Picture(f"image {n}", image, hashlib.sha256(image.tobytes()).hexdigest())
-        for n, image in enumerate(from_image(batch), 1)
+        for n, image in enumerate(images, 1)
     ]
 
 
-def with_masks(pictures: Sequence[Picture], masks: Tensor, observer: Observer) -> list[Picture]:
-    """The pictures with ComfyUI's MASK `[n, h, w]` (or `[h, w]`), 1 where the subject is: one each,
-    or one for all. Raises ImageError for another number."""
-    masks = masks.detach().cpu().float().clamp(0, 1).reshape(-1, *masks.shape[-2:])
-    if len(masks) not in (1, len(pictures)):
+def with_captions(pictures: Sequence[Picture], texts: Sequence[str]) -> list[Picture]:
+    """The pictures with a caption each, or one for all; an empty one stays the prompt's. Raises
+    ImageError for another number."""
+    if len(texts) not in (1, len(pictures)):
         raise ImageError(
-            f"{len(masks)} masks for {len(pictures)} pictures: connect one mask for each picture, "
+            f"{len(texts)} captions for {len(pictures)} pictures: connect one for each picture, or "
+            "one for all."
+        )
+    lines = [" ".join(str(text).split()) for text in texts]
+    return [
+        replace(p, caption=lines[n % len(lines)] or None, caption_file="captions")
+        for n, p in enumerate(pictures)
+    ]
+
+
+def with_masks(
+    pictures: Sequence[Picture], masks: Sequence[Tensor], observer: Observer
+) -> list[Picture]:
+    """The pictures with ComfyUI's MASKs `[n, h, w]` (or `[h, w]`), 1 where the subject is: one
+    each, or one for all. Raises ImageError for another number."""
+    plain = [m for mask in masks for m in mask.detach().cpu().float().reshape(-1, *mask.shape[-2:])]
+    if len(plain) not in (1, len(pictures)):
+        raise ImageError(
+            f"{len(plain)} masks for {len(pictures)} pictures: connect one mask for each picture, "
             "or one for all."
         )
-    shapes = [Image.fromarray((m * 255).round().byte().numpy()) for m in masks]
+    shapes = [Image.fromarray((m.clamp(0, 1) * 255).round().byte().numpy()) for m in plain]
     masked = []
     for n, picture in enumerate(pictures):
         said: list[str] = []

@@ -36,6 +36,11 @@ def _widget(setting: Setting) -> Any:
     return (host.advanced(kind) if setting.advanced else kind.Input)(setting.name, **common)
 
 
+def one(value: Any) -> Any:
+    """Of a node whose inputs come as lists: the first, for what is no list to people."""
+    return value[0] if isinstance(value, (list, tuple)) and value else value
+
+
 def refusal(config: type[Any], values: dict[str, Any]) -> bool | str:
     """What `validate_inputs` says of the automatic fields, which the host takes for any text. A
     value is None where another node gives it."""

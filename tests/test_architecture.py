@@ -46,6 +46,7 @@ def test_no_file_is_over_400_lines(path):
 COMMON = {
     "config",
     "defaults",
+    "presets",
     "devices",
     "distributed",
     "effects",

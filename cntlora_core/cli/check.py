@@ -5,8 +5,17 @@ from __future__ import annotations
 
 import argparse
 
+from ..config import DataConfig
 from ..events import Event, Notice
+from ..settings import read_settings
 from .console import print_json
+from .options import add_settings
+
+# The settings that decide what the model reads.
+READ = (
+    *("add_trigger", "use_captions", "shuffle_tags"),
+    *("keep_tags", "tag_dropout", "caption_variants"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,14 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resolution", type=int, default=512, metavar="PX", help="planned (default: %(default)s)"
     )
+    add_settings(parser, DataConfig, READ)
     parser.add_argument("--sheet", metavar="FILE.png", help="draw a contact sheet")
     parser.add_argument("--overwrite", action="store_true")
 
 
 def run_check(args: argparse.Namespace) -> None:
-    from ..data.captions import prepare_captions
+    from ..data.captions import prepare_captions, without_captions
     from ..data.checks import check_pictures
     from ..data.images import find_pictures
+    from ..data.tags import what_is_read
     from ..report.charts import contact_sheet
 
     said: list[str] = []
@@ -34,9 +45,14 @@ def run_check(args: argparse.Namespace) -> None:
         if isinstance(event, Notice):
             said.append(event.text)
 
+    data = read_settings(DataConfig, {name: getattr(args, name) for name in READ})
     found = find_pictures(args.images, note, masks=args.masks)
+    if not data.use_captions:
+        found = without_captions(found)
     words = (args.trigger, args.class_name)
-    pictures, prompt = prepare_captions(found, args.prompt, words, observer=note)
+    pictures, prompt = prepare_captions(
+        found, args.prompt, words, add_trigger=data.add_trigger, observer=note
+    )
     said += check_pictures(pictures, args.resolution)
     if args.sheet:
         from ..files import check_output
@@ -48,10 +64,13 @@ def run_check(args: argparse.Namespace) -> None:
             "name": p.name,
             "size": list(p.image.size),
             "caption": before.caption,
-            "reads": p.caption or prompt or None,
+            "reads": texts[0] or None,
+            "orders": texts if len(texts) > 1 else [],
             "repeats": p.repeats,
             "mask": p.mask is not None,
         }
-        for before, p in zip(found, pictures, strict=True)
+        for before, p, texts in zip(
+            found, pictures, what_is_read(pictures, prompt, data), strict=True
+        )
     ]
     print_json({"pictures": table, "findings": said}, indent=2)

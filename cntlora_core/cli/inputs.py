@@ -15,9 +15,7 @@ from ..data.encoded import EncodedImages, with_validation
 from ..distributed import Group
 from ..events import Observer
 from ..lora.adapter import LoRA
-from ..lora.file import load_lora
-from ..lora.metadata import Source
-from ..lora.targets import ALL, find_projections
+from ..lora.continuing import ContinuedLoRA, continued_lora
 from .checks import class_preserved
 from .options import CLASS_STEPS
 
@@ -29,23 +27,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """`lora`: to go on from, of the file `source`. `held_out`: to validate with."""
+    """`continued`: a LoRA to go on from. `held_out`: to validate with."""
 
-    source: Source | None
-    lora: LoRA | None
+    continued: ContinuedLoRA | None
     subject: EncodedImages
     held_out: EncodedImages
+
+    @property
+    def lora(self) -> LoRA | None:
+        return self.continued.lora if self.continued else None
 
 
 def read_inputs(
     args: argparse.Namespace, model: StableDiffusion, data: DataConfig, observer: Observer
 ) -> Inputs:
-    source = lora = None
+    continued = None
     if args.continue_from:
-        known, shared = find_projections(model.unet, ALL), args.continue_shared
-        lora, _ = load_lora(args.continue_from, known, model.family, shared=shared)
-        source = Source.of(args.continue_from)
-    return Inputs(source, lora, *_pictures(args, model, data, observer))
+        shared = args.continue_shared
+        continued = continued_lora(args.continue_from, model, shared=shared, observer=observer)
+    return Inputs(continued, *_pictures(args, model, data, observer))
 
 
 def _pictures(

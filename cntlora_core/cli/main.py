@@ -24,6 +24,7 @@ from .train import run_train
 if TYPE_CHECKING:
     import torch
 
+    from ..lora.adapter import LoRA
     from ..model.loader import StableDiffusion
 
 log = logging.getLogger("cntlora")
@@ -222,24 +223,26 @@ def _sample(args: argparse.Namespace) -> None:
     with Console() as observer:
         model = _load(args, observer=observer)
         side = check_resolution(model, resolution)
-        lora = {}
+        factors: LoRA = {}
+        called, rows = "base", []
         if args.lora:
             factors, _ = load_lora(args.lora, find_projections(model.unet, ALL), model.family)
-            lora = {name: f.scaled(how.strength) for name, f in factors.items()}
-        with attached_lora(model.unet, lora):
-            pictures = sample(
-                model,
-                [args.prompt] * how.count,
-                seeds,
-                steps=how.steps,
-                guidance=how.guidance,
-                negative=args.negative,
-                size=(side, side),
-                observer=observer,
-            )
-    sample_sheet(
-        [(Path(args.lora).stem if args.lora else "base", pictures)], title=args.prompt
-    ).save(output)
+            called = Path(args.lora).stem
+        for strength in how.strengths if factors else (1.0,):
+            scaled = {name: f.scaled(strength) for name, f in factors.items()}
+            with attached_lora(model.unet, scaled):
+                pictures = sample(
+                    model,
+                    [args.prompt] * how.count,
+                    seeds,
+                    steps=how.steps,
+                    guidance=how.guidance,
+                    negative=args.negative,
+                    size=(side, side),
+                    observer=observer,
+                )
+            rows.append((f"{called}, {strength:g}" if how.strength_grid else called, pictures))
+    sample_sheet(rows, title=args.prompt).save(output)
     print_json({"picture": str(output), "seeds": list(seeds)})
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..config import CalibrationConfig, DataConfig, TrainConfig
+from ..presets import NONE, PRESETS, help_text, with_preset
 from ..settings import Setting, read_settings, settings_of
 
 PRIORS = ("none", "images", "base")
@@ -42,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, training: bool) -> None:
 
 def _pictures(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("pictures")
+    data.add_argument(
+        "--preset", choices=tuple(PRESETS), default=NONE, help=f"{help_text()} (default: {NONE})"
+    )
     data.add_argument(
         "--images",
         required=True,
@@ -159,6 +163,7 @@ def _without(config: type[Any], names: Iterable[str]) -> list[str]:
 
 
 def settings_from(kind: type[Any], args: argparse.Namespace, **more: Any) -> Any:
-    """The settings of a class as the options say. Raises SettingError."""
+    """The settings of a class as the options and the preset say. Raises SettingError."""
     known = settings_of(kind)
-    return read_settings(kind, {n: v for n, v in vars(args).items() if n in known} | more)
+    said = read_settings(kind, {n: v for n, v in vars(args).items() if n in known} | more)
+    return with_preset(said, getattr(args, "preset", NONE))

@@ -31,7 +31,7 @@ def run_train(args: argparse.Namespace, load: Any, disk: Disk = DISK) -> None:
     check_arguments(args)
     from ..devices import DTYPES, pick_device
     from ..distributed import local_device, process_group
-    from .identity import made_from, made_with
+    from .identity import identity_of
     from .inputs import read_inputs, read_priors, validation
 
     output, overwrite, checkpoints = check_outputs(args, disk)
@@ -47,8 +47,7 @@ def run_train(args: argparse.Namespace, load: Any, disk: Disk = DISK) -> None:
         inputs = read_inputs(args, model, data, observer)
         training = _resolved(args, model, inputs, training, observer)
         if checkpoints:
-            made = made_from(args, model, inputs) | made_with(data, calibration, training)
-            checkpoints.identity = made
+            checkpoints.identity = identity_of(args, model, inputs, data, calibration, training)
             checkpoints.read()  # refuses another run's before anything is drawn or measured
         check_room(args, output, model, inputs.lora, calibration, training)
         preserve, prior = read_priors(args, model, inputs.subject, data, observer)
@@ -57,7 +56,7 @@ def run_train(args: argparse.Namespace, load: Any, disk: Disk = DISK) -> None:
             "model": model,
             "subject": inputs.subject,
             "calibration": calibration,
-            "source": inputs.source,
+            "source": inputs.continued and inputs.continued.source,
             "dtype": DTYPES[args.save_precision],
         }
         keeper = Keeper(output, story, args.trains, overwrite, checkpoints, tell, disk)
@@ -117,12 +116,15 @@ def _resolved(
 ) -> TrainConfig:
     """The settings with numbers where they say auto."""
     from ..defaults import resolve
+    from ..presets import PRESETS
 
     if not args.trains:
         return training
     if inputs.lora and training.optimizer == "auto":
         training = replace(training, optimizer="adamw")  # a LoRA file holds no metric
-    return resolve(training, model.name, args.init, inputs.subject.picture_count, observer)
+    init = inputs.continued.init if inputs.continued else args.init
+    pictures, share = inputs.subject.picture_count, PRESETS[args.preset].steps
+    return resolve(training, model.name, init, pictures, observer, share=share)
 
 
 def _reports(args: argparse.Namespace, stack: ExitStack) -> Observer:

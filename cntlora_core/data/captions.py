@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..events import Notice, Observer, ignore
-from .folder import METADATA, some
+from .folder import some
 from .images import Picture
 
 PLACEHOLDER = re.compile(r"\{\s*(\w+)\s*\}")
@@ -32,6 +32,10 @@ def with_trigger(text: str, trigger: str) -> str:
     return f"{trigger}, {text}" if text else trigger
 
 
+def without_captions(pictures: Iterable[Picture]) -> list[Picture]:
+    return [replace(p, caption=None, caption_file="") for p in pictures]
+
+
 def prepare_captions(
     pictures: Iterable[Picture],
     prompt: str,
@@ -41,24 +45,8 @@ def prepare_captions(
     observer: Observer = ignore,
 ) -> tuple[list[Picture], str]:
     """The pictures' captions and the prompt of the others as the model reads them: `words` (trigger
-    and class) filled in, the trigger in front of those that lack it. What was done is told.
-
-    Captions of a metadata.jsonl, which programs write without being asked, serve only where a
-    trigger says what they should call.
-    """
+    and class) filled in, the trigger in front of those that lack it. What was done is told."""
     trigger, pictures = " ".join(words[0].split()), list(pictures)
-    listed = [p.name for p in pictures if p.caption_file == METADATA]
-    if listed and not trigger:
-        observer(
-            Notice(
-                f"{len(listed)} captions of {METADATA} are not used: say the trigger that is to "
-                "stand in front of them."
-            )
-        )
-        pictures = [
-            replace(p, caption=None, caption_file="") if p.caption_file == METADATA else p
-            for p in pictures
-        ]
     _tell_unfilled([prompt, *(p.caption for p in pictures if p.caption)], words, observer)
     filled = [(p.name, fill_words(p.caption, trigger, words[1])) for p in pictures if p.caption]
     prompt = fill_words(prompt, trigger, words[1])

@@ -18,7 +18,7 @@ from ..events import Notice, Observer, Progress, ignore
 from ..model.conditioning import Conditioning, encode_prompts
 from ..model.loader import StableDiffusion
 from .buckets import Crop, crops_of
-from .captions import prepare_captions
+from .captions import prepare_captions, without_captions
 from .checks import check_pictures
 from .encoded import EncodedImages
 from .folder import some
@@ -230,6 +230,8 @@ def read_subject(
     prompt and the captions; `masks` is a folder of masks with the pictures' names."""
     data = data or DataConfig()
     found = find_pictures(folder, observer, masks=masks)
+    if not data.use_captions:
+        found = without_captions(found)
     pictures, prompt = prepare_captions(
         found, prompt, words, add_trigger=data.add_trigger, observer=observer
     )

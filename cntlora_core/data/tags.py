@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..config import DataConfig
+from .images import Picture
 
 TAG_SEED = 11  # the same variants in every run
 SEPARATOR = "|||"  # what stands before it stays in its place
@@ -26,6 +27,13 @@ def tag_variants(captions: Sequence[str], data: DataConfig) -> list[list[str]]:
     generator = torch.Generator().manual_seed(TAG_SEED)
     drawn = {caption: _variants(caption, data, generator) for caption in dict.fromkeys(captions)}
     return [drawn[caption] for caption in captions]
+
+
+def what_is_read(pictures: Sequence[Picture], prompt: str, data: DataConfig) -> list[list[str]]:
+    """Of each picture, every text that the model will read: its caption or the prompt, in each
+    order."""
+    texts = tag_variants([p.caption or prompt for p in pictures], data)
+    return [list(dict.fromkeys(variants)) for variants in texts]
 
 
 def _variants(caption: str, data: DataConfig, generator: torch.Generator) -> list[str]:

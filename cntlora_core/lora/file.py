@@ -26,9 +26,11 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from ..errors import LoRAFileError, OutputError
+from ..events import Notice, Observer, ignore
 from ..files import DISK, Disk, atomic_write, check_output
 from ..model.ldm_names import unet_name
 from .adapter import Factors, LoRA
+from .other_names import alphas, in_our_names
 from .targets import Projection
 
 _SUFFIXES = ("lora_down.weight", "lora_up.weight", "alpha")
@@ -125,7 +127,13 @@ def _factors_of(
 
 
 # Parts of key names -> what such a file is. These are no sums of W and up @ down.
-OTHER_KINDS = {"dora_scale": "a DoRA", "hada_": "a LoHa", "lokr_": "a LoKr", "oft_": "an OFT"}
+OTHER_KINDS = {
+    "dora_scale": "a DoRA",
+    "lora_magnitude": "a DoRA",
+    "hada_": "a LoHa",
+    "lokr_": "a LoKr",
+    "oft_": "an OFT",
+}
 
 
 def _plain(keys: Sequence[str]) -> bool:
@@ -140,7 +148,10 @@ def _next_step(foreign: Sequence[str], any_known: bool) -> str:
                 "that, or train a new LoRA."
             )
     if any_known:
-        return "To train on without them: --continue-shared (what they did is then lost)."
+        return (
+            "To train on without them turn on continue_shared (--continue-shared); what they did "
+            "is then lost."
+        )
     return "The LoRA was made for another model or by another trainer: choose another."
 
 
@@ -225,10 +236,13 @@ def load_lora(
     family: str,
     *,
     shared: bool = False,
+    observer: Observer = ignore,
 ) -> tuple[LoRA, dict[str, str]]:
-    """A LoRA file as factors for this model, and its metadata. `shared`: only the layers that
-    CNTLoRA trains."""
+    """A LoRA file, ours or another trainer's, as factors for this model, and its metadata.
+    `shared`: only the layers that CNTLoRA trains; what is left out is told."""
     state, metadata = read_lora(path)
+    names = {p.name: kohya_name(p.name, family) for p in projections}
+    state = in_our_names(state, names, alphas(Path(path), metadata))
     try:
         lora = from_state_dict(state, projections, family, shared=shared)
     except LoRAFileError as error:
@@ -236,5 +250,14 @@ def load_lora(
     if not lora:
         raise LoRAFileError(
             f"'{path}' holds no LoRA for the UNet's attention or feed-forward layers."
+        )
+    ours = {names[name] for name in lora}
+    if left := sorted(key for key in state if key.split(".")[0] not in ours):
+        observer(
+            Notice(
+                f"{len(left)} of {len(state)} tensors of '{Path(path).name}' are of layers that "
+                f"CNTLoRA does not train, e.g. '{left[0]}': they are left out, and what they did "
+                "is lost."
+            )
         )
     return lora, metadata

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..calibration.calibrate import Calibration
 from ..config import TrainConfig
@@ -22,6 +22,7 @@ class RunResult:
 
     `base_loss` is the untouched model's, None without a validation; `steps` were made, with the
     settings `training`: those asked for, fitted to the memory and the start; None: not trained.
+    `losses` are of every step, also of the run that this one went on from.
     """
 
     start: Calibration
@@ -31,6 +32,7 @@ class RunResult:
     base_loss: float | None
     validations: list[tuple[int, float]]
     training: TrainConfig | None = None
+    losses: list[float] = field(default_factory=list)
 
     @property
     def kept_loss(self) -> float | None:
@@ -74,6 +76,7 @@ class Ongoing:
             self.base_loss,
             state.validations,
             self.training,
+            state.losses,
         )
 
     @contextmanager

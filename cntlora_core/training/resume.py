@@ -105,8 +105,7 @@ class RunSnapshots:
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             if story["version"] != VERSION:
                 raise SettingError(
-                    f"'{self.path}' was written by another version of CNTLoRA: start without "
-                    "--resume."
+                    f"'{self.path}' was written by another version of CNTLoRA: start afresh."
                 )
             saved = SavedState(tensors, story)
             lora = saved.lora
@@ -122,7 +121,7 @@ class RunSnapshots:
                 raise SettingError(
                     f"'{self.path}' is of another run: its {name} is "
                     f"{story['identity'].get(name)!r}, now it is {value!r}. Use the same settings, "
-                    "or start without --resume."
+                    "or start afresh."
                 )
         self.ours = True
         return saved

@@ -37,6 +37,10 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
+        self.comfyui = comfyui
+        self.start()
+
+    def start(self) -> None:
         command = [
             sys.executable,
             "main.py",
@@ -44,7 +48,7 @@ class Server:
             "--port",
             str(self.port),
             "--base-directory",
-            str(base),
+            str(self.base),
         ]
         command += ["--disable-api-nodes", *os.environ.get("COMFYUI_ARGS", "").split()]
         environment = os.environ | {
@@ -54,11 +58,18 @@ class Server:
         environment.pop("PYTHONPATH", None)
         self.process = subprocess.Popen(
             command,
-            cwd=comfyui,
+            cwd=self.comfyui,
             env=environment,
-            stdout=self.log.open("w"),
+            stdout=self.log.open("a"),
             stderr=subprocess.STDOUT,
         )
+
+    def restart(self) -> None:
+        """Killed without a word, and up again."""
+        self.process.kill()
+        self.process.wait(20)
+        self.start()
+        self.wait()
 
     @property
     def url(self) -> str:

@@ -20,6 +20,7 @@ TRAIN = {
     "weight_decay": 0.01,
     "gradient_checkpointing": False,
     "sample_prompt": "",
+    "unfinished": "start afresh",
 }
 
 
@@ -122,7 +123,7 @@ def test_a_subject_without_a_name_is_refused(pack):
 
 def test_pictures_from_the_graph_take_the_folders_place(pack):
     batch = torch.rand(3, 64, 64, 3)
-    subject, sheet = run(pack.SubjectImages, folder=FOLDER, images=batch, **SUBJECT).values
+    subject, sheet = run(pack.SubjectImages, folder=FOLDER, images=[batch], **SUBJECT).values
     assert len(subject.pictures) == 3
     assert sheet.ndim == 4
 

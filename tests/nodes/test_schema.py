@@ -20,6 +20,7 @@ IDS = [
     "SubjectImages",
     "PriorImages",
     "Calibrate",
+    "ContinueLoRA",
     "Train",
     "TrainingSettings",
     "SaveLoRA",
@@ -80,7 +81,11 @@ def test_the_examples_values_stand_in_the_order_of_the_widgets(pack):
         for node in json.loads(example.read_text())["nodes"]:
             if node["type"] not in schemas:
                 continue
-            widgets = [f for f in schemas[node["type"]].inputs if f.io_type in WIDGETS]
+            widgets = [
+                f
+                for f in schemas[node["type"]].inputs
+                if f.io_type in WIDGETS and not f.options.get("force_input")
+            ]
             widgets.sort(key=lambda f: bool(f.options.get("optional")))
             written = [i["name"] for i in node["inputs"] if "widget" in i]
             assert len(node["widgets_values"]) == len(written), (example.name, node["type"])

@@ -126,5 +126,7 @@ def test_the_first_template_validates_on_nothing_foreign(path):
     folders = [n for n in nodes_of(path) if n["type"] == "CNTLoRASubjectImages"]
     if path.stem == "compare_starts":
         assert [n.get("title") for n in folders] == [None, "Pictures to validate with"]
+    elif path.stem == "two_concepts":
+        assert [n.get("title") for n in folders] == ["One subject", "And another"]
     else:
         assert len(folders) <= 1

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cntlora_core.config import DataConfig
 from cntlora_core.data.caption_files import decode_text
 from cntlora_core.data.captions import fill_words, prepare_captions
 from cntlora_core.data.dataset import encode_subject, read_subject
@@ -114,14 +115,13 @@ def test_captions_of_a_metadata_file(tmp_path, text):
     assert said == []
 
 
-def test_a_metadata_file_without_a_trigger_is_told_and_not_used(tmp_path):
-    """Many programs write one; nothing would call what its captions teach."""
-    save(tmp_path / "a.png")
-    (tmp_path / "metadata.jsonl").write_text(lines({"file_name": "a.png", "text": "a cat"}))
-    texts, said = read(tmp_path, "a sks cat")
-    assert texts == {"a.png": "a sks cat"}
-    assert len(said) == 1
-    assert "1 captions of metadata.jsonl are not used" in said[0]
+def test_a_metadata_file_is_read_without_a_trigger_unless_captions_are_off(mini_sd, tmp_path):
+    save(tmp_path / "cat.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "cat.png", "text": "a cat"}')
+    assert read(tmp_path)[0] == {"cat.png": "a cat"}
+    assert read_subject(mini_sd, tmp_path, "x").captions == ("a cat",)
+    off = DataConfig(use_captions=False)
+    assert read_subject(mini_sd, tmp_path, "x", off).captions == ("x",)
 
 
 def test_wrong_lines_and_strangers_of_a_metadata_file_are_told(tmp_path):

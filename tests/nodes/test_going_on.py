@@ -1,0 +1,131 @@
+"""A training that was stopped goes on by itself; a finished LoRA is trained on from its file."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+FOLDER = "example: cat faces (embedded)"
+TRAIN = {"steps": 4, "batch_size": 1, "validate_every": 2, "learning_rate": 3e-3, "sample_every": 0}
+
+
+def run(node, **inputs):
+    node.hidden = SimpleNamespace(unique_id="31", extra_pnginfo=None)
+    with torch.inference_mode():
+        return node.execute(**inputs)
+
+
+@pytest.fixture(scope="module")
+def inputs(pack):
+    model = run(pack.LoadCheckpoint, checkpoint="mini-sd (embedded)", precision="auto").values[0]
+    words = {"trigger": "sks", "class_name": "cat", "resolution": 0}
+    subject = run(pack.SubjectImages, folder=FOLDER, **words).values[0]
+    return {"sd_model": model, "subject": subject, **TRAIN}
+
+
+@pytest.fixture
+def stop(pack, inputs, monkeypatch):
+    """Train and press Cancel after so many steps."""
+
+    def stopped(after, **more):
+        def cancel():
+            if any(e["type"] == "step" and e["step"] == after for e in events(pack)):
+                raise pack.host.Cancelled
+
+        with monkeypatch.context() as patched:
+            patched.setattr(pack.host, "check_cancel", cancel)
+            with pytest.raises(pack.host.Cancelled):
+                run(pack.TrainLoRA, **inputs | more)
+
+    return stopped
+
+
+def events(pack):
+    log = sorted((pack.base / "temp/cntlora/31").glob("events_*.jsonl"))[-1]
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def said(pack):
+    return [e["text"] for e in events(pack) if e["type"] == "warning"]
+
+
+def states(pack):
+    return sorted((pack.base / "output/cntlora-unfinished").glob("*"))
+
+
+def test_a_cancelled_run_goes_on_to_the_same_end(pack, inputs, stop):
+    whole = run(pack.TrainLoRA, **inputs).values
+    assert not states(pack)
+    stop(3)
+    (state,) = states(pack)
+    assert state.name.startswith("sks_mini_sd_")
+    assert said(pack)[-1] == "Queue the same graph again and the run goes on where it stopped."
+    assert pack.unfinished.choices()[3:] == [state.name.removesuffix(".state.safetensors")]
+    resumed = run(pack.TrainLoRA, **inputs).values
+    assert "Goes on after step 3 of the run that was stopped." in said(pack)
+    assert [e["step"] for e in events(pack) if e["type"] == "step"] == [4]
+    assert all(torch.equal(resumed[0][key], whole[0][key]) for key in whole[0])
+    assert resumed[1] == whole[1]  # the losses of all four steps
+    assert not states(pack)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(pack, inputs, monkeypatch):
+    """What a kill leaves: a checkpoint, and nothing that was done after it."""
+    whole = run(pack.TrainLoRA, **inputs).values[0]
+    checkpoints = pack.unfinished.RunSnapshots
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "remove", lambda self: None)
+        patched.setattr(checkpoints, "due", lambda self, step: step == 2)
+        run(pack.TrainLoRA, **inputs, checkpoint_every=1)
+    resumed = run(pack.TrainLoRA, **inputs).values[0]
+    assert [e["step"] for e in events(pack) if e["type"] == "step"] == [3, 4]
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_another_run_starts_afresh_and_a_chosen_one_says_what_differs(pack, inputs, stop):
+    stop(1)
+    name = pack.unfinished.choices()[3]
+    run(pack.TrainLoRA, **inputs | {"seed": 1, "steps": 1})
+    assert not [text for text in said(pack) if "Goes on" in text]
+    with pytest.raises(ValueError, match="is of another run: its seed is 0, now it is 1"):
+        run(pack.TrainLoRA, **inputs | {"seed": 1, "unfinished": name})
+    run(pack.TrainLoRA, **inputs, unfinished=name)
+    with pytest.raises(ValueError, match=f"'{name}' is no unfinished run: it ended"):
+        run(pack.TrainLoRA, **inputs, unfinished=name)
+    assert pack.TrainLoRA.validate_inputs(unfinished=name) is True  # so that it can say that
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "C:x"])
+def test_no_name_leads_out_of_the_folder(pack, inputs, name):
+    with pytest.raises(ValueError, match="is not a name inside"):
+        run(pack.TrainLoRA, **inputs, unfinished=name)
+
+
+def test_starting_afresh_and_removing(pack, inputs, stop):
+    stop(1)
+    stop(1, seed=5)
+    assert len(states(pack)) == 2
+    run(pack.TrainLoRA, **inputs | {"steps": 1, "unfinished": "start afresh"})
+    assert len(states(pack)) == 1  # its own took the place of the old one, and ended
+    run(pack.TrainLoRA, **inputs | {"steps": 1, "unfinished": "remove all"})
+    assert not states(pack)
+
+
+def test_a_lora_of_the_folder_is_trained_on(pack, inputs):
+    first = run(pack.TrainLoRA, **inputs | {"steps": 1}).values[0]
+    path = pack.base / "loras/sd15.safetensors"  # the name that the stand-in lists
+    first.write(path)
+    model = inputs["sd_model"]
+    start = run(pack.ContinueLoRA, sd_model=model, lora_file="sd15.safetensors").values[0]
+    more = run(pack.TrainLoRA, **inputs | {"steps": 1, "lora_init": start}).values[0]
+    assert {k: v.shape for k, v in more.items()} == {k: v.shape for k, v in first.items()}
+    assert any(not torch.equal(more[key], first[key]) for key in first)
+    saved = more.write(pack.base / "loras/on.safetensors")
+    with safe_open(saved, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["cntlora.continued_from"])["file"] == "sd15.safetensors"
+    path.unlink()
+    with pytest.raises(ValueError, match=r"There is no LoRA '\.\./x\.safetensors' in models/loras"):
+        run(pack.ContinueLoRA, sd_model=model, lora_file="../x.safetensors")

@@ -46,7 +46,11 @@ def test_the_blueprint_trains(page, comfyui):
     page.shot("blueprint")
 
 
-def test_the_app_form_trains(page):
+def running(comfyui):
+    return [item[1] for items in comfyui.get("/queue").values() for item in items]
+
+
+def test_the_app_form_trains(page, comfyui):
     page.open_example("train_a_subject")
     command = "(id) => window.app.extensionManager.command.commands.some((c) => c.id === id)"
     if not page.evaluate(command, "Comfy.ToggleLinear"):
@@ -62,12 +66,14 @@ def test_the_app_form_trains(page):
             assert form.get_by_text(name, exact=True).count() >= 1, name
         page.shot("app_form")
         page.shorten(steps=8, sample_every=8, effort="quick")
+        known = set(comfyui.get("/history"))
         run = page.page.get_by_test_id("linear-run-button").get_by_role("button", name="Run")
         run.last.click()
-        page.page.wait_for_function(
-            "() => [...document.querySelectorAll('img')].some((i) => /ComfyUI_temp/.test(i.src))",
-            timeout=240_000,
-        )
+        page.page.wait_for_timeout(2000)
+        (prompt,) = {*comfyui.get("/history"), *running(comfyui)} - known
+        outputs = comfyui.result(prompt)["outputs"]
+        (drawn, *_) = outputs["6"]["images"]
+        page.page.wait_for_selector(f"img[src*='{drawn['filename']}']")
         page.page.wait_for_timeout(1000)
         page.shot("app_done")
     finally:

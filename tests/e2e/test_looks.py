@@ -1,5 +1,7 @@
 """The panels for everybody: in every theme, by keyboard, by ear, in other languages."""
 
+import re
+
 import pytest
 
 pytestmark = pytest.mark.comfyui
@@ -66,7 +68,7 @@ def test_words_can_be_read_in_every_theme(trained):
 
 def test_everything_has_a_name_and_answers_to_keys(trained):
     page = trained.page
-    assert page.get_by_role("img", name="Loss over 8 steps, best").count() == 1
+    assert page.get_by_role("img", name=re.compile(r"^Loss over \d+ steps, best")).count() == 1
     assert page.get_by_role("region", name="Rank of every layer").count() == 1
     assert page.get_by_role("group", name="Samples").count() == 1
     assert page.locator(".cntlora-panel [role=status]").count() >= 4
@@ -100,7 +102,7 @@ def test_the_panel_speaks_the_pages_language(trained):
         assert trained.evaluate(title) == "训练 LoRA"
         trained.open_graph(graph)
         trained.wait_for("headline", "^完成$", 10)
-        assert "第 8/8 步" in " ".join(trained.texts("numbers"))
+        assert re.search(r"第 (\d+)/\1 步", " ".join(trained.texts("numbers")))
         trained.shot("chinese")
     finally:
         trained.set("Comfy.Locale", "en")

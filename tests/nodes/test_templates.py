@@ -16,7 +16,7 @@ BLUEPRINT = ROOT / "subgraphs/Train a LoRA.json"
 SHOWN = {
     "CNTLoRACalibrate": (380, 440),
     "CNTLoRATrain": (420, 560),
-    "CNTLoRASubjectImages": (320, 540),
+    "CNTLoRASubjectImages": (320, 560),
     "CNTLoRAPreviewLoRA": (320, 430),
     "CNTLoRASaveLoRA": (270, 150),
 }

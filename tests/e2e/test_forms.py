@@ -42,7 +42,7 @@ def test_the_blueprint_trains(page, comfyui):
     page.evaluate(AROUND)
     page.fit()
     page.run(steps=8, sample_every=8, validate_every=4, effort="quick")
-    page.wait_for("text", "^Saved as my_subject", 240)
+    page.wait_for("text", "^Saved as my_subject|^6 pictures", 240)
     page.shot("blueprint")
 
 

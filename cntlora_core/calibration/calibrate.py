@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from ..data.encoded import EncodedImages
     from ..model.loader import StableDiffusion
 
-# First step tried, as the mean relative change of the layers' outputs: near where the parabola's
-# minimum was on every subject.
-FIRST_CHANGE = 0.17
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -86,9 +82,8 @@ def calibrate(
 
     # fit the step
     slope = solution.slope / count if constraint.backward else None
-    first = FIRST_CHANGE / max(solution.change, 1e-12)
     step, loss = parabola_step(
-        lambda step: passes.loss(triples, solution.scaled(step)), base, first, slope
+        lambda step: passes.loss(triples, solution.scaled(step)), base, solution.first, slope
     )
     lora, energy = solution.scaled(step), solution.energy
     if swept.norms is None or not step:

@@ -21,15 +21,20 @@ if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
 
 
+# First step tried, as the mean relative change of the layers' outputs: near where the parabola's
+# minimum was on every subject.
+FIRST_CHANGE = 0.17
+
+
 @dataclass(frozen=True)
 class Solution:
-    """An `update` of the `projections` that have a rank, its length still to be found: the mean
-    relative `change` of the outputs that it makes, the `slope` of the summed loss along it, and
-    what each layer's part is worth, `energy`."""
+    """An `update` of the `projections` that have a rank, its length still to be found: the `first`
+    to try, the `slope` of the summed loss along it, and what each layer's part is worth,
+    `energy`."""
 
     projections: Sequence[Projection]
     update: LoRA
-    change: float
+    first: float
     slope: float
     energy: dict[str, float]
 
@@ -62,8 +67,8 @@ def solve(
     energy = {p.name: float(solved[p.name].score.sum()) for p in chosen}
     # <dL/dW, D> of a component is its sigma^2, for every token
     slope = -sum(energy[p.name] * moments.passed(p) for p in chosen) if constraint.backward else 0.0
-    change = _relative_change(model, chosen, update, moments)
-    return Solution(chosen, update, change, slope, energy)
+    first = FIRST_CHANGE / max(_relative_change(model, chosen, update, moments), 1e-12)
+    return Solution(chosen, update, first, slope, energy)
 
 
 def _weight(model: StableDiffusion, projection: Projection) -> Tensor:

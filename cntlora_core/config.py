@@ -242,9 +242,10 @@ class TrainConfig:
     # one rate for both factors: unit response makes it carry over between layers
     learning_rate: float = setting(
         0.0,
-        "The optimiser's step. auto: by model, start and optimizer (0.0005 after a calibration, "
-        "0.0001 for an ordinary start; 0.003 and 0.01 on the embedded model; 1 with prodigy). Too "
-        "high: loss jumps, pictures burn. Too low: nothing happens.",
+        "The optimiser's step; natural-gradient steps, which go on after init target, need none. "
+        "auto: by model, start and optimizer (0.0005 after a calibration, 0.0001 for an ordinary "
+        "start; 0.003 and 0.01 on the embedded model; 1 with prodigy). Too high: loss jumps, "
+        "pictures burn. Too low: nothing happens.",
         low=1e-8,
         high=10,
         auto=True,

@@ -72,7 +72,9 @@ def save_run(
         saved = save(Path(path))
     except OutputError as error:
         saved = _save_elsewhere(save, other_places(Path(path), elsewhere), error)
-        observer(Notice(f"{error} The LoRA is in '{saved}' instead."))
+        again = saved == Path(path)
+        where = "A second try succeeded." if again else f"The LoRA is in '{saved}' instead."
+        observer(Notice(f"{error} {where}"))
     observer(Saved(str(saved)))
     return saved
 
@@ -80,10 +82,12 @@ def save_run(
 def _save_elsewhere(
     save: Callable[[Path], Path], places: Iterable[Path], first: OutputError
 ) -> Path:
+    tried = []
     for place in places:
         with suppress(OutputError):
             return save(place)
-        first.add_sentence(f"'{place}' failed too.")
+        tried.append(f"'{place}'")
+    first.add_sentence(f"Tried in vain: {', '.join(tried)}.")
     raise first
 
 

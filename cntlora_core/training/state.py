@@ -98,7 +98,10 @@ class TrainState:
         """What to say, and to try, when the next step gives no numbers."""
         text = f"The {wrong} became NaN or infinite at step {self.step + 1}"
         if not self.step:  # no step has changed anything: it is none's fault
-            text += ": nothing was trained. Use precision fp32, or another checkpoint or VAE."
+            text += (
+                ": nothing was trained. Use precision fp32, or another checkpoint, VAE or LoRA to "
+                "go on from."
+            )
         elif self.natural:
             text += "; the weights before it are kept. Use precision fp32, or optimizer adamw."
         else:

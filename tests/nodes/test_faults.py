@@ -64,7 +64,7 @@ def test_a_cancelled_run_is_saved_although_a_call_fails(
     with safe_open(saved, "pt") as file:
         assert file.metadata()["ss_steps"] == "1"
     told = events(pack)
-    assert any(e["type"] == "warning" and "instead" in e["text"] for e in told)
+    assert any(e["type"] == "warning" and "A second try" in e["text"] for e in told)
     assert [e for e in told if e["type"] == "saved"]
     assert not list(pack.base.rglob(".cntlora-*"))
 

@@ -2,6 +2,8 @@
 
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from cntlora_core.errors import OutOfMemory
 from cntlora_core.events import Progress, Status
 from cntlora_core.run import conditions
 from cntlora_core.run.runs import run_calibration, run_training
+from cntlora_core.training.state import TrainState
 
 QUICK = CalibrationConfig(effort="quick", rank=2, batch_size=2)
 
@@ -75,3 +78,20 @@ def test_memory_that_ran_out_is_given_back_before_the_sentence(mini_sd, subject)
     with pytest.raises(OutOfMemory) as caught:
         run_calibration(mini_sd, subject, QUICK, observer=observer)
     assert held[0]() is None, caught
+
+
+def test_the_result_names_the_optimiser_that_made_the_steps(mini_sd, subject):
+    told = []
+    plain = CalibrationConfig(init="gaussian", rank=1)
+    asked = TrainConfig(steps=1, learning_rate=1e-3, batch_size=1, optimizer="natural")
+    run = run_training(mini_sd, subject, plain, asked, observer=told.append)
+    assert run.training == replace(asked, optimizer="adamw")
+    assert any("adamw trains instead" in getattr(event, "text", "") for event in told)
+
+
+def test_numbers_that_fail_at_the_first_step_are_no_steps_fault():
+    state = SimpleNamespace(step=0, natural=None)
+    assert "at step 1: nothing was trained." in TrainState.failure(state, "loss", 0.1)
+    state.step = 2
+    said = TrainState.failure(state, "gradient", 0.1)
+    assert "at step 3; the weights before it are kept. Lower the learning rate (it was 0.1)" in said

@@ -59,6 +59,9 @@ def test_another_runs_checkpoint_is_not_overwritten_in_silence(mini_sd, subject,
         other.read()
     other.remove()
     assert path.exists()
+    digests = RunSnapshots(path, {"pictures": "0123456789abcdef" * 4}, resume=True)
+    with pytest.raises(SettingError, match=r"of another run: pictures: not the same as then\."):
+        digests.read()
 
 
 def test_half_a_step_is_not_written(mini_sd, subject, tmp_path, monkeypatch):

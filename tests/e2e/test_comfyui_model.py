@@ -128,17 +128,25 @@ def models(request, comfy, tmp_path_factory):
         yield Models(comfy, family, tmp_path_factory.mktemp(family), config, maker)
 
 
+# How far rounding carries, measured: latents changed by a millionth move the start by 0.9 % on
+# random weights (and the steps of init target by a third, which is why it is not compared).
+LIMITS = {"gaussian": 0.01, "domain": 0.05}
+
+
 def trained(model):
-    """A LoRA after two steps from a calibration. At 64 px the deepest attention would see one place
-    alone, and what it asks for would be rounding."""
+    """The pictures as it reads them, and by start a LoRA after two steps. At 64 px the deepest
+    attention would see one place alone, and what it asks for would be rounding."""
     pictures = find_pictures(MINI_SD_FOLDER / "subject")[:3]
+    how = TrainConfig(steps=2, learning_rate=1e-3, validate_every=0)
     with model.at_work():
-        subject = encode_subject(
-            model, pictures, "a sks cat", DataConfig(resolution=128, upscale=True)
-        )
-        start = CalibrationConfig(effort="quick", rank=2)
-        how = TrainConfig(steps=2, learning_rate=1e-3, validate_every=0)
-        return subject, run_training(model, subject, start, how).lora
+        data = DataConfig(resolution=128, upscale=True)
+        subject = encode_subject(model, pictures, "a sks cat", data)
+        starts = {
+            init: CalibrationConfig(init=init, rank=2, rank_rule="uniform") for init in LIMITS
+        }
+        return subject, {
+            init: run_training(model, subject, start, how).lora for init, start in starts.items()
+        }
 
 
 def test_the_same_lora_as_from_our_own_loader(models):
@@ -149,19 +157,21 @@ def test_the_same_lora_as_from_our_own_loader(models):
     torch.testing.assert_close(
         theirs.schedule.alphas_cumprod, ours.schedule.alphas_cumprod, rtol=1e-4, atol=0
     )
-    (subject, lora), (expected, expected_lora) = trained(theirs), trained(ours)
+    (subject, loras), (expected, expected_loras) = trained(theirs), trained(ours)
     for name in ("mean", "std"):
         for a, b in zip(getattr(subject, name), getattr(expected, name), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(
         subject.conditioning.tokens, expected.conditioning.tokens, rtol=1e-3, atol=1e-4
     )
-    # Of the whole: a layer that hardly takes part is mostly rounding.
-    ours_whole, whole = (
-        torch.cat([factors.delta().flatten() for _, factors in sorted(each.items())])
-        for each in (expected_lora, lora)
-    )
-    assert float((whole - ours_whole).norm() / ours_whole.norm()) < 0.01
+    for init, limit in LIMITS.items():
+        # Of the whole: a layer that hardly takes part is mostly rounding.
+        whole, same = (
+            torch.cat([factors.delta().flatten() for _, factors in sorted(lora.items())])
+            for lora in (loras[init], expected_loras[init])
+        )
+        assert same.norm() > 0
+        assert float((whole - same).norm() / same.norm()) < limit, init
     assert all(torch.equal(v, before[k]) for k, v in model.model.state_dict().items())
 
 

@@ -9,7 +9,6 @@ size, a process each.
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -273,26 +272,39 @@ def load_once(path: str, tokenizer: str) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
     from transformers import CLIPTextModel  # noqa: F401
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _status("VmRSS")
     model = load_checkpoint(path, dtype=torch.float16, tokenizer=tokenizer)
     for module in (model.unet, model.pictures.vae, *model.prompts.encoders):
         for value in module.parameters():
             value.sum()  # maps are read when they are used
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(_status("VmHWM") - before)
+
+
+def _status(key: str) -> int:
+    """Bytes of this process, now or at most; getrusage would count those of the one that
+    started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def memory_table(shop: Workshop) -> None:
     print("\n| SD 1.5, full size | size | peak memory / size |\n|---|---|---|")
     path, tokenizer = shop.path("full.safetensors"), clip_vocabulary(shop.folder)
     write(path, "sd1", dtype="fp16")
+    _tell_memory("fp16", path, tokenizer)
+    small = torch.float8_e4m3fn
+    for title, change in {
+        "fp8": lambda state: cast(state, small),
+        "fp8, scaled": lambda state: scaled(state, "scale_weight"),
+    }.items():
+        made = shop.save(change(load_file(path)))
+        _tell_memory(title, made, tokenizer)
+        made.unlink()
+
+
+def _tell_memory(title: str, path: Path, tokenizer: Path) -> None:
     ratio = peak_over_size(path, tokenizer)
-    print(f"| fp16 | {path.stat().st_size / 1e9:.2f} GB | {ratio:.2f} |")
-    state = scaled(load_file(path), "scale_weight")
-    path.unlink()
-    path = shop.save(state)
-    del state
-    ratio = peak_over_size(path, tokenizer)
-    print(f"| fp8, scaled | {path.stat().st_size / 1e9:.2f} GB | {ratio:.2f} |")
+    print(f"| {title} | {path.stat().st_size / 1e9:.2f} GB | {ratio:.2f} |", flush=True)
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 STEP_SHARE = 0.55
 LASTING = 16
 FRESH = 8  # first steps, each of which looks on at its passes and brings the metric up to date
-REFRESH = 4  # steps that a metric is kept after those
+REFRESH = 8  # steps that a metric is kept after those
 LENGTH_MEMORY = 0.9  # of the running mean of a factor's natural length
 LENGTH_GROWTH = 1.5  # a kept metric lets a step's length raise that mean by so much at most
 

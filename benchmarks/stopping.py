@@ -24,7 +24,7 @@ from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.lora.averaging import RunningAverage
 from cntlora_core.model.cpu_convolutions import convolutions_as_matmul
 from cntlora_core.model.loader import StableDiffusion, load_checkpoint
-from cntlora_core.run import run_calibration
+from cntlora_core.run.runs import run_calibration
 from cntlora_core.training.loop import train
 from cntlora_core.training.state import TrainState, start_state
 from cntlora_core.training.validation import validation_loss

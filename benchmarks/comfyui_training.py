@@ -38,8 +38,9 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, required=True)
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--gpu", action="store_true", help="let ComfyUI take it")
     args = parser.parse_args()
-    sys.argv = [sys.argv[0], "--cpu"]
+    sys.argv = [sys.argv[0], *([] if args.gpu else ["--cpu"])]
     sys.path[:0] = [str(args.comfyui)]
     import comfy.options
 

@@ -126,6 +126,7 @@ def comfyui(args: argparse.Namespace, steps: int, work: Path) -> list[str]:
         "--images",
         str(SUBJECT),
     ]
+    command += ["--gpu"] if getattr(args, "gpu", False) else []
     return [*command, "--steps", str(steps)]
 
 
@@ -139,8 +140,12 @@ class Measured:
     peak_mib: float
 
 
-def measure(command: list[str], cwd: Path, threads: int | None = None) -> Measured:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+def measure(
+    command: list[str], cwd: Path, threads: int | None = None, *, gpu: bool = False
+) -> Measured:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if not gpu:
+        environment |= {"CUDA_VISIBLE_DEVICES": ""}
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile() as log:
@@ -175,10 +180,10 @@ def main() -> None:
     parser.add_argument("--write-folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write_folder:
-        return _write_folder(args.model, args.write_folder)
+        return write_folder(args.model, args.write_folder)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        _copy_pictures(work / "pictures", args.batch_size)
+        copy_pictures(work / "pictures", args.batch_size)
         if args.family == "mini":
             args.folder, args.model = MINI, "mini-sd"
         else:
@@ -216,7 +221,7 @@ def main() -> None:
     print(json.dumps(report, indent=2))
 
 
-def _copy_pictures(folder: Path, batch_size: int) -> None:
+def copy_pictures(folder: Path, batch_size: int) -> None:
     """The pictures alone, since the script opens every file of the folder as one, and each
     `batch_size` times, since it ends every pass with what is left of a batch: smaller steps than
     the others'."""
@@ -263,7 +268,7 @@ def _summary(ours: list[Result], theirs: list[Result]) -> dict[str, object]:
     }
 
 
-def _write_folder(checkpoint: Path, folder: Path) -> None:
+def write_folder(checkpoint: Path, folder: Path) -> None:
     """The same weights in diffusers' layout, for the script."""
     sys.path.insert(0, str(ROOT))
     from diffusers import DDPMScheduler

@@ -253,7 +253,12 @@ class TrainConfig:
     seed: int = _seed()
     batch_size: int = _batch_size()
     validate_every: int = setting(
-        10, "Steps between validations; 0: never.", high=MOST_STEPS, unit="steps", advanced=True
+        10,
+        "Steps between validations; 0: never. 10 becomes more where they would take over a tenth "
+        "of the run.",
+        high=MOST_STEPS,
+        unit="steps",
+        advanced=True,
     )
     weight_decay: float = setting(
         0.01, "Pulls the LoRA towards zero.", high=1, step=0.001, advanced=True

@@ -10,6 +10,7 @@ here, not measured on real checkpoints), and it starts nearer: half the steps.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,8 @@ MINI_SD = "mini-sd"  # the embedded model's name
 RESPONSE = 5.0
 ORDINARY_LR = 1e-4
 PRODIGY_LR = 1.0  # a factor on the rate that it finds by itself
+VALIDATION_TIMESTEPS = 8  # of each picture that validates
+VALIDATION_SHARE = 0.1  # of a run's passes, where nobody asks for more
 
 
 def resolve(
@@ -30,9 +33,11 @@ def resolve(
     observer: Observer = ignore,
     *,
     share: float = 1.0,
+    held_out: int = 0,
 ) -> TrainConfig:
     """The settings with a number wherever they say auto: by the model's name, the start, the
-    optimiser and the number of pictures; steps are that `share` of the usual. What was chosen is
+    optimiser and the number of pictures; steps are that `share` of the usual, and validations
+    seldom enough that the `held_out` pictures take a tenth of the run at most. What was chosen is
     told."""
     chosen: dict[str, Any] = {}
     if not config.steps:
@@ -42,6 +47,9 @@ def resolve(
         chosen["optimizer"] = optimizer = "natural" if init == "target" else "adamw"
     if not config.learning_rate:
         chosen["learning_rate"] = default_learning_rate(model, init, optimizer)
+    if config.validate_every == TrainConfig().validate_every:
+        every = validation_interval(config, held_out)
+        chosen |= {"validate_every": every} if every > config.validate_every else {}
     told = {k: v for k, v in chosen.items() if (k, optimizer) != ("learning_rate", "natural")}
     if told:
         words = ", ".join(
@@ -68,3 +76,11 @@ def default_steps(model: str, init: str, pictures: int) -> int:
         return 100
     steps = min(max(100 * pictures, 400), 1200)
     return steps // 2 if init in CALIBRATED else steps
+
+
+def validation_interval(config: TrainConfig, held_out: int) -> int:
+    """Steps between validations of so many pictures, in fives."""
+    validation = VALIDATION_TIMESTEPS * held_out  # forward passes
+    step = 3 * config.batch_size * config.accumulation  # a backward pass is as long as two
+    fewest = validation * (1 - VALIDATION_SHARE) / VALIDATION_SHARE / step
+    return 5 * math.ceil(fewest / 5 - 1e-9)

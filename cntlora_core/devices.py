@@ -1,4 +1,4 @@
-"""Where and in which precision to compute."""
+"""Where and in which precision to compute, and how much at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import torch
 
 from .errors import SettingError
 
+# Of cuDNN's workspaces and of what the allocator cannot use.
+RESERVE = 600_000_000
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INT8 = "int8"  # of the frozen weights' storage; they compute in bf16, on the CPU in fp32
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -25,3 +29,25 @@ def pick_device(name: str = "auto") -> torch.device:
             "or cpu."
         ) from error
     return device
+
+
+def computing_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Of a precision's name, `int8` included."""
+    if precision == INT8:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return DTYPES[precision]
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a run may take on `device`; None where nobody says."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
+def at_once(device: torch.device, each: int, most: int) -> int:
+    """How many of something that takes `each` bytes of `device`: `most`, or as many as fit; 0 where
+    not even one does."""
+    free = free_memory(device)
+    return most if free is None else min(most, max(0, free - RESERVE) // each)

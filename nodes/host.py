@@ -25,7 +25,7 @@ from comfy_api.latest import ComfyExtension, io, ui
 from server import PromptServer
 
 from ..cntlora_core.defaults import MINI_SD
-from ..cntlora_core.devices import DTYPES
+from ..cntlora_core.devices import DTYPES, INT8
 from ..cntlora_core.errors import SettingError
 from ..cntlora_core.events import Event, Notice, Observer
 from ..cntlora_core.model.loader import StableDiffusion
@@ -61,14 +61,19 @@ def category() -> str:
     return f"{getattr(known.get('TrainLoraNode'), 'CATEGORY', 'training')}/CNTLoRA"
 
 
-def precision() -> Any:
+def precision(*, stored: bool = False) -> Any:
+    """`stored`: of a model whose weights are our own, which may be stored in 8 bits."""
+    int8 = (
+        " int8 stores the weights in 8 bits, half the memory of bf16, and computes as auto does: "
+        "for cards that are small for the model, with gradient checkpointing."
+    )
     return io.Combo.Input(
         "precision",
-        options=list(PRECISIONS),
+        options=[*PRECISIONS, *([INT8] if stored else [])],
         default="auto",
         tooltip="How the frozen model computes; the LoRA itself is always trained in fp32. auto: "
         "fp32 on a CPU, bf16 or fp16 on a GPU. fp32 needs twice the memory; fp16 may overflow "
-        "where bf16 does not.",
+        "where bf16 does not." + (int8 if stored else ""),
     )
 
 
@@ -227,8 +232,8 @@ def device() -> torch.device:
 
 
 def dtype(precision: str) -> torch.dtype:
-    """fp32 on a CPU; on a GPU bf16 where it is native, else fp16."""
-    if precision != "auto":
+    """Of `auto` and `int8`: fp32 on a CPU; on a GPU bf16 where it is native, else fp16."""
+    if precision in DTYPES:
         return DTYPES[precision]
     if management.is_device_cpu(device()):
         return torch.float32
@@ -247,7 +252,7 @@ def working(model: StableDiffusion) -> Iterator[None]:
     """The UNet on its device while the block runs, with ComfyUI's own models out of the way."""
     management.unload_all_models()
     try:
-        with gradients(), model.at_work():
+        with gradients(), model.at_work():  # weights moved in inference mode cannot be trained
             yield
     finally:
         management.soft_empty_cache()

@@ -6,6 +6,7 @@ import os
 from contextlib import suppress
 from typing import Any
 
+from ..cntlora_core.devices import INT8
 from ..cntlora_core.errors import SettingError
 from ..cntlora_core.model.clip_prompts import CHUNK, MAX_TOKENS
 from ..cntlora_core.model.loader import load_checkpoint
@@ -46,7 +47,7 @@ class LoadCheckpoint(io.ComfyNode):
                     "(embedded)' is a tiny model that comes with CNTLoRA: it draws 64 px "
                     "emoji and trains in seconds, to try the graph.",
                 ),
-                host.precision(),
+                host.precision(stored=True),
                 host.advanced(io.Combo)(
                     "prediction",
                     options=list(PREDICTIONS),
@@ -131,6 +132,7 @@ class LoadCheckpoint(io.ComfyNode):
                 path or checkpoint,
                 device=host.device(),
                 dtype=host.dtype(precision),
+                eight_bits=precision == INT8,
                 prediction=prediction,
                 clip_skip=clip_skip,
                 max_tokens=max_tokens,
@@ -139,7 +141,7 @@ class LoadCheckpoint(io.ComfyNode):
                 tokenizer=None if embedded else host.tokenizer_folder(),
                 observer=host.notices(cls),
             )
-        model.unet.to("cpu")  # until a node works with it
+            model.unet.to("cpu")  # until a node works with it
         return io.NodeOutput(model)
 
 

@@ -124,7 +124,7 @@ class TrainLoRA(io.ComfyNode):
                 if validation.prompt != subject.prompt:
                     report(Notice(_other_words(validation.prompt, subject.prompt)))
                 held_out = validation.encode_all(sd_model, report)
-            config = _resolved(config, sd_model, start, encoded, subject.preset, report)
+            config = _resolved(config, sd_model, start, encoded, held_out, subject.preset, report)
             sampler = Sampler(sd_model, wanted, encoded.prompt, report)
             same = _identity(sd_model, subject, encoded, held_out, start, config, prior, settings)
             checkpoints = snapshots(
@@ -165,6 +165,7 @@ def _resolved(
     model: StableDiffusion,
     start: CalibratedStart,
     subject: EncodedImages,
+    held_out: EncodedImages,
     preset: str,
     report: Reporter,
 ) -> TrainConfig:
@@ -172,7 +173,8 @@ def _resolved(
     if start.source and config.optimizer == "auto":
         config = replace(config, optimizer="adamw")  # a LoRA file holds no metric
     pictures, share = subject.picture_count, PRESETS[preset].steps
-    return resolve(config, model.name, start.config.init, pictures, report, share=share)
+    init, held = start.config.init, len(held_out)
+    return resolve(config, model.name, init, pictures, report, share=share, held_out=held)
 
 
 def _wires() -> list[Any]:

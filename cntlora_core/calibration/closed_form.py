@@ -165,11 +165,14 @@ def factor_steps(
     """
     rows = down @ K.matmul(down.mT)
     columns = up.mT @ P.matmul(up)
-    step_up = torch.linalg.solve(_batch_damped(rows, ROW_DAMPING), P_inverse.matmul(grad_up).mT).mT
-    step_down = torch.linalg.solve(
-        _batch_damped(columns, COLUMN_DAMPING), K_inverse.matmul(grad_down.mT).mT
-    )
+    step_up = _solved(_batch_damped(rows, ROW_DAMPING), P_inverse.matmul(grad_up).mT).mT
+    step_down = _solved(_batch_damped(columns, COLUMN_DAMPING), K_inverse.matmul(grad_down.mT).mT)
     return step_up, step_down
+
+
+def _solved(moments: Tensor, right: Tensor) -> Tensor:
+    """Zero where there is no solution: to be told so, a host would wait for its device."""
+    return torch.nan_to_num(torch.linalg.solve_ex(moments, right)[0], 0.0, 0.0, 0.0)
 
 
 def _batch_damped(moments: Tensor, rho: float) -> Tensor:

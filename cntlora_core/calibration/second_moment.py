@@ -168,7 +168,7 @@ def _power_step(basis: Tensor, matmul: Matmul, trace: Tensor) -> Tensor:
     moved = matmul(basis) + shift[..., None, None] * basis
     moved = moved @ _inverse(_symmetric(basis.mT @ moved))
     for _ in range(2):
-        factor = torch.linalg.cholesky(moved.mT @ moved)
+        factor = cholesky(moved.mT @ moved)
         moved = torch.linalg.solve_triangular(factor, moved.mT, upper=False).mT
     return moved
 
@@ -200,12 +200,18 @@ def moved(moment: SecondMoment, device: torch.device) -> SecondMoment:
     return kind(*(getattr(moment, f.name).to(device) for f in fields(kind)))
 
 
+def cholesky(core: Tensor) -> Tensor:
+    """Not a number where there is none: to be told so, a host would wait for its device."""
+    factor, info = torch.linalg.cholesky_ex(core)
+    return torch.where(info[..., None, None] == 0, factor, torch.nan)
+
+
 def _symmetric(core: Tensor) -> Tensor:
     return (core + core.mT) / 2
 
 
 def _inverse(core: Tensor) -> Tensor:
-    return torch.cholesky_inverse(torch.linalg.cholesky(core))
+    return torch.cholesky_inverse(cholesky(core))
 
 
 def _shifted(core: Tensor, shift: Tensor) -> Tensor:

@@ -127,8 +127,9 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         default="fp32",
-        choices=("fp32", "bf16", "fp16"),
-        help="of the frozen model; adapters are fp32",
+        choices=("fp32", "bf16", "fp16", "int8"),
+        help="of the frozen model; adapters are fp32. int8 stores its weights in 8 bits, half of "
+        "bf16's memory, and computes in bf16 (cpu: fp32); with gradient checkpointing",
     )
     parser.add_argument("--vae", metavar="FILE", help="another VAE than the checkpoint's own")
     parser.add_argument(
@@ -180,13 +181,15 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
 def _load(
     args: argparse.Namespace, device: torch.device | None = None, observer: Observer = ignore
 ) -> StableDiffusion:
-    from ..devices import DTYPES, pick_device
+    from ..devices import INT8, computing_dtype, pick_device
     from ..model.loader import load_checkpoint
 
+    device = device or pick_device(args.device)
     return load_checkpoint(
         args.checkpoint,
-        device=device or pick_device(args.device),
-        dtype=DTYPES[args.precision],
+        device=device,
+        dtype=computing_dtype(args.precision, device),
+        eight_bits=args.precision == INT8,
         vae=args.vae,
         text_encoders=args.text_encoder,
         prediction=args.prediction,

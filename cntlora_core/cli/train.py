@@ -124,7 +124,8 @@ def _resolved(
         training = replace(training, optimizer="adamw")  # a LoRA file holds no metric
     init = inputs.continued.init if inputs.continued else args.init
     pictures, share = inputs.subject.picture_count, PRESETS[args.preset].steps
-    return resolve(training, model.name, init, pictures, observer, share=share)
+    held = len(inputs.held_out) if args.validate_every else 0
+    return resolve(training, model.name, init, pictures, observer, share=share, held_out=held)
 
 
 def _reports(args: argparse.Namespace, stack: ExitStack) -> Observer:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..defaults import VALIDATION_TIMESTEPS
 from ..distributed import ALONE, Group
 from ..model.denoising_loss import denoising_loss
 from ..model.noise_schedule import bin_centres
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
     from .encoded import EncodedImages
 
-VALIDATION_TIMESTEPS = 8
 VALIDATION_SEED = 20250709  # one noise for every run of everybody, whatever its own seed
 
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .vae_tiles import DECODE_BYTES, ENCODE_BYTES, fitting
+
 
 class PromptEncoder(Protocol):
     """Prompts -> what the UNet's cross-attention reads.
@@ -94,11 +96,22 @@ class VAEPictures:
             yield
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        scale = self.vae.config.scaling_factor
-        return posterior.mean.float() * scale, posterior.std.float() * scale
+        """As many pictures at once as the memory holds."""
+        size, scale = pixels.shape[2:].numel(), self.vae.config.scaling_factor
+        with fitting(self.vae, size * ENCODE_BYTES, len(pixels)) as many:
+            parts = [
+                self.vae.encode(part.to(self.vae.device, self.vae.dtype)).latent_dist
+                for part in pixels.split(many)
+            ]
+        mean, std = (
+            torch.cat([getattr(p, name) for p in parts]).float() for name in ("mean", "std")
+        )
+        return mean * scale, std * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.device, self.vae.dtype)
-        pixels: Tensor = self.vae.decode(unscaled).sample
-        return pixels.float()
+        size = latents.shape[2:].numel() * self.scale**2
+        with fitting(self.vae, size * DECODE_BYTES, len(latents)) as many:
+            return torch.cat(
+                [self.vae.decode(part).sample.float() for part in unscaled.split(many)]
+            )

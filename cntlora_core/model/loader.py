@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 from ..events import Notice, Observer, ignore
 from .clip_prompts import MAX_TOKENS, CLIPPrompts, check_text_settings
 from .diffusers_folder import check_components, folder_family, load_folder, read_json
+from .eight_bits import store_in_eight_bits
 from .encoders import PictureEncoder, PromptEncoder, VAEPictures
 from .families import config_of, detect_family, distilled
 from .finite import check_weights
@@ -89,6 +90,7 @@ def load_checkpoint(
     clip_skip: int = 1,
     max_tokens: int = MAX_TOKENS,
     tokenizer: str | os.PathLike[str] | None = None,
+    eight_bits: bool = False,
     observer: Observer = ignore,
 ) -> StableDiffusion:
     """Load a single file, a diffusers folder, or the embedded miniature by its name `mini-sd`.
@@ -98,7 +100,8 @@ def load_checkpoint(
     `PREDICTIONS`, overrides what the checkpoint says of itself. `clip_skip` 2 reads prompts one
     layer before the text encoder's last (SDXL keeps its own), up to `max_tokens` of them. For
     single files `text_encoders` are files of the encoders alone and `tokenizer` is a folder with
-    CLIP's vocabulary. Raises CheckpointError or SettingError.
+    CLIP's vocabulary. With `eight_bits` the UNet is stored in int8 and computes in `dtype`. Raises
+    CheckpointError or SettingError.
     """
     check_prediction(prediction)
     check_text_settings(clip_skip, max_tokens)
@@ -109,12 +112,13 @@ def load_checkpoint(
             f"folder, or {MINI_SD}."
         )
     device = torch.device(device)
+    first = torch.device("cpu") if eight_bits else device  # it is made smaller before it moves
     if folder.is_file():
         source = open_tensors(folder)
         family, scheduler_config = read_kind(source, prediction, observer)
         tokenizers = load_tokenizers(family, [tokenizer] if tokenizer else beside(folder))
         unet, decoder, encoders = load_single_file(
-            source, family, device=device, dtype=dtype, vae=vae, text_encoders=text_encoders
+            source, family, device=first, dtype=dtype, vae=vae, text_encoders=text_encoders
         )
         schedule = NoiseSchedule.from_config(scheduler_config)
     else:
@@ -126,13 +130,16 @@ def load_checkpoint(
         family, scheduler_config = read_folder_kind(folder, str(path), prediction)
         schedule = NoiseSchedule.from_config(scheduler_config)
         unet, decoder, encoders, tokenizers = load_folder(folder, dtype, vae)
-        unet.to(device)
+        unet.to(first)
     if warning := distilled(folder.name, str(scheduler_config.get("_class_name"))):
         observer(Notice(warning))
     name = MINI_SD if str(path) == MINI_SD else folder.stem if folder.is_file() else folder.name
     check_weights(name, unet, decoder, encoders)
     for part in (unet, decoder, *encoders):
         part.eval().requires_grad_(False)
+    if eight_bits:
+        store_in_eight_bits(unet)
+        unet.to(device)
     sdxl = family == "sdxl"
     if sdxl and clip_skip > 1:
         observer(Notice("clip_skip is left out: SDXL keeps the layer it was trained on."))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..devices import at_once
 from ..events import Observer, Progress, ignore
 from .conditioning import Conditioning, encode_prompts
 from .loader import StableDiffusion
@@ -17,6 +18,9 @@ from .noise_schedule import NoiseSchedule
 
 LATENT_CHANNELS = 4
 GUIDANCE_RESCALE = 0.7  # of Lin et al. 2024, section 3.4: guidance overexposes where SNR ends at 0
+# Of a latent's place in a pass of the UNet without gradients, half precision: the most of all
+# families, as `unet_sampling_memory` counts it.
+PASS_BYTES = 17_000
 
 
 @torch.no_grad()
@@ -32,25 +36,52 @@ def sample_latents(
     observer: Observer = ignore,
 ) -> Tensor:
     """Scaled latents `[n, 4, h, w]` for n prompts; picture i starts from the noise of `seeds[i]`
-    whatever the others are.
+    whatever the others are, as many at once as the memory holds.
 
     `size` is (height, width) in px, the model's own resolution when None. `guidance` 1 runs the
     prompt alone, at half the cost.
     """
-    from diffusers import DDIMScheduler
-
     height, width = size or (model.resolution, model.resolution)
-    shape = (LATENT_CHANNELS, height // model.vae_scale, width // model.vae_scale)
+    rows = 1 if guidance == 1 else 2  # of a picture in a pass
+    places = (height // model.vae_scale) * (width // model.vae_scale)
+    each = rows * places * PASS_BYTES * model.dtype.itemsize // 2
+    many = max(1, at_once(model.device, each, len(prompts)))
+    parts = [slice(start, start + many) for start in range(0, len(prompts), many)]
+    drawn = []
+    for n, part in enumerate(parts):
+
+        def tell(done: int, before: int = n * steps) -> None:
+            observer(Progress("drawing", before + done, len(parts) * steps))
+
+        drawn.append(
+            _drawn_together(
+                model, prompts[part], seeds[part], steps, guidance, negative, (height, width), tell
+            )
+        )
+    return torch.cat(drawn)
+
+
+def _drawn_together(
+    model: StableDiffusion,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    negative: str,
+    size: tuple[int, int],
+    tell: Callable[[int], None],
+) -> Tensor:
+    """In one batch; `tell` is told how many steps are done."""
+    shape = (LATENT_CHANNELS, *(side // model.vae_scale for side in size))
     latents = torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
     ).to(model.device)
-    conditioning = encode_prompts(model, list(prompts), size=(height, width))
+    conditioning = encode_prompts(model, list(prompts), size=size)
     guided = guidance != 1
     if guided:
-        empty = encode_prompts(model, [negative] * len(prompts), size=(height, width))
+        empty = encode_prompts(model, [negative] * len(prompts), size=size)
         conditioning = Conditioning.cat([empty, conditioning])
-    scheduler = DDIMScheduler.from_config(model.scheduler_config, **_ddim_options(model.schedule))
-    scheduler.alphas_cumprod = model.schedule.alphas_cumprod
+    scheduler = _scheduler(model)
     scheduler.set_timesteps(steps)
     for done, t in enumerate(scheduler.timesteps, 1):
         twice = torch.cat([latents, latents]) if guided else latents
@@ -64,8 +95,16 @@ def sample_latents(
             if model.schedule.zero_terminal_snr:
                 predicted = _rescaled(predicted, with_prompt)
         latents = scheduler.step(predicted, t, latents).prev_sample
-        observer(Progress("drawing", done, steps))
+        tell(done)
     return latents
+
+
+def _scheduler(model: StableDiffusion) -> Any:
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_config(model.scheduler_config, **_ddim_options(model.schedule))
+    scheduler.alphas_cumprod = model.schedule.alphas_cumprod
+    return scheduler
 
 
 def _ddim_options(schedule: NoiseSchedule) -> dict[str, Any]:

@@ -12,14 +12,14 @@ def swapped_modules(network: nn.Module, modules: Mapping[str, nn.Module]) -> Ite
     however it ends."""
     own = {name: network.get_submodule(name) for name in modules}
     try:
-        for name, module in modules.items():
-            _put(network, name, module)
+        put_modules(network, modules)
         yield
     finally:
-        for name, module in own.items():
-            _put(network, name, module)
+        put_modules(network, own)
 
 
-def _put(network: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, module)
+def put_modules(network: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """`modules` in the places they name."""
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, module)

@@ -22,7 +22,7 @@ from ..lora.adapter import attached_lora
 from ..lora.targets import ALL, find_projections
 from ..model.gradient_checkpointing import recomputing_activations
 from ..training.loop import train
-from ..training.memory_plan import COPIES_OF_ADAPTERS, fitted_to_memory
+from ..training.memory_plan import fitted_calibration, fitted_training
 from ..training.prior_loss import PriorLoss
 from ..training.resume import RunSnapshots, SavedState
 from ..training.state import start_state
@@ -43,7 +43,7 @@ def run_calibration(
     group: Group = ALONE,
 ) -> Calibration:
     """Calibrate, with what a run needs around it. Raises OutOfMemory with what to try next."""
-    config = fitted_to_memory(model, config, subject.resolution, fixed=0, observer=observer)
+    config = fitted_calibration(model, config, subject.resolution, observer)
     observer(Status(f"Calibrating ({config.init}) on {len(subject)} pictures"))
     with run_conditions(model, config, subject.resolution):
         start = calibrate(model, subject, config, prior=preserve, observer=observer, group=group)
@@ -85,7 +85,7 @@ def run_training(
     start = _resumed(saved, model, start, calibration) if saved else start
     assert start is not None
     training, natural = _optimizer(start, training, model.name, calibration.init, observer)
-    training = _fitted(model, training, start, subject.resolution, observer)
+    training = fitted_training(model, training, start, subject.resolution, observer)
     with (
         run_conditions(model, training, subject.resolution),
         attached_lora(model.unet, start.lora, trainable=True) as adapters,
@@ -149,20 +149,6 @@ def _optimizer(
     for text in without_effect_on_natural_steps(training, rate):
         observer(Notice(text))
     return replace(training, optimizer="natural"), start.natural
-
-
-def _fitted(
-    model: StableDiffusion,
-    training: TrainConfig,
-    start: Calibration,
-    resolution: int,
-    observer: Observer,
-) -> TrainConfig:
-    """The settings with which the training fits the memory."""
-    adapters = sum(f.up.nbytes + f.down.nbytes for f in start.lora.values())
-    return fitted_to_memory(
-        model, training, resolution, fixed=COPIES_OF_ADAPTERS * adapters, observer=observer
-    )
 
 
 def run_untrained(

@@ -46,14 +46,7 @@ def train(
     batch. Raises NonFiniteError when loss or gradient stop being numbers; the adapters then hold
     the weights before that step.
     """
-    size = config.batch_size * config.accumulation * group.size  # pictures a step
-    # The order is drawn before all else, also in a resumed run.
-    start = torch.Generator().manual_seed(config.seed)
-    order = batch_order(subject, size, config.steps, start, state.importance)
-    if prior:
-        prior.prepare(size, config.steps, start, state.importance)
-    if state.step == 0:
-        state.generator.set_state(start.get_state())
+    order = _order(subject, state, config, prior, group)
     timesteps = len(model.schedule)
     terms = _Terms(model, state, config, prior, preservation, group)
 
@@ -72,21 +65,39 @@ def train(
 
         # optimiser step
         lr = state.natural.share if state.natural else config.lr_at(state.step + 1)
-        if (wrong := _optimise(state, config, lr, value)) is not None:
-            state.abandon_step()
-            raise NonFiniteError(state.failure(wrong, lr), state.step + 1)
+        loss, norm = _clip(state, config, value)
+        _refuse_no_number(state, loss, norm, lr)
+        state.optimise(lr, finite=math.isfinite(norm))
         state.end_step()
-        state.losses.append(value.item())
+        state.losses.append(loss)
 
         # check, save, report
         _check(state, config, validate, observer)
         save(state)
-        observer(Step(state.step, state.losses[-1], state.effective_rate(lr)))
+        observer(Step(state.step, loss, state.effective_rate(lr)))
         if config.patience and state.since_best() >= config.patience:
             if state.step < config.steps:
                 text = f"{config.patience} validations without a better one"
                 observer(Notice(f"Stopped at step {state.step}: {text}."))
             break
+
+
+def _order(
+    subject: EncodedImages,
+    state: TrainState,
+    config: TrainConfig,
+    prior: PriorLoss | None,
+    group: Group,
+) -> list[Tensor]:
+    """Each step's pictures, drawn before all else, also in a resumed run."""
+    size = config.batch_size * config.accumulation * group.size  # pictures a step
+    start = torch.Generator().manual_seed(config.seed)
+    order = batch_order(subject, size, config.steps, start, state.importance)
+    if prior:
+        prior.prepare(size, config.steps, start, state.importance)
+    if state.step == 0:
+        state.generator.set_state(start.get_state())
+    return order
 
 
 def _check(
@@ -139,27 +150,27 @@ class _Terms:
             return self._backward(losses.sum() / self.pictures)
 
     def _backward(self, loss: Tensor) -> Tensor:
-        self.state.scaler.scale(loss).backward()
+        (loss * self.state.scaler.value).backward()
         return loss.detach()
 
 
-def _optimise(state: TrainState, config: TrainConfig, lr: float, value: Tensor) -> str | None:
-    """One step of the optimiser; or what is not a number: then no step is made."""
-    if not torch.isfinite(value):
-        return "loss"
-    if not state.natural:
-        for settings in state.optimizer.param_groups:
-            settings["lr"] = lr
-    state.scaler.unscale_(state.optimizer)
+def _clip(state: TrainState, config: TrainConfig, value: Tensor) -> tuple[float, float]:
+    """The loss, and the length of the gradient before it was cut to the longest allowed: both in
+    the one moment of a step at which the host waits for the device."""
     longest = math.inf if state.natural else config.max_grad_norm
     norm = torch.nn.utils.clip_grad_norm_(state.flat, longest)
-    # A scaler skips such a step and lowers its scale.
-    if not (torch.isfinite(norm) or state.scaler.is_enabled()):
-        return "gradient"
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    return None
+    loss, length = torch.stack([value.squeeze(0), norm]).cpu().tolist()
+    return loss, length
+
+
+def _refuse_no_number(state: TrainState, loss: float, norm: float, lr: float) -> None:
+    """Raises NonFiniteError, with the weights as they were before the step. A gradient that
+    overflowed under a moving loss scale is none to stop at."""
+    if math.isfinite(loss) and (math.isfinite(norm) or state.scaler.moving):
+        return
+    state.abandon_step()
+    wrong = "gradient" if math.isfinite(loss) else "loss"
+    raise NonFiniteError(state.failure(wrong, lr), state.step + 1)
 
 
 def _draw(

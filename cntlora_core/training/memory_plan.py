@@ -1,32 +1,34 @@
-"""Before a run: does it fit into the device's memory, and what makes it fit."""
+"""Before a run: does it fit into the device's memory, what makes it fit, and how long it takes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
+from ..calibration.second_moment import RANK
 from ..config import CalibrationConfig, TrainConfig
+from ..devices import RESERVE, free_memory
 from ..events import Notice, Observer, Status
+from ..lora.targets import Projection, find_projections, targets_for
 from ..model.families import config_of
 
 if TYPE_CHECKING:
+    from ..calibration.calibrate import Calibration
     from ..model.loader import StableDiffusion
 
 Config = TypeVar("Config", CalibrationConfig, TrainConfig)
 
-# Of cuDNN's workspaces and of what the allocator cannot use.
-RESERVE = 1_000_000_000
 # Adapter, gradient, two AdamW moments, last good copy: fp32 each.
 COPIES_OF_ADAPTERS = 5
+METRIC_COPIES = 4  # the moments, those damped and weighed, their inverses, a step's own
 
 
 @dataclass(frozen=True)
 class Needs:
     """A family's UNet in half precision, bytes: its weights, and what a forward and backward pass
     takes for each latent place of a picture, `plain` or with gradient checkpointing. Fp32 takes
-    twice that.
+    twice that. `looking`: what passes through the memory, in fp32, while a calibration looks on.
 
     Attention and feed-forward layers adapted, with attention kernels that never keep all pairs of
     places (CUDA's): what `estimate_training_memory` counts, which takes seconds.
@@ -35,25 +37,27 @@ class Needs:
     weights: int
     plain: int
     checkpointed: int
+    looking: int
 
 
 NEEDS = {
-    "sd1": Needs(1_719_041_928, 228_000, 57_200),
-    "sd2": Needs(1_731_821_448, 217_000, 46_700),
-    "sd2-v": Needs(1_731_821_448, 217_000, 46_700),
-    "sdxl": Needs(5_134_927_368, 411_000, 33_600),
+    "sd1": Needs(1_719_041_928, 228_000, 57_200, 15_700),
+    "sd2": Needs(1_731_821_448, 217_000, 46_700, 15_700),
+    "sd2-v": Needs(1_731_821_448, 217_000, 46_700, 15_700),
+    "sdxl": Needs(5_134_927_368, 411_000, 33_600, 6_600),
 }
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """`needed` bytes beside the model, of `free` ones."""
+    """`needed` bytes beside the model, of `free` ones; `minutes` where a pass was timed."""
 
     gradient_checkpointing: bool
     batch_size: int
     accumulation: int
     needed: int
     free: int
+    minutes: float | None = None
 
     @property
     def fits(self) -> bool:
@@ -61,12 +65,15 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         batch = f"{self.batch_size} x {self.accumulation}"
+        time = "" if self.minutes is None else f", about {_minutes(self.minutes)}"
         text = (
             f"{self.free / 1e9:.1f} GB of memory free: gradient checkpointing "
             f"{'on' if self.gradient_checkpointing else 'off'}, batch {batch}, about "
-            f"{self.needed / 1e9:.1f} GB beside the model."
+            f"{self.needed / 1e9:.1f} GB beside the model{time}."
         )
-        return text if self.fits else text + " That may be too little: try a lower resolution."
+        smaller = "batch_size 1 or " if self.batch_size > 1 else ""
+        advice = f" That may be too little: try {smaller}a lower resolution."
+        return text if self.fits else text + advice
 
 
 def plan_memory(
@@ -100,11 +107,49 @@ def plan_memory(
     return next((plan for plan in plans if plan.fits), plans[-1])
 
 
+def fitted_calibration(
+    model: StableDiffusion, config: CalibrationConfig, resolution: int, observer: Observer
+) -> CalibrationConfig:
+    """`config` so that the calibration fits into the memory, told in a sentence."""
+    projections = find_projections(model.unet, targets_for(model.family, config))
+    each = picture_bytes(model, resolution)
+    looking = each[2] * config.batch_size if each else 0
+    adapters = (
+        4 * config.rank * sum(p.parameters_per_rank for p in projections if not p.feed_forward)
+    )
+    fixed = COPIES_OF_ADAPTERS * adapters + metric_bytes(projections) + looking
+    return fitted_to_memory(model, config, resolution, fixed=fixed, observer=observer)
+
+
+def fitted_training(
+    model: StableDiffusion,
+    config: TrainConfig,
+    start: Calibration,
+    resolution: int,
+    observer: Observer,
+) -> TrainConfig:
+    """`config` so that the training fits into the memory, told in a sentence, with the minutes that
+    it takes by those of the calibration."""
+    fixed = COPIES_OF_ADAPTERS * sum(f.up.nbytes + f.down.nbytes for f in start.lora.values())
+    if start.natural:
+        fixed += metric_bytes(start.natural.projections)
+    report = start.report
+    passes = report.forward_passes + 2 * report.backward_passes
+    each = report.seconds / passes if report.backward_passes else None
+    return fitted_to_memory(model, config, resolution, fixed=fixed, seconds=each, observer=observer)
+
+
 def fitted_to_memory(
-    model: StableDiffusion, config: Config, resolution: int, *, fixed: int, observer: Observer
+    model: StableDiffusion,
+    config: Config,
+    resolution: int,
+    *,
+    fixed: int,
+    observer: Observer,
+    seconds: float | None = None,
 ) -> Config:
-    """`config` so that the run fits, told in a sentence; as it was where nothing is known of the
-    device or the model. `fixed`: bytes beside the passes.
+    """`config` so that the run fits; as it was where nothing is known of the device or the model.
+    `fixed`: bytes beside the passes; `seconds`: of one picture's forward pass.
 
     A step sees the same pictures either way.
     """
@@ -112,15 +157,20 @@ def fitted_to_memory(
     if free is None or each is None:
         return config
     training = isinstance(config, TrainConfig)
+    accumulation = config.accumulation if isinstance(config, TrainConfig) else 1
     plan = plan_memory(
         free,
-        *each,
+        *each[:2],
         batch_size=config.batch_size,
-        accumulation=config.accumulation if isinstance(config, TrainConfig) else 1,
+        accumulation=accumulation,
         gradient_checkpointing=config.gradient_checkpointing,
         fixed=RESERVE + fixed,
         split=training,
     )
+    if seconds and isinstance(config, TrainConfig):
+        forwards = 4 if plan.gradient_checkpointing else 3  # a backward pass is as long as two
+        pictures = config.steps * config.batch_size * accumulation
+        plan = replace(plan, minutes=pictures * forwards * seconds / 60)
     changes: dict[str, Any] = {
         "gradient_checkpointing": plan.gradient_checkpointing,
         "batch_size": plan.batch_size,
@@ -131,23 +181,28 @@ def fitted_to_memory(
     return fitted
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a run may take on `device`; None where nobody says."""
-    if device.type != "cuda":
-        return None
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + unused
+def metric_bytes(projections: Sequence[Projection]) -> int:
+    """Of natural-gradient steps: the leading directions of each second moment and what is computed
+    from them, fp32."""
+    inputs = {p.input_key: p.in_features * (1 if p.diagonal_in else RANK) for p in projections}
+    outputs = (p.out_features * (1 if p.diagonal_out else RANK) for p in projections)
+    return 4 * METRIC_COPIES * (sum(inputs.values()) + sum(outputs))
 
 
-def picture_bytes(model: StableDiffusion, resolution: int) -> tuple[int, int] | None:
-    """What a pass takes for each picture, plain and with gradient checkpointing; None when the UNet
-    has not its family's shape."""
+def _minutes(minutes: float) -> str:
+    return "a minute" if minutes < 1.5 else f"{minutes:.0f} minutes"
+
+
+def picture_bytes(model: StableDiffusion, resolution: int) -> tuple[int, int, int] | None:
+    """What a pass takes for each picture, plain and with gradient checkpointing, and what looking
+    on adds; None when the UNet has not its family's shape."""
     widths = config_of(model.family)["unet"]["block_out_channels"]
     if list(model.unet.config.block_out_channels) != list(widths):
         return None
     needs = NEEDS[model.family]
-    places = (resolution // model.vae_scale) ** 2 * model.dtype.itemsize // 2
-    return places * needs.plain, places * needs.checkpointed
+    places = (resolution // model.vae_scale) ** 2
+    halves = places * model.dtype.itemsize // 2
+    return halves * needs.plain, halves * needs.checkpointed, places * needs.looking
 
 
 def describe_needs() -> dict[str, str]:

@@ -18,6 +18,7 @@ from ..distributed import ALONE, Group
 from ..errors import SettingError
 from ..lora.adapter import Adapters, LoRA
 from ..lora.averaging import RunningAverage
+from .loss_scale import LossScale
 from .optimizers import optional_optimizer
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class TrainState:
     adapters: Adapters
     flat: nn.Parameter
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scaler: LossScale
     generator: torch.Generator
     live: Tensor
     average: RunningAverage
@@ -77,8 +78,8 @@ class TrainState:
         return sum(step > self.best.step for step, _ in self.validations) if self.best else 0
 
     def gather_gradient(self) -> Tensor:
-        """The adapters' gradients become that of `flat`."""
-        self.flat.grad = self.adapters.gradient()
+        """The adapters' gradients become that of `flat`, as if the loss had not been scaled."""
+        self.flat.grad = self.adapters.gradient().div_(self.scaler.value)
         return self.flat.grad
 
     @property
@@ -91,7 +92,7 @@ class TrainState:
         if self.natural is None:
             yield
             return
-        with self.natural.recording(model, pictures, self.scaler.get_scale()):
+        with self.natural.recording(model, pictures, self.scaler.value):
             yield
 
     def failure(self, wrong: str, lr: float) -> str:
@@ -116,6 +117,17 @@ class TrainState:
         self.flat.detach().copy_(self.live)
         if self.natural:
             self.natural.forget()
+
+    def optimise(self, lr: float, *, finite: bool) -> None:
+        """A step along the gradient, which is left out where that is not `finite`; both ways the
+        gradient is gone."""
+        if finite:
+            if not self.natural:
+                for settings in self.optimizer.param_groups:
+                    settings["lr"] = lr
+            self.optimizer.step()
+        self.scaler.update(finite)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def end_step(self) -> None:
         """The step counts; between steps everybody sees the running mean."""
@@ -159,9 +171,7 @@ def start_state(
         adapters,
         flat,
         optimizer,
-        # fp16 gradients underflow without a moving loss scale; in other precisions this does
-        # nothing.
-        torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16),
+        LossScale.start(moving=model.dtype == torch.float16),
         torch.Generator().manual_seed(config.seed),
         flat.detach().clone(),
         RunningAverage(flat.detach(), config.averaging),

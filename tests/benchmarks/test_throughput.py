@@ -66,5 +66,5 @@ def test_a_summary_compares_pair_by_pair():
 
 def test_the_script_gets_whole_batches(tmp_path):
     throughput = script("throughput")
-    throughput._copy_pictures(tmp_path / "pictures", 4)
+    throughput.copy_pictures(tmp_path / "pictures", 4)
     assert len(list((tmp_path / "pictures").iterdir())) % 4 == 0

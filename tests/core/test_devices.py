@@ -3,6 +3,7 @@ on a device of their own while their numbers stay on the CPU, refuse to mix with
 do, and refuse float64 as Apple's MPS does."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -26,6 +27,15 @@ from cntlora_core.training.prior_loss import BasePrediction
 from cntlora_core.training.validation import validation_loss
 
 CPU, DEVICE = torch.device("cpu"), torch.device("meta")  # autograd knows `meta` as a device
+# What makes the host wait until the device has done all that was asked of it.
+WAITS = (
+    "aten::_local_scalar_dense",
+    "aten::_linalg_check_errors",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::masked_select",
+    "aten::nonzero",
+)
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 
 
@@ -67,8 +77,20 @@ class OnDevice(torch.Tensor):
 
 
 class PretendedDevice(TorchDispatchMode):
+    """`waits` counts what makes the host wait, copies to it included."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = Counter()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return dispatched(func, args, kwargs or {})
+        name, out = func._schema.name, dispatched(func, args, kwargs or {})
+        there = [isinstance(a, OnDevice) for a in (*args, *args[:1]) if torch.is_tensor(a)]
+        to_host = name == "aten::_to_copy" and there[0] and not isinstance(out, OnDevice)
+        to_host |= name == "aten::copy_" and there[1] and not there[0]
+        if to_host or (name in WAITS and any(there)):
+            self.waits[name] += 1
+        return out
 
 
 def each(values, change):
@@ -123,11 +145,17 @@ def dispatched(func, args, kwargs):
     return each(func(*host_args, **host_kwargs), to_device_again)
 
 
-def whole_path(model, device):
-    """Encode, draw, calibrate, validate, train with every option, draw. Losses and pictures."""
+def on_device(model, device):
+    """The model there, and a picture that it encoded."""
     nn.Module.to(model.unet, device)
     model = dataclasses.replace(model, device=device)
-    subject = read_subject(model, MINI_SD_FOLDER / "heldout", "a sks cat face emoji").only([0])
+    subject = read_subject(model, MINI_SD_FOLDER / "heldout", "a sks cat face emoji")
+    return model, subject.only([0])
+
+
+def whole_path(model, device):
+    """Encode, draw, calibrate, validate, train with every option, draw. Losses and pictures."""
+    model, subject = on_device(model, device)
     drawn = class_images(model, "a cat", count=1, steps=1)
     config = CalibrationConfig(batch_size=1)
     start = calibrate(model, subject, config, prior=class_noised(model, drawn))
@@ -164,6 +192,33 @@ def test_the_whole_path_keeps_to_its_device(monkeypatch):
     assert losses == pytest.approx(expected, rel=1e-4)
     assert losses[-1] != losses[-2]
     assert np.abs(np.asarray(picture, float) - np.asarray(same, float)).max() <= 2
+
+
+def test_a_training_step_waits_for_the_device_once():
+    """Each wait empties the queue of a GPU, which then idles until it is filled again."""
+    model = load_checkpoint("mini-sd")
+    with PretendedDevice() as device:
+        model, subject = on_device(model, DEVICE)
+        every_option = TrainConfig(
+            steps=2,
+            learning_rate=1e-3,
+            batch_size=1,
+            accumulation=2,
+            noise_offset=0.05,
+            min_snr_gamma=5.0,
+            caption_dropout=0.5,
+            validate_every=0,
+        )
+        waits = []
+        run_training(
+            model,
+            subject,
+            CalibrationConfig(init="gaussian"),
+            every_option,
+            prior=BasePrediction(encode_prompts(model, ["a cat"])),
+            observer=lambda event: waits.append(device.waits.total()),
+        )
+    assert waits[-1] - waits[-2] == 1
 
 
 def test_the_pretended_device_refuses_what_real_ones_refuse():

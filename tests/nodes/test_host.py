@@ -1,9 +1,11 @@
 """What `nodes/host.py` makes of the host: where our nodes stand, which folders are offered."""
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 
 @pytest.mark.parametrize("core", [None, "training", "model/training"])
@@ -34,3 +36,32 @@ def test_comfyuis_own_folders_are_not_offered(pack):
 def test_each_workflow_has_its_own_runs_under_temp(pack, page, folder):
     node = SimpleNamespace(hidden=SimpleNamespace(unique_id="12:5", extra_pnginfo=page))
     assert pack.host.identity(node).folder == f"cntlora/{folder}"
+
+
+class Moved(torch.nn.Linear):
+    """A UNet that notes whether it is moved inside ComfyUI's inference mode: its weights would be
+    inference tensors, which cannot be trained where the move back has nothing to do."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+        self.inside = []
+
+    def _apply(self, fn, recurse=True):
+        self.inside.append(torch.is_inference_mode_enabled())
+        return self
+
+
+def test_a_model_is_moved_outside_inference_mode(pack, monkeypatch):
+    model = SimpleNamespace(unet=Moved(), device=torch.device("cpu"), lender=None)
+    loading = sys.modules["cntlora_pack.nodes.load_checkpoint"]
+    kind = sys.modules["cntlora_pack.cntlora_core.model.loader"].StableDiffusion
+    model.at_work = partial(kind.at_work, model)
+    monkeypatch.setattr(loading, "load_checkpoint", lambda *args, **options: model)
+    monkeypatch.setattr(pack.host, "notices", lambda node: None)
+    with torch.inference_mode():
+        pack.LoadCheckpoint.execute(pack.host.EMBEDDED, "fp32")
+        with pack.host.working(model):
+            assert not torch.is_inference_mode_enabled()
+        with pytest.raises(KeyError), pack.host.working(model):
+            raise KeyError
+    assert model.unet.inside == [False] * 5

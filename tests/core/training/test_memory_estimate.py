@@ -13,9 +13,12 @@ from cntlora_core.model.gradient_checkpointing import recomputing_activations
 from cntlora_core.run.runs import run_training
 from cntlora_core.training.memory_estimate import (
     estimate_training_memory,
-    peak_bytes,
+    unet_calibration_memory,
+    unet_sampling_memory,
     unet_training_memory,
+    vae_memory,
 )
+from cntlora_core.training.shapes import peak_bytes
 
 # Two blocks of Stable Diffusion's kind, so that a count takes a moment.
 SMALL = config_of("sd1")["unet"] | {
@@ -94,6 +97,39 @@ def test_the_estimate_is_what_a_real_step_holds(mini_sd, subject):
         | {"side": latents.shape[-1], "batch_size": 2, "dtype": torch.float32, "device": "cpu"},
     )
     assert estimate.activations == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["encoding", "decoding"])
+def test_what_the_vae_holds_is_the_estimate(mini_sd, decode):
+    size_px, side = 64, 64 // mini_sd.pictures.scale
+    given = torch.zeros(2, 4, side, side) if decode else torch.zeros(2, 3, size_px, size_px)
+    work = mini_sd.pictures.vae.decode if decode else mini_sd.pictures.vae.encode
+    with torch.no_grad():
+        real = peak_bytes(lambda: work(given), [*mini_sd.pictures.vae.parameters(), given])
+    estimate = vae_memory(
+        mini_sd.pictures.vae.config, size_px=size_px, pictures=2, decode=decode, device="cpu"
+    )
+    assert estimate.activations == pytest.approx(real, rel=0.15)
+
+
+def test_what_drawing_holds_is_the_estimate(mini_sd, subject):
+    latents, t = torch.stack(subject.mean[:4]), torch.tensor([1, 2, 3, 4])
+    words = subject.conditioning[:4].unet_kwargs()
+    held = [*mini_sd.unet.parameters(), *mini_sd.unet.buffers(), latents, t]
+    with torch.no_grad():
+        real = peak_bytes(lambda: mini_sd.unet(latents, t, return_dict=False, **words), held)
+    estimate = unet_sampling_memory(
+        mini_sd.unet.config, side=latents.shape[-1], pictures=2, dtype=torch.float32, device="cpu"
+    )
+    assert estimate.activations == pytest.approx(real, rel=0.15)
+
+
+def test_a_calibration_holds_a_metric_and_a_layer_beside_a_training_step():
+    calibration = unet_calibration_memory(SMALL, **SMALL_DEFAULTS)
+    assert calibration.metric > 0
+    layer = calibration.activations - small().activations
+    widest = 4 * (32 * 32 * (64 + 8 * 64) + 64 * 8 * 64)  # no layer has more rows and channels
+    assert 0 < layer <= widest
 
 
 @pytest.mark.slow

@@ -5,17 +5,22 @@ import dataclasses
 import pytest
 import torch
 
+from cntlora_core.calibration.calibrate import continued
 from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.devices import free_memory
 from cntlora_core.events import Notice, Status
 from cntlora_core.model.families import config_of
 from cntlora_core.run.runs import run_training
 from cntlora_core.training import memory_plan
-from cntlora_core.training.memory_estimate import estimate_training_memory
+from cntlora_core.training.memory_estimate import (
+    estimate_training_memory,
+    unet_calibration_memory,
+)
 from cntlora_core.training.memory_plan import (
     NEEDS,
     describe_needs,
     fitted_to_memory,
-    free_memory,
+    fitted_training,
     picture_bytes,
     plan_memory,
 )
@@ -64,9 +69,11 @@ def test_a_picture_takes_its_places_share(mini_sd, family):
     model = dataclasses.replace(mini_sd, family=family, unet=UNet, dtype=torch.bfloat16)
     places = (512 // model.vae_scale) ** 2
     needs = NEEDS[family]
-    assert picture_bytes(model, 512) == (places * needs.plain, places * needs.checkpointed)
+    looking = places * needs.looking
+    assert picture_bytes(model, 512) == (places * needs.plain, places * needs.checkpointed, looking)
     full = dataclasses.replace(model, dtype=torch.float32)
-    assert picture_bytes(full, 512) == (2 * places * needs.plain, 2 * places * needs.checkpointed)
+    twice = (2 * places * needs.plain, 2 * places * needs.checkpointed, looking)
+    assert picture_bytes(full, 512) == twice
 
 
 def test_nothing_is_changed_where_nothing_is_known(mini_sd):
@@ -79,7 +86,7 @@ def test_nothing_is_changed_where_nothing_is_known(mini_sd):
 
 def test_a_run_fits_itself_and_says_so(mini_sd, subject, monkeypatch):
     """The pictures of a step stay the same, so the LoRA does too."""
-    monkeypatch.setattr(memory_plan, "picture_bytes", lambda model, resolution: (4 * GB, GB))
+    monkeypatch.setattr(memory_plan, "picture_bytes", lambda model, resolution: (4 * GB, GB, 0))
     plain = CalibrationConfig(init="gaussian", batch_size=2)
     asked = TrainConfig(steps=1, learning_rate=1e-2, batch_size=2, validate_every=0)
 
@@ -100,10 +107,56 @@ def test_a_run_fits_itself_and_says_so(mini_sd, subject, monkeypatch):
         torch.testing.assert_close(small[name].up, factors.up, rtol=1e-3, atol=1e-4)
 
 
+def test_a_timed_calibration_says_how_long_the_training_takes(mini_sd, monkeypatch):
+    """A calibration took 24 seconds for 8 passes forward and 2 back, which take twice as long."""
+    monkeypatch.setattr(memory_plan, "picture_bytes", lambda model, resolution: (GB, GB, 0))
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: 100 * GB)
+    report = dataclasses.replace(
+        continued({}).report, forward_passes=8, backward_passes=2, seconds=24.0
+    )
+    start = dataclasses.replace(continued({}), report=report)
+    config, told = TrainConfig(steps=90, batch_size=2, accumulation=2), []
+    assert fitted_training(mini_sd, config, start, 64, told.append) == config
+    assert told[0].text.endswith(", about 36 minutes.")  # 90 x 4 x 3 x 2 s
+    fitted_training(mini_sd, dataclasses.replace(config, steps=1), start, 64, told.append)
+    assert told[1].text.endswith(", about a minute.")
+    fitted_training(mini_sd, config, continued({}), 64, told.append)
+    assert told[2].text.endswith("beside the model.")
+
+
+def test_what_the_metadata_say_is_what_ran(mini_sd, subject, monkeypatch):
+    monkeypatch.setattr(memory_plan, "picture_bytes", lambda model, resolution: (4 * GB, GB, 0))
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: int(2.5 * GB))
+    asked = TrainConfig(
+        steps=1, learning_rate=1e-2, batch_size=2, validate_every=0, optimizer="adamw"
+    )
+    run = run_training(mini_sd, subject, CalibrationConfig(init="gaussian"), asked)
+    assert run.training == dataclasses.replace(
+        asked, batch_size=1, accumulation=2, gradient_checkpointing=True
+    )
+
+
 def test_info_says_what_the_families_take():
     needs = describe_needs()
     assert needs["sdxl 1024 px with gradient checkpointing"] == "5.7 GB"
     assert float(needs["sdxl 1024 px"].split()[0]) > 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "resolution", "most"), [("sd1", 512, 4.0), ("sdxl", 1024, 7.4)])
+def test_the_families_train_and_calibrate_on_small_cards(family, resolution, most):
+    """Attention and feed-forward of rank 16, one picture at a time."""
+    estimate = unet_calibration_memory(
+        config_of(family)["unet"],
+        side=resolution // 8,
+        batch_size=1,
+        rank=16,
+        targets="attention+ff",
+        dtype=torch.bfloat16,
+        gradient_checkpointing=True,
+        device="cuda",
+    )
+    assert estimate.peak / 1e9 < most
 
 
 @pytest.mark.slow

@@ -1,0 +1,50 @@
+"""Counts from shapes, of a UNet small enough to take a moment."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from cntlora_core.model.families import config_of
+
+SMALL = config_of("sd1")["unet"] | {
+    "block_out_channels": [32, 64],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "attention_head_dim": 4,
+    "cross_attention_dim": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def counts():
+    path = Path(__file__).resolve().parents[2] / "benchmarks/counts.py"
+    spec = importlib.util.spec_from_file_location("counts", path)
+    module = sys.modules["counts"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_step_is_a_pass_and_what_comes_back(counts):
+    forward, adamw, fresh, kept, sweep = counts.phases(SMALL, side=16)
+    # frozen weights want no gradients, and nothing before the first adapter does
+    assert 1.5 * forward.tflop < adamw.tflop < 3 * forward.tflop
+    assert adamw.tflop <= kept.tflop < fresh.tflop
+    assert 1.5 * forward.tflop < sweep.tflop
+    assert adamw.kernels < kept.kernels < fresh.kernels
+    assert adamw.waits == kept.waits == fresh.waits == 1
+    assert sweep.to_host_mb > 0
+    large, small = adamw.seconds  # so small a step is as long as its launches
+    assert large == small == pytest.approx(adamw.kernels * 6e-6)
+    table = counts.table("sd1", [forward, adamw])
+    assert table.count("\n") == 3
+    assert f"| {adamw.kernels} |" in table
+
+
+def test_checkpointing_computes_the_pass_twice_and_holds_less(counts):
+    forward, plain, *_ = counts.phases(SMALL, side=16)
+    _, again, *_ = counts.phases(SMALL, side=16, gradient_checkpointing=True)
+    assert again.tflop == pytest.approx(plain.tflop + forward.tflop, rel=0.15)
+    assert again.held_gb < plain.held_gb

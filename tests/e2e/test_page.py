@@ -107,7 +107,9 @@ def test_a_run_belongs_to_its_workflow_and_the_cache_brings_it_to_others(page):
     page.wait_for("headline", "^Done$", 60)
     assert page.page.locator(".cntlora-sample").count() >= 2
     words = " ".join(page.texts("text"))
-    assert "6 pictures, shorter sides 64-64 px. Prompt: 'a sks cat face emoji'" in words
+    # Hosts that know no intermediate outputs tell nothing of those that the cache answers.
+    if page.knows_intermediate_outputs:
+        assert "6 pictures, shorter sides 64-64 px. Prompt: 'a sks cat face emoji'" in words
     assert "Saved as my_subject" in words
     page.shot("cached")
 
@@ -152,6 +154,10 @@ def test_a_wrong_input_is_a_red_node_with_a_sentence(page):
         arg=said,
         timeout=20_000,
     )
+    if page.frontend < (1, 36):
+        pytest.skip(
+            "this frontend does not tell when a prompt is sent: its dialog has the sentence"
+        )
     page.page.wait_for_function(
         "(said) => document.querySelector('.cntlora-text.cntlora-failed')?.innerText.match(said)",
         arg=said,

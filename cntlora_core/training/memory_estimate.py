@@ -125,9 +125,12 @@ def unet_calibration_memory(
     gradient_checkpointing: bool,
     device: str,
 ) -> MemoryEstimate:
-    """Peak of a calibration. Its longest passes are a training step's, whose adapters keep the
-    same inputs that a sweep keeps; beside them pass, in fp32, one layer's input, gradient and
-    their product, and the metric is held."""
+    """Peak of a calibration: of its sweep, or of the steps after it.
+
+    A sweep passes as a training step does. It keeps every layer's input until the gradient is
+    there, with gradient checkpointing too, and one layer's input, gradient and their product, in
+    fp32, pass beside them. The steps hold adapters and metric.
+    """
     step = unet_training_memory(
         config,
         side=side,
@@ -145,7 +148,12 @@ def unet_calibration_memory(
         4 * (rows[p.name] * p.parameters_per_rank + p.in_features * p.out_features)
         for p in projections
     )
-    return replace(step, activations=step.activations + passing, metric=metric_bytes(projections))
+    inputs = {p.input_key: rows[p.name] * p.in_features for p in projections}
+    kept = dtype.itemsize * sum(inputs.values()) if gradient_checkpointing else 0
+    metric = metric_bytes(projections)
+    if passing + kept < step.adapters + metric:
+        return replace(step, metric=metric)
+    return replace(step, activations=step.activations + passing + kept, adapters=0)
 
 
 def rows_of(

@@ -28,7 +28,8 @@ METRIC_COPIES = 4  # the moments, those damped and weighed, their inverses, a st
 class Needs:
     """A family's UNet in half precision, bytes: its weights, and what a forward and backward pass
     takes for each latent place of a picture, `plain` or with gradient checkpointing. Fp32 takes
-    twice that. `looking`: what passes through the memory, in fp32, while a calibration looks on.
+    twice that. `looking`: what a calibration that looks on keeps of the layers' inputs, and what
+    passes beside them.
 
     Attention and feed-forward layers adapted, with attention kernels that never keep all pairs of
     places (CUDA's): what `estimate_training_memory` counts, which takes seconds.
@@ -41,10 +42,10 @@ class Needs:
 
 
 NEEDS = {
-    "sd1": Needs(1_719_041_928, 228_000, 57_200, 15_700),
-    "sd2": Needs(1_731_821_448, 217_000, 46_700, 15_700),
-    "sd2-v": Needs(1_731_821_448, 217_000, 46_700, 15_700),
-    "sdxl": Needs(5_134_927_368, 411_000, 33_600, 6_600),
+    "sd1": Needs(1_719_041_928, 228_000, 57_200, 67_000),
+    "sd2": Needs(1_731_821_448, 217_000, 46_700, 67_000),
+    "sd2-v": Needs(1_731_821_448, 217_000, 46_700, 67_000),
+    "sdxl": Needs(5_134_927_368, 411_000, 33_600, 125_000),
 }
 
 

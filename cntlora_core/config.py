@@ -7,7 +7,6 @@ their values by place.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,8 +16,8 @@ Init = Literal["target", "domain", "gaussian", "default"]
 RankRule = Literal["data", "uniform"]
 Effort = Literal["quick", "balanced", "thorough"]
 Targets = Literal["auto", "attention", "attention+ff"]  # layers that get an adapter
-Optimizer = Literal["auto", "natural", "adamw", "adamw8bit", "prodigy"]
-Schedule = Literal["constant", "cosine"]
+Optimizer = Literal["auto", "natural", "adamw", "adamw8bit", "prodigy", "schedulefree"]
+Schedule = Literal["constant", "cosine", "restarts"]
 
 CALIBRATED: tuple[Init, ...] = ("target", "domain")  # the inits that look at the pictures
 EFFORTS = {
@@ -280,9 +279,16 @@ class TrainConfig:
         low=1,
         high=1024,
     )
-    schedule: Schedule = setting("constant", "Of the learning rate after warmup: cosine ends at 0.")
-    warmup: int = setting(
-        0, "Steps in which the learning rate rises.", high=MOST_STEPS, unit="steps"
+    schedule: Schedule = setting(
+        "constant",
+        "Of the learning rate after warmup. cosine ends at 0; restarts does so three times.",
+    )
+    warmup: float = setting(
+        0.0,
+        "Steps in which the learning rate rises; below 1: a share of all steps.",
+        high=MOST_STEPS,
+        step=0.05,
+        unit="steps",
     )
     prior_weight: float = setting(
         1.0,
@@ -294,8 +300,8 @@ class TrainConfig:
     optimizer: Optimizer = setting(
         "auto",
         "auto: natural after a calibration with init target, else adamw. natural: goes on with the "
-        "steps of the calibration, which need no learning rate. adamw8bit and prodigy need their "
-        "packages (bitsandbytes, prodigyopt); prodigy finds its own rate.",
+        "steps of the calibration, which need no learning rate. The others need their packages "
+        "(bitsandbytes, prodigyopt, schedulefree); prodigy finds its own rate.",
         advanced=True,
     )
     averaging: float = setting(
@@ -337,18 +343,26 @@ class TrainConfig:
         step=0.1,
         advanced=True,
     )
+    # Yu et al. 2023
+    debiased: bool = setting(
+        False, "Weighs timesteps by 1 / sqrt(SNR), in place of min_snr_gamma.", advanced=True
+    )
+    # Ning et al. 2023: 0.1
+    ip_noise: float = setting(
+        0.0,
+        "More noise in what the model sees than in what it shall find, against pile-up of errors; "
+        "0.1 is usual, 0: off.",
+        high=1,
+        step=0.01,
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
 
-    def lr_at(self, step: int) -> float:
-        """The learning rate of step 1, 2, ... `steps`."""
-        if step <= self.warmup:
-            return self.learning_rate * step / (self.warmup + 1)
-        if self.schedule == "constant":
-            return self.learning_rate
-        done = (step - self.warmup - 1) / max(1, self.steps - self.warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.warmup * self.steps if self.warmup < 1 else self.warmup)
 
 
 @dataclass(frozen=True)

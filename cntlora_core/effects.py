@@ -24,9 +24,14 @@ def without_effect_in_training(config: TrainConfig, validates: bool, has_prior: 
     default = TrainConfig()
     rules = [
         (
-            bool(config.warmup) and config.warmup >= config.steps,
-            f"warmup is {config.warmup} and the run has {config.steps} steps: the learning rate "
+            bool(config.warmup) and config.warmup_steps >= config.steps,
+            f"warmup is {config.warmup:g} and the run has {config.steps} steps: the learning rate "
             "never reaches its full height.",
+        ),
+        (
+            config.debiased and bool(config.min_snr_gamma),
+            f"min_snr_gamma is {config.min_snr_gamma:g}, but debiased takes its place: it has no "
+            "effect.",
         ),
         (
             config.patience not in (0, default.patience) and not validates,

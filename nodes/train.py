@@ -20,7 +20,12 @@ from ..cntlora_core.run.outcome import RunResult
 from ..cntlora_core.run.runs import run_training
 from ..cntlora_core.settings import read_settings
 from ..cntlora_core.training.identity import run_identity
-from ..cntlora_core.training.prior_loss import BasePrediction, ClassImages, PriorLoss
+from ..cntlora_core.training.prior_loss import (
+    BasePrediction,
+    ClassImages,
+    OutsideTheMask,
+    PriorLoss,
+)
 from ..cntlora_core.training.resume import RunSnapshots
 from ..cntlora_core.training.validation import validation_loss
 from . import host
@@ -54,7 +59,8 @@ ON_TRAIN = (
     "weight_decay",
     "gradient_checkpointing",
 )
-PRIOR_LOSSES = ("class images", "base prediction")
+OUTSIDE = "outside the mask"  # a prior loss that needs no prior
+PRIOR_LOSSES = ("class images", "base prediction", OUTSIDE)
 ORDINARY = CalibrationConfig(init="gaussian")  # the start when none is connected
 
 
@@ -146,7 +152,7 @@ class TrainLoRA(io.ComfyNode):
                     encoded,
                     start.config,
                     config,
-                    prior=_prior_loss(prior, settings),
+                    prior=_prior_loss(encoded, prior, settings),
                     start=start.calibration,
                     validate=_validation(sd_model, held_out, config),
                     checkpoints=checkpoints,
@@ -265,7 +271,7 @@ def _without_effect(
             "The pictures to validate with have no effect: validate_every is 0.",
         ),
         (
-            prior is None and settings is not None and settings.prior_loss != PRIOR_LOSSES[0],
+            prior is None and settings is not None and settings.prior_loss == PRIOR_LOSSES[1],
             "prior_loss has no effect: no prior is connected.",
         ),
     ]
@@ -279,7 +285,11 @@ def _other_words(validation: str, subject: str) -> str:
     )
 
 
-def _prior_loss(prior: EncodedImages | None, settings: ExtraSettings | None) -> PriorLoss | None:
+def _prior_loss(
+    subject: EncodedImages, prior: EncodedImages | None, settings: ExtraSettings | None
+) -> PriorLoss | None:
+    if settings and settings.prior_loss == OUTSIDE:
+        return OutsideTheMask(subject)
     if prior is None:
         return None
     if settings and settings.prior_loss == PRIOR_LOSSES[1]:

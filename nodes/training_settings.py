@@ -31,7 +31,8 @@ class TrainingSettings(io.ComfyNode):
                     optional=True,
                     tooltip="With a prior connected to Train LoRA: train its pictures beside the "
                     "subject's (DreamBooth), or hold the model to its own prediction under "
-                    "the class prompt, which needs no pictures.",
+                    "the class prompt, which needs no pictures. outside the mask: to its own "
+                    "prediction where masks hide the subject's pictures; needs no prior.",
                 ),
                 *widgets_of(TrainConfig, without=ON_TRAIN),
             ],

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be refused before the model is loaded."""
-    if args.prior != "none" and not args.class_prompt:
+    if args.prior in ("images", "base") and not args.class_prompt:
         raise SettingError(
             f"--prior {args.prior} needs --class-prompt: say the class without the trigger, e.g. "
             "'a cat'."
@@ -60,7 +60,7 @@ def without_effect(
     preserved, trained = class_preserved(args), args.prior == "images"
     rules = [
         (
-            bool(args.class_prompt) and not preserved and args.prior == "none",
+            bool(args.class_prompt) and not preserved and args.prior in ("none", "masked"),
             "--class-prompt has no effect here: nothing is calibrated that would preserve the "
             "class. Add --prior images or --prior base.",
         ),

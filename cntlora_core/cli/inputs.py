@@ -100,7 +100,7 @@ def read_priors(
     one of them wants some."""
     from ..data.class_images import class_noised
     from ..model.conditioning import encode_prompts
-    from ..training.prior_loss import BasePrediction, ClassImages
+    from ..training.prior_loss import BasePrediction, ClassImages, OutsideTheMask
 
     preserves = class_preserved(args)
     pictures = None
@@ -113,6 +113,8 @@ def read_priors(
     elif args.prior == "base":
         side = (subject.resolution, subject.resolution)
         prior = BasePrediction(encode_prompts(model, [args.class_prompt], size=side))
+    elif args.prior == "masked":
+        prior = OutsideTheMask(subject)
     return class_noised(model, pictures) if pictures and preserves else None, prior
 
 

@@ -10,7 +10,7 @@ from ..config import CalibrationConfig, DataConfig, TrainConfig
 from ..presets import NONE, PRESETS, help_text, with_preset
 from ..settings import Setting, read_settings, settings_of
 
-PRIORS = ("none", "images", "base")
+PRIORS = ("none", "images", "base", "masked")
 CLASS_COUNT = 32
 CLASS_STEPS = (
     25  # these are trained on, so they are drawn with more care than those that are only measured
@@ -107,8 +107,8 @@ def _training(parser: argparse.ArgumentParser, start: Any, prior: Any, run: Any)
         "--prior",
         choices=PRIORS,
         default="none",
-        help="prior loss while training: on class images, or towards the base model's "
-        "prediction (no images)",
+        help="prior loss while training: on class images, towards the base model's prediction "
+        "under the class prompt, or towards it where masks hide the pictures (no images)",
     )
     start.add_argument(
         "--continue-from", metavar="FILE", help="train on from this LoRA, with its ranks"

@@ -29,7 +29,8 @@ VALIDATION_SEED = 20250709  # one noise for every run of everybody, whatever its
 class Batch:
     """n triples of one size: `latents` and `noise` `[n, c, h, w]`, `timesteps` `[n]`,
     `conditioning` of n rows, what counts of each picture, `mask` `[n, 1, h, w]` (None: everything),
-    and what each loss counts, `weights` `[n]` (None: alike)."""
+    and what each loss counts, `weights` `[n]` (None: alike). `shown_noise`: what the model sees, in
+    place of the `noise` that it shall find."""
 
     latents: Tensor
     timesteps: Tensor
@@ -37,6 +38,7 @@ class Batch:
     conditioning: Conditioning
     mask: Tensor | None = None
     weights: Tensor | None = None
+    shown_noise: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -47,7 +49,7 @@ class Batch:
 
         return Batch(
             self.latents[part], self.timesteps[part], self.noise[part], self.conditioning[part],
-            rows(self.mask), rows(self.weights),
+            rows(self.mask), rows(self.weights), rows(self.shown_noise),
         )  # fmt: skip
 
     def split(self, size: int) -> Iterator[Batch]:
@@ -58,7 +60,13 @@ class Batch:
         """The denoising loss of each triple `[n]`, weighted, in one pass."""
         return self.weighted(
             denoising_loss(
-                model, self.latents, self.timesteps, self.noise, self.conditioning, mask=self.mask
+                model,
+                self.latents,
+                self.timesteps,
+                self.noise,
+                self.conditioning,
+                mask=self.mask,
+                shown_noise=self.shown_noise,
             )
         )
 

@@ -32,6 +32,7 @@ OPTIMIZERS = {
     "adamw": "torch.optim.adamw.AdamW",
     "adamw8bit": "bitsandbytes.optim.adamw.AdamW8bit",
     "prodigy": "prodigyopt.prodigy.Prodigy",
+    "schedulefree": "schedulefree.AdamWScheduleFree",
 }
 
 
@@ -170,6 +171,8 @@ def _of_training(config: TrainConfig) -> dict[str, str]:
 def _of_rate(config: TrainConfig) -> dict[str, str]:
     """What natural-gradient steps have no use for."""
     schedule: str = config.schedule
+    if schedule == "restarts":
+        schedule = "cosine_with_restarts"
     if schedule == "constant" and config.warmup:
         schedule = "constant_with_warmup"  # kohya's word for it
     return {
@@ -177,7 +180,7 @@ def _of_rate(config: TrainConfig) -> dict[str, str]:
         "ss_learning_rate": str(config.learning_rate),
         "ss_unet_lr": str(config.learning_rate),
         "ss_lr_scheduler": schedule,
-        "ss_lr_warmup_steps": str(config.warmup),
+        "ss_lr_warmup_steps": str(config.warmup_steps),
         "ss_max_grad_norm": str(config.max_grad_norm),
     }
 

@@ -129,6 +129,13 @@ class NoiseSchedule:
         snr = alphas_cumprod / (1 - alphas_cumprod)
         return snr.clamp_max(gamma) / (snr + (self.prediction_type == "v_prediction"))
 
+    def debiased_weight(self, t: Tensor) -> Tensor:
+        """1 / sqrt(SNR_t) for epsilon, 1 / (SNR_t + 1) for v, `[n]` (Yu et al. 2023; SNR at most
+        1000, at least 0.001, where a zero terminal SNR has none)."""
+        alphas_cumprod = self.alphas_cumprod.to(t.device)[t]
+        snr = (alphas_cumprod / (1 - alphas_cumprod)).clamp(1e-3, 1e3)
+        return 1 / (snr + 1) if self.prediction_type == "v_prediction" else snr.rsqrt()
+
 
 def _refuse_other_schedules(config: Mapping[str, Any]) -> None:
     """Raises CheckpointError for a scheduler configuration of no discrete DDPM schedule, and for

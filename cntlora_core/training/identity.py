@@ -26,7 +26,9 @@ def run_identity(
 ) -> dict[str, Any]:
     """By name, in JSON's types. `data` is of each subject; `others` is what else the run depends
     on."""
-    changing = ("steps",) if training.schedule == "constant" else ()
+    # More steps may be asked for, unless the learning rate depends on their number.
+    follows = training.schedule != "constant" or 0 < training.warmup < 1
+    changing = () if follows else ("steps",)
     return {
         **others,
         "checkpoint": model.name,
@@ -45,6 +47,5 @@ def run_identity(
             for name, value in asdict(one).items()
         },
         **{f"calibration {name}": value for name, value in to_dict(calibration).items()},
-        # More steps may be asked for, unless the learning rate depends on their number.
         **{k: v for k, v in to_dict(training).items() if k not in changing},
     }

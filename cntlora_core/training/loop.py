@@ -16,6 +16,7 @@ from ..data.batches import Batch, batch_order, draw_batch
 from ..distributed import ALONE, Group
 from ..errors import NonFiniteError
 from ..events import Notice, Observer, Step, Validation, ignore
+from .learning_rate import lr_at
 from .prior_loss import PriorLoss
 from .state import TrainState
 
@@ -64,7 +65,7 @@ def train(
         group.sum_([value, state.gather_gradient()])
 
         # optimiser step
-        lr = state.natural.share if state.natural else config.lr_at(state.step + 1)
+        lr = state.natural.share if state.natural else lr_at(config, state.step + 1)
         loss, norm = _clip(state, config, value)
         _refuse_no_number(state, loss, norm, lr)
         state.optimise(lr, finite=math.isfinite(norm))
@@ -145,7 +146,9 @@ class _Terms:
     def _subject(self, batch: Batch) -> Tensor:
         with self.state.recording(self.model, self.pictures):
             losses = batch.loss(self.model)
-            if gamma := self.config.min_snr_gamma:
+            if self.config.debiased:
+                losses = losses * self.model.schedule.debiased_weight(batch.timesteps)
+            elif gamma := self.config.min_snr_gamma:
                 losses = losses * self.model.schedule.min_snr_weight(batch.timesteps, gamma)
             return self._backward(losses.sum() / self.pictures)
 
@@ -187,6 +190,9 @@ def _draw(
     if config.noise_offset:
         shift = torch.randn(*noise.shape[:2], 1, 1, generator=generator).to(noise.device)
         noise = noise + config.noise_offset * shift
+    if config.ip_noise:
+        more = torch.randn(noise.shape, generator=generator).to(noise.device)
+        batch = replace(batch, shown_noise=noise + config.ip_noise * more)
     if config.caption_dropout:
         words = words.replaced(
             torch.rand(len(index), generator=generator) < config.caption_dropout,

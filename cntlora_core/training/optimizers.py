@@ -10,11 +10,12 @@ from ..errors import SettingError
 PACKAGES = {
     "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),
     "prodigy": ("prodigyopt", "Prodigy"),
+    "schedulefree": ("schedulefree", "AdamWScheduleFree"),
 }
 
 
 def optional_optimizer(name: str) -> Any:
-    """The class of `adamw8bit` or `prodigy`, None for what needs no package. Raises SettingError
+    """The class of an optimiser of `PACKAGES`, None for what needs no package. Raises SettingError
     when the package is not installed."""
     if name not in PACKAGES:
         return None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.batches import Batch, batch_order, draw_batch
 from ..data.importance import Importance
+from ..errors import SettingError
 from ..lora.adapter import Adapters
 from ..model.conditioning import Conditioning
 from ..model.denoising_loss import predict
@@ -61,6 +62,32 @@ class ClassImages:
         return batch.loss(model)
 
 
+class OutsideTheMask:
+    """Where a mask hides the picture, the model predicts as before: the background is neither
+    learnt nor forgotten. Raises SettingError without masks."""
+
+    def __init__(self, subject: EncodedImages) -> None:
+        if subject.masks is None:
+            raise SettingError(
+                "The prior loss outside the mask needs masks, and there is none that is used: turn "
+                "on masked and give the pictures masks."
+            )
+
+    def prepare(
+        self, size: int, steps: int, generator: torch.Generator, importance: Importance | None
+    ) -> None:
+        pass
+
+    def draw(self, step: int, batch: Batch, timesteps: int, generator: torch.Generator) -> Batch:
+        assert batch.mask is not None
+        return replace(batch, mask=1 - batch.mask)
+
+    def loss(self, model: StableDiffusion, adapters: Adapters, batch: Batch) -> Tensor:
+        assert batch.mask is not None
+        error = _change(model, adapters, batch) * batch.mask
+        return batch.weighted(error.mean(dim=(1, 2, 3)))
+
+
 class BasePrediction:
     """Without any class pictures: under the class prompt, the noised subject is predicted as the
     base model predicts it."""
@@ -81,7 +108,12 @@ class BasePrediction:
         return replace(batch, conditioning=words, mask=None)
 
     def loss(self, model: StableDiffusion, adapters: Adapters, batch: Batch) -> Tensor:
-        arguments = (model, batch.latents, batch.timesteps, batch.noise, batch.conditioning)
-        with torch.no_grad(), adapters.bypassed():
-            target = predict(*arguments)
-        return batch.weighted((predict(*arguments) - target).square().mean(dim=(1, 2, 3)))
+        return batch.weighted(_change(model, adapters, batch).mean(dim=(1, 2, 3)))
+
+
+def _change(model: StableDiffusion, adapters: Adapters, batch: Batch) -> Tensor:
+    """The square of what the adapters change in the prediction, `[n, c, h, w]`."""
+    arguments = (model, batch.latents, batch.timesteps, batch.noise, batch.conditioning)
+    with torch.no_grad(), adapters.bypassed():
+        target = predict(*arguments)
+    return (predict(*arguments) - target).square()

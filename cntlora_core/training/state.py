@@ -115,6 +115,7 @@ class TrainState:
     def begin_step(self) -> None:
         """Back to the weights that are trained."""
         self.flat.detach().copy_(self.live)
+        self._turn("train")
         if self.natural:
             self.natural.forget()
 
@@ -131,10 +132,15 @@ class TrainState:
 
     def end_step(self) -> None:
         """The step counts; between steps everybody sees the running mean."""
+        self._turn("eval")
         self.live.copy_(self.flat.detach())
         self.average.add(self.live)
         self.flat.detach().copy_(self.average.value)
         self.step += 1
+
+    def _turn(self, mode: str) -> None:
+        """A schedule-free optimiser steps at other weights than those that it gives out."""
+        getattr(self.optimizer, mode, lambda: None)()
 
     def abandon_step(self) -> None:
         """As before it."""

@@ -204,14 +204,6 @@ def test_min_snr_weighs_noisy_steps_more():
     torch.testing.assert_close(v, torch.minimum(snr, torch.tensor(5.0)) / (snr + 1))
 
 
-def test_learning_rates():
-    config = TrainConfig(steps=10, learning_rate=1.0, schedule="cosine", warmup=4)
-    rates = [config.lr_at(step) for step in range(1, 11)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[5:] == sorted(rates[5:], reverse=True)
-    assert 0 < rates[-1] < 0.2
-
-
 def test_an_optimiser_that_is_not_installed_is_a_sentence(mini_sd, subject):
     from cntlora_core.config import CalibrationConfig
     from cntlora_core.run.runs import run_training

@@ -41,3 +41,12 @@ def test_one_timestep_in_every_bin(count, seed):
 
 def test_bin_centres():
     assert bin_centres(8, 1000).tolist() == [62, 187, 312, 437, 562, 687, 812, 937]
+
+
+def test_the_debiased_weight_is_one_over_the_root_of_snr():
+    schedule = NoiseSchedule(torch.tensor([0.8, 0.5, 0.2, 0.0]), "epsilon")
+    t = torch.arange(4)
+    expected = torch.tensor([0.5, 1.0, 2.0, 1000**0.5])
+    torch.testing.assert_close(schedule.debiased_weight(t), expected)
+    v = NoiseSchedule(schedule.alphas_cumprod, "v_prediction").debiased_weight(t)
+    torch.testing.assert_close(v, torch.tensor([0.2, 0.5, 0.8, 1 / 1.001]))

@@ -3,6 +3,7 @@ reported is the one that acts."""
 
 import sys
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 import torch
@@ -56,3 +57,29 @@ def test_the_rate_reported_is_the_effective_one(mini_sd, subject, monkeypatch):
     plain = CalibrationConfig(init="gaussian", rank=1)
     run_training(mini_sd, subject, plain, config, observer=events.append)
     assert [e.lr for e in events if isinstance(e, Step)] == [0.25]
+
+
+class Turning(torch.optim.SGD):
+    """Steps at other weights than it gives out, as schedule-free optimisers do."""
+
+    said: ClassVar[list[str]] = []
+
+    def __init__(self, parameters, lr, weight_decay):
+        super().__init__(parameters, lr=lr, weight_decay=weight_decay)
+
+    def train(self):
+        self.said.append("train")
+
+    def eval(self):
+        self.said.append("eval")
+
+
+def test_a_schedule_free_optimiser_is_turned_for_every_step(mini_sd, subject, monkeypatch):
+    package = ModuleType("schedulefree")
+    package.AdamWScheduleFree = Turning
+    monkeypatch.setitem(sys.modules, "schedulefree", package)
+    config = TrainConfig(
+        steps=2, learning_rate=1e-3, optimizer="schedulefree", batch_size=1, validate_every=0
+    )
+    run_training(mini_sd, subject, CalibrationConfig(init="gaussian", rank=1), config)
+    assert Turning.said == ["train", "eval"] * 2

@@ -10,13 +10,14 @@ from cntlora_core.cli.main import main
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.data.batches import draw_noised
 from cntlora_core.data.class_images import class_images
+from cntlora_core.errors import SettingError
 from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.model.conditioning import encode_prompts
 from cntlora_core.model.denoising_loss import predict
 from cntlora_core.model.loader import MINI_SD_FOLDER
 from cntlora_core.model.noise_schedule import NoiseSchedule
 from cntlora_core.run.runs import run_training
-from cntlora_core.training.prior_loss import BasePrediction, ClassImages
+from cntlora_core.training.prior_loss import BasePrediction, ClassImages, OutsideTheMask
 
 PLAIN = CalibrationConfig(init="gaussian", rank=4)
 TRAINING = TrainConfig(steps=15, learning_rate=1e-2, validate_every=0, prior_weight=4.0)
@@ -54,6 +55,26 @@ def test_the_base_prediction_of_an_untrained_lora_is_its_own_target(mini_sd, sub
         assert torch.equal(others.conditioning.tokens[0], others.conditioning.tokens[1])
         assert prior.loss(mini_sd, adapters, others).abs().max() < 1e-10
         assert not any(layer.bypassed for layer in adapters.layers.values())
+
+
+def test_what_a_mask_hides_stays_as_the_model_has_it(mini_sd, subject):
+    """The mask shows the left half; the right one changes less than without the prior."""
+    left = torch.zeros(1, 16, 16)
+    left[..., :8] = 1
+    masked = dataclasses.replace(subject, masks=(left,) * len(subject))
+    (batch,) = draw_noised(masked, 8, 1000, torch.Generator().manual_seed(5)).sizes
+
+    def moved(lora):
+        with attached_lora(mini_sd.unet, lora) as adapters:
+            return float(prior.loss(mini_sd, adapters, prior.draw(1, batch, 1000, None)).mean())
+
+    training = dataclasses.replace(TRAINING, steps=8)
+    prior = OutsideTheMask(masked)
+    free = moved(run_training(mini_sd, masked, PLAIN, training).lora)
+    held = moved(run_training(mini_sd, masked, PLAIN, training, prior=prior).lora)
+    assert 0 < held < 0.7 * free
+    with pytest.raises(SettingError, match="needs masks, and there is none that is used"):
+        OutsideTheMask(subject)
 
 
 def test_drawn_class_pictures_are_found_again(mini_sd, tmp_path, monkeypatch):

@@ -49,7 +49,10 @@ def same(first, second):
         (PLAIN, {}, 3),
         (
             PLAIN,
-            {"schedule": "cosine", "warmup": 2, "caption_dropout": 0.5, "noise_offset": 0.1},
+            {
+                **{"schedule": "restarts", "warmup": 0.4, "caption_dropout": 0.5},
+                **{"noise_offset": 0.1, "ip_noise": 0.1, "debiased": True},
+            },
             1,
         ),
         (NATURAL, {}, 1),  # between two factorisations of the metric

@@ -280,8 +280,7 @@ class TrainConfig:
         high=1024,
     )
     schedule: Schedule = setting(
-        "constant",
-        "Of the learning rate after warmup. cosine ends at 0; restarts does so three times.",
+        "constant", "Of the rate after warmup. cosine ends at 0; restarts does so three times."
     )
     warmup: float = setting(
         0.0,
@@ -395,10 +394,6 @@ class SampleConfig:
     strength_grid: bool = setting(
         False, "Draw at strengths 0.4, 0.6, 0.8, 1 and 1.2 instead, a row for each.", advanced=True
     )
-
-    @property
-    def strengths(self) -> tuple[float, ...]:
-        return STRENGTHS if self.strength_grid else (self.strength,)
 
     def __post_init__(self) -> None:
         check_settings(self)

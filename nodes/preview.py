@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ..cntlora_core.config import SampleConfig
+from ..cntlora_core.config import STRENGTHS, SampleConfig
 from ..cntlora_core.errors import SettingError
 from ..cntlora_core.events import Event, Progress
 from ..cntlora_core.lora.adapter import attached_lora
@@ -60,6 +60,7 @@ class PreviewLoRA(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         how = read_settings(SampleConfig, settings)
+        grid = STRENGTHS if how.strength_grid else (how.strength,)
         prompt = prompt.strip() or getattr(lora, "prompt", "")
         if not prompt:
             raise SettingError(
@@ -76,7 +77,7 @@ class PreviewLoRA(io.ComfyNode):
         factors = from_state_dict(lora, find_projections(sd_model.unet, ALL), sd_model.family)
         rows: dict[str, list[Image.Image]] = {}
         with host.working(sd_model):
-            for strength in how.strengths:
+            for strength in grid:
                 scaled = {name: f.scaled(strength) for name, f in factors.items()}
                 with attached_lora(sd_model.unet, scaled):
                     rows[f"strength {strength:g}"] = sample(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from ..config import DataConfig, SampleConfig
+from ..config import STRENGTHS, DataConfig, SampleConfig
 from ..errors import CNTLoRAError, Interrupted
 from ..events import Observer, ignore
 from ..files import DISK, Disk
@@ -212,6 +212,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _sample(args: argparse.Namespace) -> None:
     how = settings_from(SampleConfig, args)
+    grid = STRENGTHS if how.strength_grid else (how.strength,)
     resolution = settings_from(DataConfig, args).resolution
     from ..data.dataset import check_resolution
     from ..files import check_output
@@ -231,7 +232,7 @@ def _sample(args: argparse.Namespace) -> None:
         if args.lora:
             factors, _ = load_lora(args.lora, find_projections(model.unet, ALL), model.family)
             called = Path(args.lora).stem
-        for strength in how.strengths if factors else (1.0,):
+        for strength in grid if factors else (1.0,):
             scaled = {name: f.scaled(strength) for name, f in factors.items()}
             with attached_lora(model.unet, scaled):
                 pictures = sample(

@@ -205,7 +205,7 @@ class CalibrationConfig:
     rho: float = setting(
         0.5,
         "Damping of the second moments, as a share of their mean. Higher trusts the pictures less.",
-        low=1e-6,
+        low=1e-3,
         high=1000,
         step=0.1,
         advanced=True,

@@ -84,7 +84,7 @@ class Moments:
         """Those of one shape and age together."""
         rows = {key: torch.cat(parts).flatten(0, 1).float() for key, parts in seen.rows.items()}
         alike: dict[tuple[bool, torch.Size, int, int], list[str]] = {}
-        for key, own in rows.items():
+        for key, own in sorted(rows.items()):  # whatever the order of the passes
             kind = key in seen.diagonal, own.shape, seen.tokens[key], self.tokens.get(key, 0)
             alike.setdefault(kind, []).append(key)
         for (diagonal, _, new, before), keys in alike.items():

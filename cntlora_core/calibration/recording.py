@@ -93,9 +93,10 @@ class Recording:
         def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self.backward and not torch.is_grad_enabled():
                 return  # will be computed again, for the gradients
-            x = args[0].detach()
-            if self.speakers[projection.input_key] == projection.name:
-                self._keep(input_key(projection), x, projection.diagonal_in)
+            x, key = args[0].detach(), input_key(projection)
+            again = key in self.seen.rows  # gradient checkpointing computes a pass twice
+            if self.speakers[projection.input_key] == projection.name and not again:
+                self._keep(key, x, projection.diagonal_in)
             if self.backward:
                 if not output.requires_grad:
                     # Nothing before this layer needs a gradient: let the backward pass end here.
@@ -133,7 +134,7 @@ def record(
     loss_scale: float = 1.0,
     turn: int = 0,
 ) -> Iterator[Recording]:
-    """Look on at all forward (and backward) passes made inside the block.
+    """Look on at the passes made inside the block, and take what was seen after each.
 
     `gradient` is told of each layer's sum of delta x^T `[m, d]` and the number of its tokens; it
     may change from pass to pass.

@@ -236,7 +236,8 @@ def test_validating_with_other_words_is_a_warning(pack, model, pictures):
     validation = replace(pictures, prompt="a dog")
     inputs = {"sd_model": model, "subject": pictures, "validation": validation}
     run(pack.TrainLoRA, **inputs, steps=1, sample_every=0, **TRAIN)
-    (text,) = [e["text"] for e in last_run(pack) if e["type"] == "warning"]
+    told = [e["text"] for e in last_run(pack) if e["type"] == "warning"]
+    (text,) = [text for text in told if "no effect" not in text]  # nothing is validated here
     assert "say 'a dog', those to train on 'a sks cat face emoji'" in text
 
 

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cntlora_core.calibration.moments import Moments, RunningMean, moment_bytes
 from cntlora_core.calibration.recording import ROWS, _spread, record
@@ -128,14 +129,12 @@ def test_rows_start_elsewhere_in_each_pass_and_follow_no_pattern():
         assert quarters.min() >= ROWS // 4 - 2
 
 
-def test_a_pass_that_is_computed_again_counts_once():
-    """Gradient checkpointing: without gradients first, then for them."""
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_pass_that_is_computed_again_counts_once(reentrant):
     block = Block()
-    x = torch.randn(2, 7, 5)
+    x = torch.randn(2, 7, 5, requires_grad=True)
     with record(block, PROJECTIONS, backward=True) as recording:
-        with torch.no_grad():
-            block(x)
-        block(x).square().sum().backward()
+        checkpoint(block, x, use_reentrant=reentrant).square().sum().backward()
     seen = recording.take()
     assert seen.tokens == {"C.qk": 14, "C.out": 14, "S.q": 14, "S.k": 14, "S.out": 14}
     assert [part.shape for part in seen.rows["C.qk"]] == [(2, 7, 5)]

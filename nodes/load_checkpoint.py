@@ -48,45 +48,8 @@ class LoadCheckpoint(io.ComfyNode):
                     "emoji and trains in seconds, to try the graph.",
                 ),
                 host.precision(stored=True),
-                host.advanced(io.Combo)(
-                    "prediction",
-                    options=list(PREDICTIONS),
-                    default=AUTO,
-                    optional=True,
-                    tooltip="What the checkpoint was trained to predict. auto: what the file says "
-                    "of itself, as ComfyUI reads it. Set it for a v-prediction file that does not "
-                    "say so: trained as the wrong kind a LoRA is useless.",
-                ),
-                host.advanced(io.Int)(
-                    "clip_skip",
-                    default=1,
-                    min=1,
-                    max=24,
-                    optional=True,
-                    tooltip="How far from the text encoder's end prompts are read; 1: at its end. "
-                    "2 for SD 1 models that were trained so (most anime ones): generate with CLIP "
-                    "Set Last Layer -2. SDXL keeps its own.",
-                ),
-                host.advanced(io.Int)(
-                    "max_tokens",
-                    default=MAX_TOKENS,
-                    min=CHUNK,
-                    max=10 * CHUNK,
-                    step=CHUNK,
-                    optional=True,
-                    tooltip="Of a caption, in chunks of 75 as ComfyUI reads them. What is longer "
-                    "is cut, and told.",
-                ),
-                *(
-                    host.advanced(io.Combo)(
-                        name,
-                        options=host.part_names(folder),
-                        default=host.OWN,
-                        optional=True,
-                        tooltip=text,
-                    )
-                    for name, (folder, text) in PARTS.items()
-                ),
+                *_reading(),
+                *_parts(),
             ],
             outputs=[
                 SDModel.Output(
@@ -149,4 +112,53 @@ def _parts(chosen: dict[str, Any]) -> list[str | None]:
     """The files of `PARTS`."""
     return [
         host.part_path(folder, chosen.get(name, host.OWN)) for name, (folder, _) in PARTS.items()
+    ]
+
+
+def _reading() -> list[Any]:
+    """How the file and its prompts are read."""
+    return [
+        host.advanced(io.Combo)(
+            "prediction",
+            options=list(PREDICTIONS),
+            default=AUTO,
+            optional=True,
+            tooltip="What the checkpoint was trained to predict. auto: what the file says "
+            "of itself, as ComfyUI reads it. Set it for a v-prediction file that does not "
+            "say so: trained as the wrong kind a LoRA is useless.",
+        ),
+        host.advanced(io.Int)(
+            "clip_skip",
+            default=1,
+            min=1,
+            max=24,
+            optional=True,
+            tooltip="How far from the text encoder's end prompts are read; 1: at its end. "
+            "2 for SD 1 models that were trained so (most anime ones): generate with CLIP "
+            "Set Last Layer -2. SDXL keeps its own.",
+        ),
+        host.advanced(io.Int)(
+            "max_tokens",
+            default=MAX_TOKENS,
+            min=CHUNK,
+            max=10 * CHUNK,
+            step=CHUNK,
+            optional=True,
+            tooltip="Of a caption, in chunks of 75 as ComfyUI reads them. What is longer "
+            "is cut, and told.",
+        ),
+    ]
+
+
+def _parts() -> list[Any]:
+    """Files of the model's parts, in place of its own."""
+    return [
+        host.advanced(io.Combo)(
+            name,
+            options=host.part_names(folder),
+            default=host.OWN,
+            optional=True,
+            tooltip=text,
+        )
+        for name, (folder, text) in PARTS.items()
     ]

@@ -113,24 +113,12 @@ def load_checkpoint(
         )
     device = torch.device(device)
     first = torch.device("cpu") if eight_bits else device  # it is made smaller before it moves
-    if folder.is_file():
-        source = open_tensors(folder)
-        family, scheduler_config = read_kind(source, prediction, observer)
-        tokenizers = load_tokenizers(family, [tokenizer] if tokenizer else beside(folder))
-        unet, decoder, encoders = load_single_file(
-            source, family, device=first, dtype=dtype, vae=vae, text_encoders=text_encoders
-        )
-        schedule = NoiseSchedule.from_config(scheduler_config)
-    else:
-        if text_encoders:
-            raise CheckpointError(
-                f"'{path}' is a folder with text encoders of its own: separate ones go with a "
-                "single file."
-            )
-        family, scheduler_config = read_folder_kind(folder, str(path), prediction)
-        schedule = NoiseSchedule.from_config(scheduler_config)
-        unet, decoder, encoders, tokenizers = load_folder(folder, dtype, vae)
-        unet.to(first)
+    parts = (
+        _of_file(folder, prediction, first, dtype, vae, text_encoders, tokenizer, observer)
+        if folder.is_file()
+        else _of_folder(folder, str(path), prediction, first, dtype, vae, text_encoders)
+    )
+    family, scheduler_config, unet, decoder, encoders, tokenizers = parts
     if warning := distilled(folder.name, str(scheduler_config.get("_class_name"))):
         observer(Notice(warning))
     name = MINI_SD if str(path) == MINI_SD else folder.stem if folder.is_file() else folder.name
@@ -147,13 +135,55 @@ def load_checkpoint(
         unet=unet,
         prompts=CLIPPrompts(encoders, tokenizers, sdxl, None if sdxl else clip_skip, max_tokens),
         pictures=VAEPictures(decoder),
-        schedule=schedule,
+        schedule=NoiseSchedule.from_config(scheduler_config),
         scheduler_config=scheduler_config,
         family=family,
         name=name,
         device=device,
         dtype=dtype,
     )
+
+
+# family, scheduler configuration, UNet, VAE, text encoders, tokenizers
+Parts = tuple[str, dict[str, Any], Any, Any, Any, Any]
+
+
+def _of_file(
+    file: Path,
+    prediction: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    vae: str | os.PathLike[str] | None,
+    text_encoders: Sequence[str | os.PathLike[str]],
+    tokenizer: str | os.PathLike[str] | None,
+    observer: Observer,
+) -> Parts:
+    source = open_tensors(file)
+    family, scheduler_config = read_kind(source, prediction, observer)
+    tokenizers = load_tokenizers(family, [tokenizer] if tokenizer else beside(file))
+    unet, decoder, encoders = load_single_file(
+        source, family, device=device, dtype=dtype, vae=vae, text_encoders=text_encoders
+    )
+    return family, scheduler_config, unet, decoder, encoders, tokenizers
+
+
+def _of_folder(
+    folder: Path,
+    called: str,
+    prediction: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    vae: str | os.PathLike[str] | None,
+    text_encoders: Sequence[str | os.PathLike[str]],
+) -> Parts:
+    if text_encoders:
+        raise CheckpointError(
+            f"'{called}' is a folder with text encoders of its own: separate ones go with a "
+            "single file."
+        )
+    family, scheduler_config = read_folder_kind(folder, called, prediction)
+    unet, decoder, encoders, tokenizers = load_folder(folder, dtype, vae)
+    return family, scheduler_config, unet.to(device), decoder, encoders, tokenizers
 
 
 def read_kind(

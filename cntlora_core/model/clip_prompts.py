@@ -81,7 +81,7 @@ class CLIPPrompts:
         """Of each prompt `[L, D]` and the pooled output of its first chunk, by one encoder."""
         encoder = self.encoders[which]
         chunked = [self._in_chunks(which, row) for row in self._ids(which, prompts)]
-        ids = torch.tensor([chunk for prompt in chunked for chunk in prompt], device=device)
+        ids = torch.tensor([chunk for prompt in chunked for chunk in prompt]).to(device)
         with temporarily_on(encoder, device):
             whole = not self.sdxl and self.clip_skip in (None, 1)
             out = encoder(ids, output_hidden_states=not whole)

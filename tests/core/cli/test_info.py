@@ -14,7 +14,8 @@ from cntlora_core.model.tensor_file import SafetensorsFile
 
 def header_of_sdxl():
     inside = "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-    return {
+    blocks = {f"{UNET_PREFIX}input_blocks.{i}.0.bias": torch.zeros(1).half() for i in range(9)}
+    return blocks | {
         f"{UNET_PREFIX}input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3).half(),
         f"{UNET_PREFIX}{inside}": torch.zeros(8, 2048).half(),
         "first_stage_model.decoder.conv_in.weight": torch.zeros(4, 4, 3, 3),
@@ -35,7 +36,7 @@ def test_a_file_is_described_without_its_weights(tmp_path, capsys, monkeypatch):
     assert said["family"] == "sdxl"
     assert said["prediction"] == "v + zero terminal SNR"
     assert said["last_alpha_bar"] == pytest.approx(4.897e-8, rel=1e-3)
-    assert said["dtypes"] == {"float16": 16672, "float8_e4m3fn": 1536, "float32": 144}
+    assert said["dtypes"] == {"float16": 16681, "float8_e4m3fn": 1536, "float32": 144}
     assert said["missing"] == ["text encoder 2"]
     assert "Lightning" in said["notes"][0] or "lightning" in said["notes"][0]
 

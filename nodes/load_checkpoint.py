@@ -48,8 +48,8 @@ class LoadCheckpoint(io.ComfyNode):
                     "emoji and trains in seconds, to try the graph.",
                 ),
                 host.precision(stored=True),
-                *_reading(),
-                *_parts(),
+                *_reading_inputs(),
+                *_part_inputs(),
             ],
             outputs=[
                 SDModel.Output(
@@ -115,7 +115,7 @@ def _parts(chosen: dict[str, Any]) -> list[str | None]:
     ]
 
 
-def _reading() -> list[Any]:
+def _reading_inputs() -> list[Any]:
     """How the file and its prompts are read."""
     return [
         host.advanced(io.Combo)(
@@ -150,7 +150,7 @@ def _reading() -> list[Any]:
     ]
 
 
-def _parts() -> list[Any]:
+def _part_inputs() -> list[Any]:
     """Files of the model's parts, in place of its own."""
     return [
         host.advanced(io.Combo)(

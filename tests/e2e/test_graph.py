@@ -179,4 +179,4 @@ def test_an_empty_folder_says_what_to_do(comfyui):
     graph = workflow("train_a_subject")
     graph["2"]["inputs"]["folder"] = "empty"
     text = json.dumps(comfyui.queue(graph)["node_errors"])
-    assert "No images in 'input/empty': found 0 of .png .jpg .jpeg .webp." in text
+    assert "No images in 'input/empty': found 0 of .png" in text

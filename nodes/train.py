@@ -118,7 +118,7 @@ class TrainLoRA(io.ComfyNode):
         wanted = Wanted(**{f.name: own.pop(f"sample_{f.name}", f.default) for f in fields(Wanted)})
         config = read_settings(TrainConfig, own | (settings.fields if settings else {}))
         config = with_preset(config, subject.preset)
-        check_room(sd_model, start.config, start.calibration and start.calibration.lora)
+        check_room(sd_model, start.config, start.calibration.lora if start.calibration else None)
         with (
             Reporter(host.identity(cls), "CNTLoRATrain", config.steps, disk=cls.disk) as report,
             host.working(sd_model),

@@ -22,8 +22,11 @@ class PromptEncoder(Protocol):
     when all is encoded.
     """
 
-    clip_skip: int | None
-    max_tokens: int | None
+    @property
+    def clip_skip(self) -> int | None: ...
+
+    @property
+    def max_tokens(self) -> int | None: ...
 
     @property
     def modules(self) -> tuple[nn.Module, ...]: ...

@@ -48,7 +48,8 @@ def main() -> None:
         unet = UNet2DConditionModel.from_config(config_of(args.family)["unet"])
     projections = find_projections(unet, args.targets)
     generator = torch.Generator().manual_seed(0)
-    constraint, metric = make_constraint("target", 0.5), Metric(0.5)
+    metric = Metric(0.5)
+    constraint = make_constraint("target", metric)
     seconds, scores = 0.0, {}
     for p in tqdm(projections):
         seen, moments = Seen(), Moments()

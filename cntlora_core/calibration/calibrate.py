@@ -66,11 +66,11 @@ def calibrate(
     _tell_clipped(projections, config.rank, observer)
     if config.init in ("gaussian", "default"):
         return _plain_start(projections, config, generator, started)
-    constraint, timesteps = make_constraint(config.init, config.rho), len(model.schedule)
-    passes = Passes(model, config, observer, group)
+    passes, timesteps = Passes(model, config, observer, group), len(model.schedule)
 
     # measure
     metric = passes.metric(projections, prior)
+    constraint = make_constraint(config.init, metric)
     count = config.passes * config.batch_size * group.size
     triples = draw_noised(subject, count, timesteps, generator, Importance.usual())
     swept = passes.measure(projections, triples, constraint.backward, "calibrating")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .second_moment import SecondMoment
+from .second_moment import SecondMoment, shifted, tiny
 
 # Below this size the exact SVD is as fast as the randomised one.
 EXACT_SVD_SIZE = 512
@@ -126,9 +126,9 @@ def domain_components(
 
     U, sigma, _ = svd(product, adjoint, (W.shape[0], W.shape[1]), rank, generator, W)
     rows = inverse.matmul(C.matmul(W.T @ U)).T  # U^T D
-    tiny = torch.finfo(sigma.dtype).tiny
-    share = sigma.square() / output_power(W, C).sum().clamp_min(tiny)
-    return Components(U, sigma, rows / sigma.clamp_min(tiny)[:, None], share)
+    least = torch.finfo(sigma.dtype).tiny
+    share = sigma.square() / output_power(W, C).sum().clamp_min(least)
+    return Components(U, sigma, rows / sigma.clamp_min(least)[:, None], share)
 
 
 def unit_response(up: Tensor, down: Tensor, C: SecondMoment) -> tuple[Tensor, Tensor]:
@@ -176,10 +176,8 @@ def _solved(moments: Tensor, right: Tensor) -> Tensor:
 
 
 def _batch_damped(moments: Tensor, rho: float) -> Tensor:
-    shift = (
-        rho * moments.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(moments.dtype).tiny ** 0.5
-    )
-    return moments + shift[:, None, None] * torch.eye(moments.shape[-1]).to(moments)
+    strength = moments.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return shifted(moments, rho * strength + tiny(moments))
 
 
 def parabola_step(

@@ -33,54 +33,6 @@ class Constraint(Protocol):
 
 
 @dataclass(frozen=True)
-class Target:
-    """Align with what the denoising loss asks of this layer: R = -P^-1 G (a forward and a backward
-    sweep)."""
-
-    rho: float
-    backward: bool = True
-
-    def components(
-        self,
-        projection: Projection,
-        weight: Tensor,
-        moments: Moments,
-        K: SecondMoment,
-        rank: int,
-        generator: torch.Generator,
-    ) -> Components:
-        P = moments.S(projection).damped(self.rho)
-        return target_components(moments.G(projection).to(weight), P, K, rank, generator)
-
-
-@dataclass(frozen=True)
-class Domain:
-    """Amplify (or damp) what the frozen weight already says about the subject: R = W C (forward
-    passes only)."""
-
-    backward: bool = False
-
-    def components(
-        self,
-        projection: Projection,
-        weight: Tensor,
-        moments: Moments,
-        K: SecondMoment,
-        rank: int,
-        generator: torch.Generator,
-    ) -> Components:
-        return domain_components(weight, moments.C(projection), K, rank, generator)
-
-
-def make_constraint(init: str, rho: float) -> Constraint:
-    if init == "domain":
-        return Domain()
-    if init == "target":
-        return Target(rho)
-    raise ValueError(f"no constraint belongs to init {init!r}")
-
-
-@dataclass(frozen=True)
 class Metric:
     """K = C + lambda C_p + rho tau I: how dear a change of the outputs is, on the subject and on
     what the model should keep.
@@ -104,3 +56,51 @@ class Metric:
     def P(self, projection: Projection, moments: Moments) -> SecondMoment:
         """Of its outputs `[m, m]`."""
         return moments.S(projection).damped(self.rho)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Align with what the denoising loss asks of this layer: R = -P^-1 G (a forward and a backward
+    sweep)."""
+
+    metric: Metric
+    backward: bool = True
+
+    def components(
+        self,
+        projection: Projection,
+        weight: Tensor,
+        moments: Moments,
+        K: SecondMoment,
+        rank: int,
+        generator: torch.Generator,
+    ) -> Components:
+        P = self.metric.P(projection, moments)
+        return target_components(moments.G(projection).to(weight), P, K, rank, generator)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Amplify (or damp) what the frozen weight already says about the subject: R = W C (forward
+    passes only)."""
+
+    backward: bool = False
+
+    def components(
+        self,
+        projection: Projection,
+        weight: Tensor,
+        moments: Moments,
+        K: SecondMoment,
+        rank: int,
+        generator: torch.Generator,
+    ) -> Components:
+        return domain_components(weight, moments.C(projection), K, rank, generator)
+
+
+def make_constraint(init: str, metric: Metric) -> Constraint:
+    if init == "domain":
+        return Domain()
+    if init == "target":
+        return Target(metric)
+    raise ValueError(f"no constraint belongs to init {init!r}")

@@ -70,8 +70,7 @@ def preserve(
     """
     outputs, inputs = {}, {}
     for p in projections:
-        curvature = subject.S(p).diagonal()
-        curvature = curvature + rho * curvature.mean()
+        curvature = subject.S(p).damped(rho).diagonal()
         passed = subject.passed(p) / pictures
         outputs[p.name] = PRESERVATION_SHARE * weight * passed / step * curvature
         inputs[p.name] = prior.C(p)

@@ -92,8 +92,8 @@ class LowRank:
         return rest + ((self.basis @ self.core - rest[..., None] * self.basis) * self.basis).sum(-1)
 
     def damped(self, rho: float) -> LowRank:
-        shift = rho * self.trace() / self.basis.shape[-2] + _tiny(self.rest)
-        return LowRank(self.basis, _shifted(self.core, shift), self.rest + shift)
+        shift = rho * self.trace() / self.basis.shape[-2] + tiny(self.rest)
+        return LowRank(self.basis, shifted(self.core, shift), self.rest + shift)
 
     def plus(self, other: LowRank, weight: float) -> LowRank:
         basis = torch.linalg.qr(torch.cat([self.basis, other.basis], -1)).Q
@@ -130,7 +130,7 @@ class Diagonal:
         return self.values
 
     def damped(self, rho: float) -> Diagonal:
-        return Diagonal(self.values + rho * self.values.mean(-1, keepdim=True) + _tiny(self.values))
+        return Diagonal(self.values + rho * self.values.mean(-1, keepdim=True) + tiny(self.values))
 
     def plus(self, other: Diagonal, weight: float) -> Diagonal:
         return Diagonal(self.values + weight * other.values)
@@ -164,7 +164,7 @@ def _power_step(basis: Tensor, matmul: Matmul, trace: Tensor) -> Tensor:
     d, k = basis.shape[-2:]
     if k == d:
         return basis
-    shift = DAMPING * trace / d + _tiny(trace)
+    shift = DAMPING * trace / d + tiny(trace)
     moved = matmul(basis) + shift[..., None, None] * basis
     moved = moved @ _inverse(_symmetric(basis.mT @ moved))
     for _ in range(2):
@@ -214,10 +214,11 @@ def _inverse(core: Tensor) -> Tensor:
     return torch.cholesky_inverse(cholesky(core))
 
 
-def _shifted(core: Tensor, shift: Tensor) -> Tensor:
+def shifted(core: Tensor, shift: Tensor) -> Tensor:
+    """With `shift` added on the diagonal."""
     return core + shift[..., None, None] * torch.eye(core.shape[-1]).to(core)
 
 
-def _tiny(like: Tensor) -> float:
+def tiny(like: Tensor) -> float:
     """Keeps a moment that is zero invertible."""
     return float(torch.finfo(like.dtype).tiny ** 0.5)

@@ -54,9 +54,11 @@ def solve(
 ) -> Solution:
     """The best update of every projection; `ranks` instead of the rule's."""
     most = config.rank * (MAX_RANK_FACTOR if config.rank_rule == "data" else 1)
+    readers = {p.input_key: p for p in projections}  # those that read one input share its K
+    K = {key: metric.K(p, moments) for key, p in readers.items()}
     solved = {
         p.name: constraint.components(
-            p, _weight(model, p), moments, metric.K(p, moments), most, generator
+            p, _weight(model, p), moments, K[p.input_key], most, generator
         )
         for p in projections
     }

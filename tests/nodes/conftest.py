@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,9 +101,16 @@ def stand_ins(base):
         yield name, module
 
 
+def run(node, **inputs):
+    """Execute the node as ComfyUI does."""
+    node.hidden = SimpleNamespace(unique_id="12:5", extra_pnginfo=None)
+    with torch.inference_mode():
+        return node.execute(**inputs)
+
+
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory):
-    """CNTLoRA's `nodes` package, with `base`: the folder that plays ComfyUI's."""
+    """CNTLoRA's `nodes` package, with `base`, the folder that plays ComfyUI's, and `run`."""
     base = tmp_path_factory.mktemp("comfyui")
     for folder in ("input", "loras", "checkpoints"):
         (base / folder).mkdir()
@@ -119,7 +127,7 @@ def pack(tmp_path_factory):
     sys.modules["cntlora_pack"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["cntlora_pack"])
     nodes = importlib.import_module("cntlora_pack.nodes")
-    nodes.base = base
+    nodes.base, nodes.run = base, run
     yield nodes
     for name in [n for n in sys.modules if n.split(".")[0] == "cntlora_pack"]:
         del sys.modules[name]
@@ -128,3 +136,16 @@ def pack(tmp_path_factory):
             del sys.modules[name]
         else:
             sys.modules[name] = module
+
+
+@pytest.fixture(scope="module")
+def model(pack):
+    return run(pack.LoadCheckpoint, checkpoint="mini-sd (embedded)", precision="auto").values[0]
+
+
+@pytest.fixture
+def folder(pack, request):
+    path = pack.base / "input" / request.node.name.split("[")[0]
+    path.mkdir()
+    Image.new("RGB", (64, 64), "orange").save(path / "a.png")
+    return path

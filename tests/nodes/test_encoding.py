@@ -1,8 +1,6 @@
 """Which pictures a node reads, and when: what validates was never fitted, nothing is encoded
 twice."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from PIL import Image
@@ -20,28 +18,9 @@ TRAIN = {
 }
 
 
-@pytest.fixture
-def folder(pack, request):
-    path = pack.base / "input" / request.node.name.split("[")[0]
-    path.mkdir()
-    Image.new("RGB", (64, 64), "orange").save(path / "a.png")
-    return path
-
-
-def run(node, **inputs):
-    node.hidden = SimpleNamespace(unique_id="12:5", extra_pnginfo=None)
-    with torch.inference_mode():  # as ComfyUI does
-        return node.execute(**inputs)
-
-
-@pytest.fixture(scope="module")
-def model(pack):
-    return run(pack.LoadCheckpoint, checkpoint="mini-sd (embedded)", precision="auto").values[0]
-
-
 @pytest.fixture(scope="module")
 def pictures(pack):
-    return run(pack.SubjectImages, folder=FOLDER, **SUBJECT).values[0]
+    return pack.run(pack.SubjectImages, folder=FOLDER, **SUBJECT).values[0]
 
 
 CALIBRATE = {
@@ -85,10 +64,12 @@ def test_what_validates_was_neither_calibrated_nor_trained_on(pack, model, pictu
     monkeypatch.setattr(pack.train, "validation_loss", validation)
     options = TRAIN | {"validate_every": 1}
     for hold_out in (True, False):
-        subject = run(pack.SubjectImages, folder=FOLDER, hold_out=hold_out, **SUBJECT).values[0]
-        start = run(pack.CalibrateLoRA, sd_model=model, subject=subject, **CALIBRATE).values[0]
+        subject = pack.run(pack.SubjectImages, folder=FOLDER, hold_out=hold_out, **SUBJECT).values[
+            0
+        ]
+        start = pack.run(pack.CalibrateLoRA, sd_model=model, subject=subject, **CALIBRATE).values[0]
         with pytest.raises(pack.host.Cancelled):
-            run(
+            pack.run(
                 pack.TrainLoRA,
                 sd_model=model,
                 subject=subject,
@@ -112,7 +93,7 @@ def test_pictures_are_encoded_once_beside_their_model(pack, folder, model, monke
     monkeypatch.setattr(pack.types, "encode_subject", counted)
 
     def encoded():
-        subject = run(pack.SubjectImages, folder=folder.name, **SUBJECT).values[0]
+        subject = pack.run(pack.SubjectImages, folder=folder.name, **SUBJECT).values[0]
         return subject.encode_all(model, lambda event: None)
 
     first, again = encoded(), encoded()

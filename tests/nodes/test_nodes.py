@@ -24,20 +24,6 @@ TRAIN = {
 }
 
 
-@pytest.fixture
-def folder(pack, request):
-    path = pack.base / "input" / request.node.name.split("[")[0]
-    path.mkdir()
-    Image.new("RGB", (64, 64), "orange").save(path / "a.png")
-    return path
-
-
-def run(node, **inputs):
-    node.hidden = SimpleNamespace(unique_id="12:5", extra_pnginfo=None)
-    with torch.inference_mode():  # as ComfyUI does
-        return node.execute(**inputs)
-
-
 def last_run(pack):
     """The events of the newest run of the node that `run` plays."""
     path = pack.host.events_file(pack.base / "temp/cntlora/12_5")
@@ -45,13 +31,8 @@ def last_run(pack):
 
 
 @pytest.fixture(scope="module")
-def model(pack):
-    return run(pack.LoadCheckpoint, checkpoint="mini-sd (embedded)", precision="auto").values[0]
-
-
-@pytest.fixture(scope="module")
 def pictures(pack):
-    return run(pack.SubjectImages, folder=FOLDER, **SUBJECT).values[0]
+    return pack.run(pack.SubjectImages, folder=FOLDER, **SUBJECT).values[0]
 
 
 def test_only_safetensors_checkpoints_are_offered(pack):
@@ -60,7 +41,7 @@ def test_only_safetensors_checkpoints_are_offered(pack):
 
 def test_the_prediction_is_what_the_user_says(pack):
     def load(**options):
-        return run(
+        return pack.run(
             pack.LoadCheckpoint, checkpoint="mini-sd (embedded)", precision="fp32", **options
         ).values[0]
 
@@ -118,19 +99,21 @@ def test_what_is_wrong_is_said_before_the_run(pack, node, inputs, says):
 
 def test_a_subject_without_a_name_is_refused(pack):
     with pytest.raises(ValueError, match="say what the pictures show"):
-        run(pack.SubjectImages, folder=FOLDER, trigger="", class_name=" ", resolution=0)
+        pack.run(pack.SubjectImages, folder=FOLDER, trigger="", class_name=" ", resolution=0)
 
 
 def test_pictures_from_the_graph_take_the_folders_place(pack):
     batch = torch.rand(3, 64, 64, 3)
-    subject, sheet = run(pack.SubjectImages, folder=FOLDER, images=[batch], **SUBJECT).values
+    subject, sheet = pack.run(pack.SubjectImages, folder=FOLDER, images=[batch], **SUBJECT).values
     assert len(subject.pictures) == 3
     assert sheet.ndim == 4
 
 
 def test_a_run_tells_everything_in_order_and_leaves_the_model_as_it_was(pack, model, pictures):
     before = {k: v.clone() for k, v in model.unet.state_dict().items()}
-    out = run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=3, sample_every=2, **TRAIN)
+    out = pack.run(
+        pack.TrainLoRA, sd_model=model, subject=pictures, steps=3, sample_every=2, **TRAIN
+    )
     lora, losses, images = out.values
     assert len(losses["loss"]) == 3
     assert images.shape == (4, 64, 64, 3)
@@ -149,7 +132,8 @@ def test_a_run_tells_everything_in_order_and_leaves_the_model_as_it_was(pack, mo
     assert set(after) == set(before)
     assert all(torch.equal(after[k], v) for k, v in before.items())
     first, second = (
-        run(pack.SaveLoRA, lora=lora, name="runs/a", precision="fp16").values[0] for _ in range(2)
+        pack.run(pack.SaveLoRA, lora=lora, name="runs/a", precision="fp16").values[0]
+        for _ in range(2)
     )
     assert (first, second) == ("runs/a.safetensors", "runs/a_2.safetensors")
 
@@ -164,7 +148,9 @@ def test_cancel_leaves_within_one_step_and_keeps_the_work(pack, model, pictures,
 
     monkeypatch.setattr(pack.host, "check_cancel", check)
     with pytest.raises(pack.host.Cancelled):
-        run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=1000, sample_every=0, **TRAIN)
+        pack.run(
+            pack.TrainLoRA, sd_model=model, subject=pictures, steps=1000, sample_every=0, **TRAIN
+        )
     assert len(calls) == 8
     events = last_run(pack)
     (saved,) = [e["path"] for e in events if e["type"] == "saved"]
@@ -184,7 +170,7 @@ def test_auto_settings_get_numbers_from_the_model_and_the_page_is_told(
     real = replace(model, name="sd15.safetensors")
     auto = TRAIN | {"steps": "auto", "learning_rate": 0.0}
     with pytest.raises(pack.host.Cancelled):
-        run(pack.TrainLoRA, sd_model=real, subject=pictures, sample_every=0, **auto)
+        pack.run(pack.TrainLoRA, sd_model=real, subject=pictures, sample_every=0, **auto)
     events = last_run(pack)
     assert [e["steps"] for e in events if e["type"] in ("run", "training")] == [0, 500]
     told = [e["text"] for e in events if e["type"] == "status"]
@@ -192,7 +178,7 @@ def test_auto_settings_get_numbers_from_the_model_and_the_page_is_told(
 
 
 def test_what_was_chosen_stands_in_the_file(pack, model, pictures):
-    lora = run(
+    lora = pack.run(
         pack.TrainLoRA,
         sd_model=model,
         subject=pictures,
@@ -200,7 +186,7 @@ def test_what_was_chosen_stands_in_the_file(pack, model, pictures):
         sample_every=0,
         **(TRAIN | {"learning_rate": "auto"}),
     ).values[0]
-    name = run(pack.SaveLoRA, lora=lora, name="runs/auto", precision="fp16").values[0]
+    name = pack.run(pack.SaveLoRA, lora=lora, name="runs/auto", precision="fp16").values[0]
     with safe_open(pack.base / "loras" / name, "pt") as file:
         assert file.metadata()["ss_learning_rate"] == "0.01"
         assert json.loads(file.metadata()["cntlora.training"])["steps"] == 1
@@ -220,7 +206,7 @@ def test_running_out_of_memory_says_what_to_try_and_where_the_work_is(
     with pytest.raises(
         ValueError, match=r"gradient checkpointing on, batch size.*What was trained is in loras/"
     ):
-        run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=5, sample_every=0, **TRAIN)
+        pack.run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=5, sample_every=0, **TRAIN)
 
 
 def test_a_failed_sample_does_not_stop_training(pack, model, pictures, monkeypatch):
@@ -228,14 +214,16 @@ def test_a_failed_sample_does_not_stop_training(pack, model, pictures, monkeypat
         raise RuntimeError("no room")
 
     monkeypatch.setattr(pack.sampler, "sample", fail)
-    out = run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=2, sample_every=1, **TRAIN)
+    out = pack.run(
+        pack.TrainLoRA, sd_model=model, subject=pictures, steps=2, sample_every=1, **TRAIN
+    )
     assert len(out.values[1]["loss"]) == 2
 
 
 def test_validating_with_other_words_is_a_warning(pack, model, pictures):
     validation = replace(pictures, prompt="a dog")
     inputs = {"sd_model": model, "subject": pictures, "validation": validation}
-    run(pack.TrainLoRA, **inputs, steps=1, sample_every=0, **TRAIN)
+    pack.run(pack.TrainLoRA, **inputs, steps=1, sample_every=0, **TRAIN)
     told = [e["text"] for e in last_run(pack) if e["type"] == "warning"]
     (text,) = [text for text in told if "no effect" not in text]  # nothing is validated here
     assert "say 'a dog', those to train on 'a sks cat face emoji'" in text
@@ -249,33 +237,35 @@ def test_an_empty_prompt_draws_what_was_trained(pack, model, pictures, monkeypat
         return [Image.new("RGB", (8, 8))]
 
     monkeypatch.setattr(pack.preview, "sample", draw)
-    out = run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=1, sample_every=0, **TRAIN)
+    out = pack.run(
+        pack.TrainLoRA, sd_model=model, subject=pictures, steps=1, sample_every=0, **TRAIN
+    )
     settings = {"strength": 1.0, "count": 1, "seed": 0, "steps": 1, "guidance": 1.0}
     for prompt in (" ", "a sks cat on grass"):
-        run(pack.PreviewLoRA, sd_model=model, lora=out.values[0], prompt=prompt, **settings)
+        pack.run(pack.PreviewLoRA, sd_model=model, lora=out.values[0], prompt=prompt, **settings)
     assert asked == ["a sks cat face emoji", "a sks cat on grass"]
     with pytest.raises(ValueError, match="say what to draw"):
-        run(pack.PreviewLoRA, sd_model=model, lora={}, prompt="", **settings)
+        pack.run(pack.PreviewLoRA, sd_model=model, lora={}, prompt="", **settings)
 
 
 def test_an_error_is_shown_without_the_path_of_the_pack(pack):
     with pytest.raises(ValueError, match=r"\.") as error:
-        run(pack.SaveLoRA, lora={}, name="x", precision="fp16")
+        pack.run(pack.SaveLoRA, lora={}, name="x", precision="fp16")
     assert error.type.__module__ == "cntlora_core.errors"
 
 
 def test_a_foreign_lora_is_sent_to_comfyuis_own_node(pack):
     with pytest.raises(ValueError, match="Save LoRA Weights"):
-        run(pack.SaveLoRA, lora={}, name="x", precision="fp16")
+        pack.run(pack.SaveLoRA, lora={}, name="x", precision="fp16")
 
 
 def test_training_goes_on_in_the_metric_of_the_calibration(pack, model, pictures):
     """The wire carries more than the LoRA: without the metric the steps would be AdamW's."""
-    start = run(
+    start = pack.run(
         pack.CalibrateLoRA, sd_model=model, subject=pictures, init="target", rank=1, effort="quick"
     ).values[0]
     assert start.calibration.natural.made == 8
-    lora = run(
+    lora = pack.run(
         pack.TrainLoRA,
         sd_model=model,
         subject=pictures,
@@ -286,6 +276,6 @@ def test_training_goes_on_in_the_metric_of_the_calibration(pack, model, pictures
     ).values[0]
     told = [e["text"] for e in last_run(pack) if e["type"] == "warning"]
     assert not [text for text in told if "adamw" in text]
-    name = run(pack.SaveLoRA, lora=lora, name="runs/natural", precision="fp16").values[0]
+    name = pack.run(pack.SaveLoRA, lora=lora, name="runs/natural", precision="fp16").values[0]
     with safe_open(pack.base / "loras" / name, "pt") as file:
         assert file.metadata()["ss_optimizer"].startswith("cntlora.NaturalGradient")

@@ -1,32 +1,11 @@
 """Subject Images: what it reads, what it says, and what goes along the wire."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from PIL import Image
 
 FOLDER = "example: cat faces (embedded)"
 SUBJECT = {"trigger": "sks", "class_name": "cat face emoji"}
-
-
-@pytest.fixture
-def folder(pack, request):
-    path = pack.base / "input" / request.node.name.split("[")[0]
-    path.mkdir()
-    Image.new("RGB", (64, 64), "orange").save(path / "a.png")
-    return path
-
-
-def run(node, **inputs):
-    node.hidden = SimpleNamespace(unique_id="12:5", extra_pnginfo=None)
-    with torch.inference_mode():  # as ComfyUI does
-        return node.execute(**inputs)
-
-
-@pytest.fixture(scope="module")
-def model(pack):
-    return run(pack.LoadCheckpoint, checkpoint="mini-sd (embedded)", precision="auto").values[0]
 
 
 def test_a_missing_folder_is_no_error_where_pictures_are_connected(pack):
@@ -51,14 +30,14 @@ def test_masks_from_the_graph_say_what_counts(pack, model):
     masks = torch.zeros(1, 32, 32)
     masks[:, :, :16] = 1
     given = {"folder": FOLDER, "images": [torch.rand(2, 64, 64, 3)], **SUBJECT}
-    out = run(pack.SubjectImages, masks=[masks], **given)
+    out = pack.run(pack.SubjectImages, masks=[masks], **given)
     subject = out.values[0]
     assert subject.data.masked
     assert "'image 1': its mask of 32x32 px is resized to 64x64." in out.ui["text"][0]
     encoded = subject.encode_all(model, lambda event: None)
     assert [float(m[0, 0, 0]) for m in encoded.masks] == [1, 1]
     assert [float(m[0, 0, -1]) for m in encoded.masks] == [0, 0]
-    other = run(
+    other = pack.run(
         pack.SubjectImages,
         folder=FOLDER,
         images=[torch.rand(2, 64, 64, 3)],
@@ -67,15 +46,15 @@ def test_masks_from_the_graph_say_what_counts(pack, model):
     ).values[0]
     assert float(other.encode_all(model, lambda event: None).masks[0][0, 0, 0]) == 0
     with pytest.raises(ValueError, match="3 masks for 2 pictures"):
-        run(pack.SubjectImages, masks=[torch.ones(3, 8, 8)], **given)
+        pack.run(pack.SubjectImages, masks=[torch.ones(3, 8, 8)], **given)
 
 
 def test_subjects_are_learnt_together(pack, model):
     words = {"folder": FOLDER, "class_name": "thing"}
-    first = run(
+    first = pack.run(
         pack.SubjectImages, trigger="sks", images=[torch.rand(2, 64, 64, 3)], **words
     ).values
-    second = run(
+    second = pack.run(
         pack.SubjectImages,
         trigger="zwx",
         images=[torch.rand(3, 64, 64, 3)],
@@ -91,7 +70,7 @@ def test_subjects_are_learnt_together(pack, model):
 def test_what_is_left_out_is_said_on_the_node(pack, folder):
     (folder / "film.mp4").write_bytes(b"x")
     (folder / "a.txt").write_text("an orange")
-    out = run(pack.SubjectImages, folder=folder.name, **SUBJECT)
+    out = pack.run(pack.SubjectImages, folder=folder.name, **SUBJECT)
     (text,) = out.ui["text"]
     assert "film.mp4" in text
     assert "1 captions lack 'sks', it was put in front: a.png." in text
@@ -101,31 +80,31 @@ def test_what_is_left_out_is_said_on_the_node(pack, folder):
 def test_a_list_of_pictures_of_any_sizes_has_a_list_of_captions(pack):
     sizes = [torch.rand(1, 64, 48, 3), torch.rand(2, 32, 64, 3)]
     given = {"folder": [FOLDER], "trigger": ["sks"], "class_name": ["cat"], "images": sizes}
-    out = run(pack.SubjectImages, **given, captions=["red, a hat", "", "sks in blue"])
+    out = pack.run(pack.SubjectImages, **given, captions=["red, a hat", "", "sks in blue"])
     subject = out.values[0]
     assert [p.image.size for p in subject.pictures] == [(48, 64), (64, 32), (64, 32)]
     assert [p.caption for p in subject.pictures] == ["sks, red, a hat", None, "sks in blue"]
     assert subject.prompt == "a sks cat"
     assert "image 1: sks, red, a hat\nimage 3: sks in blue" in out.ui["text"][0]
-    one = run(pack.SubjectImages, **given, captions=["blue"]).values[0]
+    one = pack.run(pack.SubjectImages, **given, captions=["blue"]).values[0]
     assert {p.caption for p in one.pictures} == {"sks, blue"}
     with pytest.raises(ValueError, match="2 captions for 3 pictures: connect one for each"):
-        run(pack.SubjectImages, **given, captions=["a", "b"])
+        pack.run(pack.SubjectImages, **given, captions=["a", "b"])
 
 
 def test_the_table_shows_what_the_model_will_read(pack, folder):
     (folder / "a.txt").write_text("red, blue, green")
-    out = run(pack.SubjectImages, folder=folder.name, shuffle_tags=True, **SUBJECT)
+    out = pack.run(pack.SubjectImages, folder=folder.name, shuffle_tags=True, **SUBJECT)
     line = out.ui["text"][0].splitlines()[-1]
     assert line.startswith("a.png: sks, ")
     assert line.endswith(" orders)")
-    off = run(pack.SubjectImages, folder=folder.name, use_captions=False, **SUBJECT)
+    off = pack.run(pack.SubjectImages, folder=folder.name, use_captions=False, **SUBJECT)
     assert off.values[0].pictures[0].caption is None
     assert "\n" not in off.ui["text"][0]
 
 
 def test_a_preset_sets_what_nobody_set_all_the_way_down(pack):
-    out = run(pack.SubjectImages, folder=FOLDER, preset="style", tag_dropout=0.2, **SUBJECT)
+    out = pack.run(pack.SubjectImages, folder=FOLDER, preset="style", tag_dropout=0.2, **SUBJECT)
     subject = out.values[0]
     assert (subject.data.flip, subject.data.tag_dropout, subject.preset) == (True, 0.2, "style")
     assert "Preset style: rank 16, flip true" in out.ui["text"][0]
@@ -139,7 +118,7 @@ def test_the_hosts_dataset_folders_are_read(pack, monkeypatch):
     (root / "encoded" / "shard_0000.pkl").write_bytes(b"x")
     monkeypatch.setattr(pack.host, "dataset_roots", lambda: [root])
     assert {"datasets/dogs", "datasets/encoded"} <= set(pack.picture_folders.folders())
-    assert run(pack.SubjectImages, folder="datasets/dogs", **SUBJECT).values[0].pictures
+    assert pack.run(pack.SubjectImages, folder="datasets/dogs", **SUBJECT).values[0].pictures
     says = pack.SubjectImages.validate_inputs("datasets/encoded")
     assert says.startswith("No images in 'datasets/encoded': found 0 of")
     assert "only shard_0000.pkl" in says

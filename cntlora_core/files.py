@@ -74,6 +74,13 @@ def _partial(target: Path) -> Path:
     return target.with_name(f".cntlora-{digest}.partial")
 
 
+def remove_written(path: Path) -> None:
+    """The file, and what a killed process left of it."""
+    for file in (path, _partial(path)):
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
 def reason(error: Exception) -> str:
     """An operating system's error in a few words."""
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__

@@ -233,8 +233,15 @@ def _identity(
         precision=str(model.dtype),
         start=start.made_from,
         continued=start.source and start.source.sha256,
-        prior=prior and [prior.digest, settings.prior_loss if settings else ""],
+        prior=_prior_identity(prior, settings),
     )
+
+
+def _prior_identity(prior: EncodedImages | None, settings: ExtraSettings | None) -> list[str]:
+    which = settings.prior_loss if settings else PRIOR_LOSSES[0]
+    if which == OUTSIDE:
+        return [which]
+    return [which, prior.digest, prior.prompt] if prior else []
 
 
 def _validation(
@@ -273,6 +280,10 @@ def _without_effect(
         (
             prior is None and settings is not None and settings.prior_loss == PRIOR_LOSSES[1],
             "prior_loss has no effect: no prior is connected.",
+        ),
+        (
+            prior is not None and settings is not None and settings.prior_loss == OUTSIDE,
+            f"The prior has no effect on training: prior_loss is {OUTSIDE}.",
         ),
     ]
     return [text for holds, text in rules if holds]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cntlora_core.errors import SettingError
-from ..cntlora_core.files import DISK, Disk
+from ..cntlora_core.files import DISK, Disk, remove_written
 from ..cntlora_core.training.resume import SUFFIX, RunSnapshots
 from . import host
 from .host import io
@@ -61,8 +61,7 @@ def snapshots(
     """
     if choice == REMOVE:
         for path in _files():
-            with suppress(OSError):
-                path.unlink()
+            remove_written(path)
     named = choice not in (GO_ON, AFRESH, REMOVE)
     path = inside(host.unfinished_folder(), (choice if named else _name(called, identity)) + SUFFIX)
     if named and not path.is_file():

@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from ..calibration.natural import NaturalStart
 from ..data.importance import Importance
 from ..errors import OutputError, SettingError
 from ..events import Notice, Observer
-from ..files import DISK, Disk, atomic_write
+from ..files import DISK, Disk, atomic_write, remove_written
 from ..lora.adapter import Factors, LoRA
 from ..lora.targets import Projection
 from .state import Best, TrainState
@@ -131,8 +130,7 @@ class RunSnapshots:
     def remove(self) -> None:
         """A run that ended needs no checkpoint."""
         if self.ours:
-            with suppress(OSError):
-                self.path.unlink(missing_ok=True)
+            remove_written(self.path)
 
 
 def _read_story(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A training that was stopped goes on by itself; a finished LoRA is trained on from its file."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -129,3 +130,19 @@ def test_a_lora_of_the_folder_is_trained_on(pack, inputs):
     path.unlink()
     with pytest.raises(ValueError, match=r"There is no LoRA '\.\./x\.safetensors' in models/loras"):
         run(pack.ContinueLoRA, sd_model=model, lora_file="../x.safetensors")
+
+
+def test_a_run_with_another_prior_is_another_run(pack, inputs):
+    """Of what the prior loss depends on: its kind, the pictures and their words."""
+    with pack.host.gradients():
+        pictures = inputs["subject"].encode_all(inputs["sd_model"], lambda event: None)
+    other_words = replace(pictures, prompt="a dog")
+    outside = pack.types.ExtraSettings({}, "outside the mask")
+    base = pack.types.ExtraSettings({}, "base prediction")
+    given = [
+        *((None, None), (None, outside), (pictures, None), (pictures, base)),
+        (other_words, base),
+    ]
+    found = [pack.train._prior_identity(*each) for each in given]
+    assert all(found.count(each) == 1 for each in found)
+    assert pack.train._prior_identity(pictures, outside) == found[1]  # it is not looked at

@@ -13,6 +13,7 @@ from ..cntlora_core.config import DataConfig
 from ..cntlora_core.data.captions import prepare_captions, without_captions
 from ..cntlora_core.data.checks import check_pictures
 from ..cntlora_core.data.images import Picture, open_pictures
+from ..cntlora_core.data.lengths import too_long
 from ..cntlora_core.data.tags import what_is_read
 from ..cntlora_core.effects import without_effect_in_data
 from ..cntlora_core.errors import CNTLoRAError, SettingError
@@ -121,9 +122,12 @@ class SubjectImages(io.ComfyNode):
         )
         notices += check_pictures(pictures, data.resolution, masked=data.masked)
         notices += without_effect_in_data(data)
-        sheet = to_image([contact_sheet([p.image for p in pictures], [p.name for p in pictures])])
+        readings = what_is_read(pictures, prompt, data)
+        every = [text for texts in readings for text in texts]
+        notices += too_long(every, folders=[host.tokenizer_folder()])
+        sheet = to_image([contact_sheet((p.image for p in pictures), [p.name for p in pictures])])
         text = " ".join([_sizes(pictures), f"Prompt: '{prompt}'.", *notices])
-        text = "\n".join([text, *_table(pictures, prompt, data)])
+        text = "\n".join([text, *_table(pictures, readings)])
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (text,)}
         others = (and_subject, *and_subject.others) if and_subject else ()
         subject = Pictures(tuple(pictures), prompt, data, trigger.strip(), others, preset)
@@ -131,17 +135,16 @@ class SubjectImages(io.ComfyNode):
 
 
 def _sizes(pictures: Sequence[Picture]) -> str:
-    sides = sorted(min(p.image.size) for p in pictures)
+    sides = sorted(min(p.size) for p in pictures)
     return f"{len(pictures)} pictures, shorter sides {sides[0]}-{sides[-1]} px."
 
 
-def _table(pictures: Sequence[Picture], prompt: str, data: DataConfig) -> list[str]:
+def _table(pictures: Sequence[Picture], readings: Sequence[Sequence[str]]) -> list[str]:
     """What the model will read of each picture with a caption of its own."""
-    captioned = [p for p in pictures if p.caption]
-    readings = what_is_read(captioned, prompt, data)
+    captioned = [(p, texts) for p, texts in zip(pictures, readings, strict=True) if p.caption]
     rows = [
         f"{p.name}: {texts[0]}" + (f" ({len(texts)} orders)" if len(texts) > 1 else "")
-        for p, texts in zip(captioned[:SHOWN_CAPTIONS], readings, strict=False)
+        for p, texts in captioned[:SHOWN_CAPTIONS]
     ]
     more = len(captioned) - len(rows)
     return rows + ([f"and {more} more captions"] if more else [])

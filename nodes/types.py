@@ -18,8 +18,9 @@ from ..cntlora_core.calibration.calibrate import Calibration
 from ..cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
 from ..cntlora_core.data.concepts import join_concepts
 from ..cntlora_core.data.dataset import encode_subject
+from ..cntlora_core.data.decoding import fitted_mask
 from ..cntlora_core.data.encoded import EncodedImages, with_validation
-from ..cntlora_core.data.images import Picture, fitted_mask
+from ..cntlora_core.data.images import Picture
 from ..cntlora_core.errors import ImageError
 from ..cntlora_core.events import Notice, Observer, ignore
 from ..cntlora_core.files import DISK, Disk, check_space
@@ -205,12 +206,12 @@ def with_masks(
     masked = []
     for n, picture in enumerate(pictures):
         said: list[str] = []
-        shape = fitted_mask(shapes[n % len(shapes)], picture.image.size, said)
+        shape = fitted_mask(shapes[n % len(shapes)], picture.size, said)
         for text in said:
             observer(Notice(f"'{picture.name}': {text}."))
         if shape is None:
             masked.append(picture)
             continue
         digest = hashlib.sha256(picture.digest.encode() + shape.tobytes()).hexdigest()
-        masked.append(replace(picture, mask=shape, digest=digest, mask_file="MASK"))
+        masked.append(replace(picture, held_mask=shape, digest=digest, mask_file="MASK"))
     return masked

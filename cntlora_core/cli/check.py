@@ -28,6 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resolution", type=int, default=512, metavar="PX", help="planned (default: %(default)s)"
     )
     add_settings(parser, DataConfig, READ)
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=225,
+        metavar="N",
+        help="planned: what is read of a caption (default: %(default)s)",
+    )
     parser.add_argument("--sheet", metavar="FILE.png", help="draw a contact sheet")
     parser.add_argument("--overwrite", action="store_true")
 
@@ -36,6 +43,7 @@ def run_check(args: argparse.Namespace) -> None:
     from ..data.captions import prepare_captions, without_captions
     from ..data.checks import check_pictures
     from ..data.images import find_pictures
+    from ..data.lengths import too_long
     from ..data.tags import what_is_read
     from ..report.charts import contact_sheet
 
@@ -54,23 +62,23 @@ def run_check(args: argparse.Namespace) -> None:
         found, args.prompt, words, add_trigger=data.add_trigger, observer=note
     )
     said += check_pictures(pictures, args.resolution)
+    read = what_is_read(pictures, prompt, data)
+    said += too_long([text for texts in read for text in texts], args.max_tokens)
     if args.sheet:
         from ..files import check_output
 
         sheet = check_output(args.sheet, overwrite=args.overwrite, suffix=".png")
-        contact_sheet([p.image for p in pictures], [p.name for p in pictures]).save(sheet)
+        contact_sheet((p.image for p in pictures), [p.name for p in pictures]).save(sheet)
     table = [
         {
             "name": p.name,
-            "size": list(p.image.size),
+            "size": list(p.size),
             "caption": before.caption,
             "reads": texts[0] or None,
             "orders": texts if len(texts) > 1 else [],
             "repeats": p.repeats,
-            "mask": p.mask is not None,
+            "mask": p.held_mask is not None,
         }
-        for before, p, texts in zip(
-            found, pictures, what_is_read(pictures, prompt, data), strict=True
-        )
+        for before, p, texts in zip(found, pictures, read, strict=True)
     ]
     print_json({"pictures": table, "findings": said}, indent=2)

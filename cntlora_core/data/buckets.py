@@ -30,7 +30,8 @@ class Crop:
         return self._of(self.picture.image)
 
     def mask(self) -> Image.Image | None:
-        return None if self.picture.mask is None else self._of(self.picture.mask)
+        mask = self.picture.mask
+        return None if mask is None else self._of(mask)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -77,7 +78,7 @@ def crops_of(
     picture: Picture, resolution: int, step: int, config: DataConfig, generator: torch.Generator
 ) -> Iterator[Crop]:
     """One view of the picture, or several when crops are random or it is mirrored."""
-    width, height = picture.image.size
+    width, height = picture.size
     size = (resolution, resolution)
     if config.buckets:
         size = bucket_size(width, height, resolution, step, upscale=config.upscale)

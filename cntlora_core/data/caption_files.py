@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..events import Notice, Observer
-from .folder import METADATA, PictureFile, readable, same_name, some
+from .folder import METADATA, PictureFile, counted, readable, same_name, some
 
 MAX_CAPTION = 10_000  # bytes; CLIP reads 75 tokens of it
 MAX_METADATA = 20_000_000  # bytes
@@ -60,12 +60,10 @@ class CaptionReader:
         """Tell which lines no picture has taken."""
         for table in self._tables.values():
             if table:
-                self.observer(
-                    Notice(
-                        f"{len(table)} captions of {METADATA} are of no picture here: "
-                        f"{some(table)}."
-                    )
+                are = counted(
+                    len(table), f"caption of {METADATA} is", f"captions of {METADATA} are"
                 )
+                self.observer(Notice(f"{are} of no picture here: {some(table)}."))
 
     def _text(self, path: Path) -> str | None:
         try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..events import Notice, Observer, ignore
-from .folder import some
+from .folder import counted, some
 from .images import Picture
 
 PLACEHOLDER = re.compile(r"\{\s*(\w+)\s*\}")
@@ -57,7 +57,8 @@ def prepare_captions(
     if add_trigger and trigger:
         prompt = with_trigger(prompt, trigger)
     if lacking:
-        observer(Notice(f"{len(lacking)} captions lack '{trigger}', {done}: {some(lacking)}."))
+        lack = counted(len(lacking), "caption lacks", "captions lack")
+        observer(Notice(f"{lack} '{trigger}', {done}: {some(lacking)}."))
 
     def words_of(picture: Picture) -> Picture:
         if not picture.caption:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image
 
-from .folder import some
+from .folder import counted, some
 from .images import Picture
 
 NEAR = 3  # of 255: mean difference of thumbnails up to which two pictures count as near-duplicates
@@ -23,32 +23,30 @@ def check_pictures(
     if len(pictures) < 3:
         count = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
         findings.append(f"Only {count}: 3-20 teach a subject better.")
-    small = [p.name for p in pictures if min(p.image.size) < resolution]
+    small = [p.name for p in pictures if min(p.size) < resolution]
     if small:
-        findings.append(
-            f"{len(small)} of {len(pictures)} are smaller than {resolution} px: {some(small)}."
-        )
+        are = counted(len(small), f"of {len(pictures)} is", f"of {len(pictures)} are")
+        findings.append(f"{are} smaller than {resolution} px: {some(small)}.")
     captioned = sum(p.caption is not None for p in pictures)
     if 0 < captioned < len(pictures):
         missing = [p.name for p in pictures if p.caption is None]
-        findings.append(
-            f"{len(missing)} have no caption of their own and take the prompt: {some(missing)}."
-        )
+        lack = counted(len(missing), "picture without a caption", "pictures without captions")
+        findings.append(f"The prompt serves {lack}: {some(missing)}.")
     shaped = [p.name for p in pictures if p.mask_file]
     if shaped and not masked:
-        findings.append(f"{len(shaped)} have a mask that is not used: turn on masked.")
+        have = counted(len(shaped), "picture has a mask", "pictures have masks")
+        findings.append(f"{have}, not used: turn on masked.")
     pairs = near_duplicates(pictures)
     if pairs:
         named = [f"'{a}' and '{b}'" for a, b in pairs]
-        findings.append(
-            f"{len(pairs)} pairs look almost the same, which teaches them twice: {some(named)}."
-        )
+        look = counted(len(pairs), "picture looks", "pictures look")
+        findings.append(f"{look} almost like another, which teaches it twice: {some(named)}.")
     return findings
 
 
 def near_duplicates(pictures: Iterable[Picture]) -> list[tuple[str, str]]:
-    """Pairs of names whose 16 x 16 thumbnails differ by at most 3 of 255 on average: a copy,
-    another size, another compression."""
+    """Names of pictures and of the first one before each whose 16 x 16 thumbnail differs by at
+    most 3 of 255 on average: a copy, another size, another compression."""
     pictures = list(pictures)
     if not pictures:
         return []
@@ -58,10 +56,12 @@ def near_duplicates(pictures: Iterable[Picture]) -> list[tuple[str, str]]:
             for p in pictures
         ]
     )
-    return [
-        (pictures[first].name, pictures[second].name)
-        for second in range(1, len(pictures))
-        for first in np.flatnonzero(
-            np.abs(small[:second] - small[second]).mean(axis=1) <= NEAR
-        ).tolist()
-    ]
+    means = small.mean(axis=1)
+    pairs = []
+    for second in range(1, len(pictures)):
+        # Thumbnails differ by what their means do or more: most pairs need no second look.
+        near = np.flatnonzero(np.abs(means[:second] - means[second]) <= NEAR)
+        same = near[np.abs(small[near] - small[second]).mean(axis=1) <= NEAR]
+        if len(same):
+            pairs.append((pictures[same[0]].name, pictures[second].name))
+    return pairs

@@ -41,7 +41,8 @@ def join_concepts(parts: Sequence[EncodedImages], *, observer: Observer = ignore
             )
         )
     masks = [p.masks or tuple(torch.ones_like(m[:1]) for m in p.mean) for p in parts]
-    words = [part.variants or part.conditioning for part in parts]
+    rows_of = (part.variants or part.conditioning for part in parts)
+    words = [own.to("cpu", own.tokens.dtype) for own in rows_of]
     varied = any(part.variants for part in parts)
     pictures = _starts([max(part.pictures) + 1 for part in parts])
     rows = _starts([len(w) for w in words])

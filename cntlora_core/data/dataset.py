@@ -21,10 +21,11 @@ from .buckets import Crop, crops_of
 from .captions import prepare_captions, without_captions
 from .checks import check_pictures
 from .encoded import EncodedImages
-from .folder import some
+from .folder import counted, some
 from .images import Picture, find_pictures
 from .latent_cache import LatentCache
-from .tags import in_order, tag_variants
+from .lengths import rest_unseen
+from .tags import MOST_VARIANTS, in_order, tag_variants, variant_count
 
 ENCODE_BATCH = 4
 TEXT_BATCH = 16
@@ -72,11 +73,13 @@ def encode_subject(
     ]
     _tell_sizes([v for _, v in views], resolution, observer)
     latents = _encode_all(model, [v for _, v in views], cache, observer)
-    texts = tag_variants([v.picture.caption or prompt for _, v in views], data)
-    prompts = [in_order(v.picture.caption or prompt) for _, v in views]
+    captions = [v.picture.caption or prompt for _, v in views]
+    texts = tag_variants(captions, data)
+    _tell_fewer(variant_count(captions, data), data, observer)
+    prompts = [in_order(caption) for caption in captions]
     _tell_cut(model, list(dict.fromkeys(prompts)), observer)
     variants, variant_rows = _variants(model, texts)
-    masked = data.masked and any(p.mask is not None for p in pictures)
+    masked = data.masked and any(p.held_mask is not None for p in pictures)
     return EncodedImages(
         names=tuple(v.picture.name for _, v in views),
         pictures=tuple(n for n, _ in views),
@@ -111,17 +114,23 @@ def _digest(pictures: Sequence[Picture]) -> str:
 
 
 def _tell_sizes(views: Sequence[Crop], resolution: int, observer: Observer) -> None:
-    small = sorted({v.picture.name for v in views if min(v.picture.image.size) < min(v.size)})
+    small = sorted({v.picture.name for v in views if min(v.picture.size) < min(v.size)})
     if small:
-        observer(
-            Notice(f"{len(small)} pictures are enlarged to fit the model: {', '.join(small[:3])}.")
-        )
+        are = counted(len(small), "picture is", "pictures are")
+        observer(Notice(f"{are} enlarged to fit the model: {some(small)}."))
     under = sorted({v.picture.name for v in views if v.size[0] * v.size[1] < 0.5 * resolution**2})
     if under:
+        are = counted(len(under), "picture is", "pictures are")
+        kept = f"small for {resolution} px and kept at their size"
+        observer(Notice(f"{are} {kept}: {some(under)}."))
+
+
+def _tell_fewer(count: int, data: DataConfig, observer: Observer) -> None:
+    if 0 < count < data.caption_variants:
         observer(
             Notice(
-                f"{len(under)} pictures are small for {resolution} px and keep their size: "
-                f"{', '.join(under[:3])}."
+                f"caption_variants is {data.caption_variants}, but so many captions get {count} "
+                f"each: {MOST_VARIANTS} are encoded at most."
             )
         )
 
@@ -131,15 +140,8 @@ def _tell_cut(model: StableDiffusion, prompts: Sequence[str], observer: Observer
     cut = model.prompts.cut(prompts)
     if not cut:
         return
-    same = sum(times for times in Counter(cut.values()).values() if times > 1)
-    alike = f"; {same} of them are the same to it" if same else ""
-    limit = len(next(iter(cut.values())))
-    observer(
-        Notice(
-            f"{len(cut)} captions are longer than the {limit} tokens that the text encoder "
-            f"reads, the rest is not seen{alike}: {some([f'{p[:40]}...' for p in cut])}."
-        )
-    )
+    alike = sum(times for times in Counter(cut.values()).values() if times > 1)
+    observer(Notice(rest_unseen(list(cut), len(next(iter(cut.values()))), alike)))
 
 
 def _encode_all(
@@ -174,12 +176,11 @@ def _same_size(views: Sequence[Crop], index: Sequence[int]) -> Iterator[list[int
 def _conditioning(
     model: StableDiffusion, prompts: Sequence[str], views: Sequence[Crop]
 ) -> Conditioning:
-    """A row a view; each distinct prompt is encoded once. SDXL is told each view's size and
-    crop."""
-    distinct = list(dict.fromkeys(prompts))
-    rows = encode_prompts(model, distinct)[torch.tensor([distinct.index(p) for p in prompts])]
+    """A row a view. SDXL is told each view's size and crop."""
+    words, row = _encode_texts(model, prompts)
+    rows = words[torch.tensor([row[p] for p in prompts])]
     sizes = [
-        (*v.picture.image.size[::-1], *v.corner[::-1], *v.size[::-1]) for v in views
+        (*v.picture.size[::-1], *v.corner[::-1], *v.size[::-1]) for v in views
     ]  # height before width
     return rows.with_sizes(sizes)
 
@@ -187,17 +188,25 @@ def _conditioning(
 def _variants(
     model: StableDiffusion, texts: Sequence[Sequence[str]]
 ) -> tuple[Conditioning | None, tuple[tuple[int, ...], ...]]:
-    """Each distinct text of the views encoded once, and the rows of each view; None where a view
+    """The texts of the views, in the host's memory, and the rows of each view; None where a view
     has no more than one."""
     if all(len(set(view)) < 2 for view in texts):
         return None, ()
-    distinct = list(dict.fromkeys(text for view in texts for text in view))
-    row = {text: n for n, text in enumerate(distinct)}
+    words, row = _encode_texts(model, [text for view in texts for text in view])
+    words = words.to("cpu", words.tokens.dtype)
+    return words, tuple(tuple(row[text] for text in view) for view in texts)
+
+
+def _encode_texts(
+    model: StableDiffusion, texts: Sequence[str]
+) -> tuple[Conditioning, dict[str, int]]:
+    """Each distinct text encoded once, a few at a time, and its row."""
+    distinct = list(dict.fromkeys(texts))
     parts = [
         encode_prompts(model, distinct[start : start + TEXT_BATCH])
         for start in range(0, len(distinct), TEXT_BATCH)
     ]
-    return Conditioning.cat(parts), tuple(tuple(row[text] for text in view) for view in texts)
+    return Conditioning.cat(parts), {text: n for n, text in enumerate(distinct)}
 
 
 def _mask(view: Crop, latent: Tensor, unmasked_weight: float) -> Tensor:

@@ -39,7 +39,9 @@ class EncodedImages:
     groups: tuple[str, ...]
     captions: tuple[str, ...] = ()  # of each view
     trigger: str = ""  # the word that calls the subject, where it was said
-    variants: Conditioning | None = None  # of all captions, without sizes; None: one for each
+    # of all captions, without sizes, in the host's memory: thousands would fill a GPU's. None: one
+    # for each
+    variants: Conditioning | None = None
     variant_rows: tuple[tuple[int, ...], ...] = ()  # those of each view
     concepts: tuple[int, ...] = ()  # which of several subjects a view is of; empty: one
 
@@ -73,7 +75,7 @@ class EncodedImages:
             return own
         rows = [self.variant_rows[i] for i in index.tolist()]
         drawn = [r[int(torch.randint(len(r), (1,), generator=generator))] for r in rows]
-        words = self.variants[torch.tensor(drawn)]
+        words = self.variants[torch.tensor(drawn)].to(self.device, own.tokens.dtype)
         return Conditioning(words.tokens, words.pooled, own.time_ids)
 
     def only(self, views: Sequence[int]) -> EncodedImages:
@@ -108,7 +110,6 @@ class EncodedImages:
             masks=None if self.masks is None else moved(self.masks),
             conditioning=self.conditioning.to(device, self.conditioning.tokens.dtype),
             empty_prompt=self.empty_prompt.to(device, self.empty_prompt.tokens.dtype),
-            variants=self.variants and self.variants.to(device, self.variants.tokens.dtype),
         )
 
     @property

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,22 @@ MASK_ENDINGS = ("-masklabel", ".mask")  # cat-masklabel.png, cat.mask.png
 MASK_FOLDERS = ("masks", "mask")
 PASSED_OVER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")  # systems leave them behind
 REPEATS = re.compile(r"([0-9]+)_.*")
+MOST_ALONE = 8  # pictures of which one thing is said in a sentence each
 MOST_REPEATS = 100  # a pass; a larger number is a year or a date
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """`1 caption lacks`, `2 captions lack`."""
+    return f"{number} {one if number == 1 else many}"
+
+
+def by_reason(said: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
+    """Names and what is said of them, from sentences with their names: a few one by one, many
+    together."""
+    for text, names in said.items():
+        quoted = [f"'{name}'" for name in names]
+        for name in [some(quoted)] if len(names) > MOST_ALONE else quoted:
+            yield name, text
 
 
 @dataclass(frozen=True)
@@ -121,11 +136,11 @@ def _plain(
     for folder in folders:
         listing = _Listing(folder)
         count = sum(p.suffix.lower() in SUFFIXES for p in listing.files)
-        name = readable(folder.name)
+        name, pictures = readable(folder.name), counted(count, "picture", "pictures")
         if count and others:
             observer(
                 Notice(
-                    f"Left out the folder '{name}' with {count} pictures: call it '1_{name}' to "
+                    f"Left out the folder '{name}' with {pictures}: call it '1_{name}' to "
                     "train on them too."
                 )
             )
@@ -176,27 +191,27 @@ def _pictures(
     subfolder: str = "",
     masks: _Listing | None = None,
 ) -> list[PictureFile]:
-    pictures = [p for p in listing.files if p.suffix.lower() in SUFFIXES]
+    pictures = [p for p in listing.files if p.suffix.lower() in SUFFIXES and not _unmasked(p.stem)]
     stems = {same_name(p.stem) for p in pictures}
-    aside = {p for p in pictures if (base := _unmasked(p.stem)) and same_name(base) in stems}
-    listings = [masks] if masks else []
-    listings += [_Listing(f) for f in listing.folders if f.name.casefold() in MASK_FOLDERS]
+    beside = [_Listing(f) for f in listing.folders if f.name.casefold() in MASK_FOLDERS]
+    listings = [*([masks] if masks else []), *beside]
     metadata = listing.find(METADATA)
     files = []
-    for path in (p for p in pictures if p not in aside):
-        beside = [f"{path.stem}{suffix}" for suffix in CAPTION_SUFFIXES]
-        beside += [f"{path.name}{suffix}" for suffix in CAPTION_SUFFIXES]
+    for path in pictures:
+        captions = [f"{path.stem}{suffix}" for suffix in CAPTION_SUFFIXES]
+        captions += [f"{path.name}{suffix}" for suffix in CAPTION_SUFFIXES]
         files.append(
             PictureFile(
                 path,
                 repeats,
-                listing.find(*beside) or metadata,
+                listing.find(*captions) or metadata,
                 _mask(path, listing, listings),
                 subfolder,
             )
         )
     used = {source for file in files for source in file.sources}
-    _tell_unused(listing, used, observer)
+    for read in (listing, *beside):
+        _tell_unused(read, used, stems, observer)
     return files
 
 
@@ -216,20 +231,26 @@ def _mask(path: Path, beside: _Listing, folders: list[_Listing]) -> Path | None:
     return next((found for folder in folders if (found := folder.find(*same))), None)
 
 
-def _tell_unused(listing: _Listing, used: set[Path], observer: Observer) -> None:
-    """Names each file of the folder that nothing reads, with the reason."""
+def _tell_unused(listing: _Listing, used: set[Path], stems: set[str], observer: Observer) -> None:
+    """Names each file of the folder that nothing reads, with the reason. `stems`: of the pictures
+    that it may belong to."""
     kinds: dict[str, list[str]] = {}
     for path in listing.files:
-        if path in used or same_name(path.name) == METADATA:
-            continue
-        if path.suffix.lower() in CAPTION_SUFFIXES:
-            kinds.setdefault("no picture has that name", []).append(path.name)
-        elif path.suffix.lower() in SUFFIXES:
-            kinds.setdefault("a second mask of one picture", []).append(path.name)
-        else:
-            kinds.setdefault("no picture, no caption", []).append(path.name)
+        if path not in used:
+            kinds.setdefault(_why_unused(path, stems), []).append(path.name)
     if listing.broken:
         kinds["a link that leads nowhere, or no file"] = [p.name for p in listing.broken]
     where = f" of '{readable(listing.folder.name)}'" if kinds else ""
     for reason, names in kinds.items():
         observer(Notice(f"Left out {some(names, 8)}{where}: {reason}."))
+
+
+def _why_unused(path: Path, stems: set[str]) -> str:
+    of = {same_name(name) for name in (path.stem, Path(path.stem).stem, _unmasked(path.stem))}
+    if same_name(path.name) == METADATA:
+        return "every picture beside it has a caption file" if stems else "no picture is beside it"
+    if path.suffix.lower() in CAPTION_SUFFIXES:
+        return "a second caption of one picture" if of & stems else "no picture has that name"
+    if path.suffix.lower() in SUFFIXES:
+        return "a second mask of one picture" if of & stems else "a mask of no picture here"
+    return "no kind of picture or caption that is read"

@@ -1,35 +1,26 @@
-"""Picture files -> RGB in sRGB, upright, on white, with their masks and captions. What cannot be
-used is named in a sentence."""
+"""Folders -> pictures with their masks and captions. What cannot be used is named in a
+sentence."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import struct
-import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ..errors import ImageError
 from ..events import Notice, Observer, ignore
+from ..files import reason
 from .caption_files import CaptionReader
-from .folder import PictureFile, picture_files, readable
+from .decoding import Said, UnusableError, decode, mask_file
+from .folder import PictureFile, by_reason, picture_files, readable
+from .stored import Room, StoredImage
 
-MIN_SIDE = 16  # px; below this there is nothing to learn from
-MAX_PIXELS = 100_000_000  # a decompression bomb, not a photograph
-DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # grey levels of more than 8 bits
-MOVING = ("GIF", "WEBP", "PNG", "AVIF", "TIFF")  # a JPEG's second frame is a phone's preview
-SAME_COLOUR = 2  # of 255: a profile that moves no colour further is sRGB by another name
-UNREADABLE = (
-    *(OSError, ValueError, SyntaxError, MemoryError, EOFError, ArithmeticError, LookupError),
-    *(TypeError, AttributeError, RuntimeError, struct.error, zlib.error),
-    Image.DecompressionBombError,
-)  # what Pillow's readers raise over damaged files
+Held = Image.Image | StoredImage
 
 
 @dataclass(frozen=True)
@@ -39,17 +30,35 @@ class Picture:
     `mask` (mode L, 255 = subject) is its mask file, else its alpha channel; `caption` is None when
     it has none of its own. `caption_file` and `mask_file` are where they stood. `digest` is a
     SHA-256 over the files and how they were read. `group` tells the subfolders of one folder apart.
+    Of a large folder some stay on disk (`held`, `held_mask`).
     """
 
     name: str
-    image: Image.Image
+    held: Held
     digest: str
-    mask: Image.Image | None = None
+    held_mask: Held | None = None
     caption: str | None = None
     repeats: int = 1
     caption_file: str = ""
     group: str = ""
     mask_file: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, px."""
+        return self.held.size
+
+    @property
+    def image(self) -> Image.Image:
+        return _read(self.held)
+
+    @property
+    def mask(self) -> Image.Image | None:
+        return None if self.held_mask is None else _read(self.held_mask)
+
+
+def _read(held: Held) -> Image.Image:
+    return held.read() if isinstance(held, StoredImage) else held
 
 
 def find_pictures(
@@ -67,13 +76,24 @@ def open_pictures(files: Iterable[PictureFile], observer: Observer = ignore) -> 
     """All usable pictures. Unusable ones are named in a Notice and left out; ImageError when none
     is left."""
     files = list(files)
-    captions = CaptionReader(observer)
+    captions, room = CaptionReader(observer), Room()
     pictures = []
+    skipped: dict[str, list[str]] = {}
+    told: dict[str, list[str]] = {}
     for file in files:
+        name = readable(file.path.name)
         try:
-            pictures.append(_open(file, captions, observer))
-        except ImageError as error:
-            observer(Notice(str(error)))
+            picture, notices = _open(file, captions, room)
+        except UnusableError as error:
+            skipped.setdefault(str(error), []).append(name)
+            continue
+        pictures.append(picture)
+        for text in notices:
+            told.setdefault(text, []).append(name)
+    for names, text in by_reason(skipped):
+        observer(Notice(f"Skipped {names}: {text}."))
+    for names, text in by_reason(told):
+        observer(Notice(f"{names}: {text}."))
     if not pictures:
         where = f"'{readable(files[0].path.parent)}'" if files else "the folder"
         raise ImageError(
@@ -84,29 +104,18 @@ def open_pictures(files: Iterable[PictureFile], observer: Observer = ignore) -> 
     return pictures
 
 
-def _open(file: PictureFile, captions: CaptionReader, observer: Observer) -> Picture:
-    name, said = readable(file.path.name), _Said()
-    try:
-        with _reader(file.path) as opened:
-            _check_size(opened.size, name)
-            image, mask = _upright(opened, said)
-        digest = hashlib.sha256(file.path.read_bytes())
-    except ImageError:
-        raise
-    except UNREADABLE as error:
-        reason = str(error).rstrip(".") or type(error).__name__
-        raise ImageError(f"Skipped '{name}': it cannot be read ({readable(reason)}).") from error
-    for text in said.changes:  # a cache must not give what an earlier version made of the file
-        digest.update(text.encode())
-    mask_file = ""
-    if file.mask and (shape := _mask_file(file.mask, image.size, said)):
-        mask, mask_file = shape, readable(file.mask.name)
-        digest.update(b"mask" + mask.tobytes())
-    for text in said.notices:
-        observer(Notice(f"'{name}': {text}."))
+def _open(file: PictureFile, captions: CaptionReader, room: Room) -> tuple[Picture, list[str]]:
+    """The picture and what is to be told of it. Raises UnusableError."""
+    said = Said()
+    image, alpha = decode(file.path, said)
+    shape = file.mask and mask_file(file.mask, image.size, said)
+    mask = shape or alpha
+    digest = _digest(file.path, said)
+    if shape:
+        digest.update(b"mask" + shape.tobytes())
     caption, source = captions.of(file)
-    return Picture(
-        name,
+    picture = Picture(
+        readable(file.path.name),
         image,
         digest.hexdigest(),
         mask,
@@ -114,139 +123,33 @@ def _open(file: PictureFile, captions: CaptionReader, observer: Observer) -> Pic
         file.repeats,
         source,
         group=file.subfolder,
-        mask_file=mask_file,
+        mask_file=readable(file.mask.name) if file.mask and shape else "",
     )
+    if not room.takes(image.size):
+        picture = _on_disk(picture, file, from_file=bool(shape))
+    return picture, said.notices
 
 
-class _Said:
-    """What is to be told of a picture, and what was done to it that a cache must know."""
-
-    def __init__(self) -> None:
-        self.notices: list[str] = []
-        self.changes: list[str] = []
-
-
-def _check_size(size: tuple[int, int], name: str) -> None:
-    width, height = size
-    if min(size) < MIN_SIDE:
-        raise ImageError(
-            f"Skipped '{name}': {width}x{height} px is too small (at least {MIN_SIDE} px a side)."
-        )
-    if width * height > MAX_PIXELS:
-        raise ImageError(
-            f"Skipped '{name}': {width}x{height} px is too large (at most 100 megapixels)."
-        )
-
-
-def _reader(path: Path) -> Image.Image:
-    """The opened file. HEIC, which Pillow does not read, through pillow-heif where installed."""
-    suffix = path.suffix.lower()
-    name = readable(path.name)
-    if suffix not in (".heic", ".heif"):
-        try:
-            return Image.open(path)
-        except UnidentifiedImageError as error:
-            if suffix == ".avif" and ".avif" not in Image.registered_extensions():
-                raise ImageError(
-                    f"Skipped '{name}': this Pillow does not read AVIF. Update it with "
-                    "`pip install -U pillow` (11.3 or newer), or save the picture as PNG."
-                ) from error
-            raise ValueError("no picture, or of a kind that Pillow does not know") from error
+def _digest(path: Path, said: Said) -> Any:
+    """Of the file, and of what was done to it: a cache must not give what an earlier version made
+    of it."""
     try:
-        import pillow_heif
-    except ImportError as error:
-        raise ImageError(
-            f"Skipped '{name}': HEIC needs the package pillow-heif (`pip install pillow-heif`), or "
-            "save the picture as PNG."
-        ) from error
-    picture: Image.Image = pillow_heif.open_heif(path).to_pillow()
-    return picture
+        digest = hashlib.sha256(path.read_bytes())
+    except OSError as error:
+        raise UnusableError(f"it cannot be read ({reason(error)})") from error
+    for text in said.changes:
+        digest.update(text.encode())
+    return digest
 
 
-def _upright(opened: Image.Image, said: _Said) -> tuple[Image.Image, Image.Image | None]:
-    """RGB on white as a viewer shows it, and the alpha channel."""
-    frames = getattr(opened, "n_frames", 1)
-    if frames > 1 and opened.format in MOVING:
-        opened.seek(0)
-        said.notices.append(f"the first of its {frames} pictures is used")
-    profile, kind = opened.info.get("icc_profile"), opened.format
-    image = ImageOps.exif_transpose(opened)
-    if image.mode in DEEP:
-        image = _eight_bits(image, png=kind == "PNG")
-        said.changes.append("scaled from more than 8 bits")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        if profile:
-            rgba = Image.merge(
-                "RGBA", [*_in_srgb(rgba, profile, said).split(), rgba.getchannel("A")]
-            )
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB"), rgba.getchannel("A")
-    return (_in_srgb(image, profile, said) if profile else image.convert("RGB")), None
-
-
-def _eight_bits(image: Image.Image, *, png: bool) -> Image.Image:
-    """Grey levels of 16 or 32 bits, or floating point, scaled to mode L; Pillow's own conversion
-    clips them."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(min=0)
-    top = float(values.max())
-    if png or image.mode.startswith("I;16"):
-        white = 65535.0
-    else:  # the file does not say what is white: the first usual range that holds all
-        white = next((w for w in (1.0, 255.0, 65535.0) if top <= w), top)
-        if image.mode == "I" and white == 1.0:
-            white = 255.0
-    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
-
-
-def _in_srgb(image: Image.Image, profile: bytes, said: _Said) -> Image.Image:
-    """RGB with the colours that the embedded ICC profile means."""
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        space = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(
-            source.profile.xcolor_space.strip(), ""
-        )
-        if not space or (space == "CMYK") != (image.mode == "CMYK"):
-            raise ValueError(f"it is for {source.profile.xcolor_space.strip()}")
-        plain = image.convert(space)
-        meant = ImageCms.profileToProfile(
-            plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
-        assert meant is not None
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError) as error:
-        said.notices.append(f"its colour profile is left out ({readable(error)})")
-        return image.convert("RGB")
-    asis = image.convert("RGB")
-    if np.asarray(ImageChops.difference(asis, meant)).max() <= SAME_COLOUR:
-        return asis
-    said.changes.append("colour profile")
-    return meant
-
-
-def _mask_file(path: Path, size: tuple[int, int], said: _Said) -> Image.Image | None:
-    """A mask, white where the subject is, at the picture's size."""
-    name = readable(path.name)
-    try:
-        with _reader(path) as opened:
-            _check_size(opened.size, name)
-            shown, alpha = _upright(opened, _Said())
-    except ImageError as error:
-        said.notices.append(f"its mask is left out ({str(error).rstrip('.')})")
-        return None
-    except UNREADABLE as error:
-        said.notices.append(f"its mask '{name}' is left out, it cannot be read ({readable(error)})")
-        return None
-    return fitted_mask(alpha if alpha is not None else shown.convert("L"), size, said.notices)
-
-
-def fitted_mask(mask: Image.Image, size: tuple[int, int], notices: list[str]) -> Image.Image | None:
-    """The mask at the picture's size; None for one that shows nothing. What was done is told."""
-    if not mask.getbbox():
-        notices.append("its mask is black everywhere and is left out")
-        return None
-    if mask.size == size:
-        return mask
-    notices.append(
-        f"its mask of {mask.size[0]}x{mask.size[1]} px is resized to {size[0]}x{size[1]}"
-    )
-    return mask.resize(size, Image.Resampling.BILINEAR)
+def _on_disk(picture: Picture, file: PictureFile, *, from_file: bool) -> Picture:
+    """The same, read again when it is used. `from_file`: its mask has a file of its own."""
+    size, path = picture.size, file.path
+    held = StoredImage.of(path, size, lambda: decode(path, Said())[0])
+    mask: Held | None = None
+    if from_file and file.mask:
+        shape = file.mask
+        mask = StoredImage.of(shape, size, lambda: mask_file(shape, size, Said()))
+    elif picture.held_mask is not None:
+        mask = StoredImage.of(path, size, lambda: decode(path, Said())[1])
+    return replace(picture, held=held, held_mask=mask)

@@ -10,6 +10,7 @@ from ..config import DataConfig
 from .images import Picture
 
 TAG_SEED = 11  # the same variants in every run
+MOST_VARIANTS = 8192  # of a subject: 1 GB at SD 1.5's size in 16 bits
 SEPARATOR = "|||"  # what stands before it stays in its place
 
 
@@ -22,11 +23,21 @@ def in_order(caption: str) -> str:
 def tag_variants(captions: Sequence[str], data: DataConfig) -> list[list[str]]:
     """What training shows of each caption: tags (between commas) shuffled, some left out. The first
     `keep_tags`, or what stands before `|||`, stay. Equal captions have the same variants."""
-    if not (data.shuffle_tags or data.tag_dropout):
+    count = variant_count(captions, data)
+    if not count:
         return [[in_order(caption)] for caption in captions]
     generator = torch.Generator().manual_seed(TAG_SEED)
-    drawn = {caption: _variants(caption, data, generator) for caption in dict.fromkeys(captions)}
+    distinct = dict.fromkeys(captions)
+    drawn = {caption: _variants(caption, count, data, generator) for caption in distinct}
     return [drawn[caption] for caption in captions]
+
+
+def variant_count(captions: Sequence[str], data: DataConfig) -> int:
+    """How many of each caption: as many as are wished, unless that makes too many; 0: its tags
+    stay as they are."""
+    if not (data.shuffle_tags or data.tag_dropout):
+        return 0
+    return max(1, min(data.caption_variants, MOST_VARIANTS // max(1, len(set(captions)))))
 
 
 def what_is_read(pictures: Sequence[Picture], prompt: str, data: DataConfig) -> list[list[str]]:
@@ -36,14 +47,12 @@ def what_is_read(pictures: Sequence[Picture], prompt: str, data: DataConfig) -> 
     return [list(dict.fromkeys(variants)) for variants in texts]
 
 
-def _variants(caption: str, data: DataConfig, generator: torch.Generator) -> list[str]:
+def _variants(caption: str, count: int, data: DataConfig, generator: torch.Generator) -> list[str]:
     fixed, separator, rest = caption.partition(SEPARATOR)
     tags = _tags(rest if separator else caption)
     first = _tags(fixed) if separator else tags[: data.keep_tags]
     others = tags if separator else tags[data.keep_tags :]
-    return [
-        ", ".join(first + _drawn(others, data, generator)) for _ in range(data.caption_variants)
-    ]
+    return [", ".join(first + _drawn(others, data, generator)) for _ in range(count)]
 
 
 def _tags(text: str) -> list[str]:

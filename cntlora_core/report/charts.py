@@ -4,7 +4,7 @@ out; saving is the caller's. The same data give the same pixels."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from PIL import Image
 
@@ -27,6 +27,7 @@ from .rank_map import rank_map
 
 __all__ = ["contact_sheet", "loss_chart", "rank_map", "sample_sheet"]
 SHEET_COLUMNS, GAP = 8, 8
+MOST_SHOWN = 96  # pictures of a contact sheet; a page of thousands nobody looks through
 Curve = Sequence[tuple[int, float]]
 
 
@@ -222,36 +223,37 @@ def sample_sheet(
 
 
 def contact_sheet(
-    images: Sequence[Image.Image], labels: Sequence[str], *, columns: int = 6, cell: int = 128
+    images: Iterable[Image.Image], labels: Sequence[str], *, columns: int = 6, cell: int = 128
 ) -> Image.Image:
     """Thumbnails with a name under each, to check a dataset by eye. Long names lose their middle,
-    not their ending.
+    not their ending. Of more than 96 pictures the first are drawn (no others are asked for) and
+    the rest is counted.
 
     Raises SettingError when there is not one label per picture, `columns` is below 1 or `cell` is
     not between 16 and 2048.
     """
     _check_cell(cell)
-    if len(images) != len(labels):
-        raise SettingError(
-            f"{len(images)} pictures have {len(labels)} labels: give one label per picture."
-        )
     if columns < 1:
         raise SettingError(f"columns is {columns}: it must be 1 or more.")
-    columns, step = max(1, min(columns, len(images))), cell + 28
-    if not images:
-        page = Canvas(420, 68, scale=1)
-        page.text(MARGIN, MARGIN, "There are no pictures.", size=15, fill=COLUMN_DAMPING)
-        return page.finish()
-    page = Canvas(
-        2 * MARGIN + columns * (cell + 12) - 12,
-        2 * MARGIN + math.ceil(len(images) / columns) * step,
-        scale=1,
-    )
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        row, column = divmod(i, columns)
+    columns, step = max(1, min(columns, len(labels))), cell + 28
+    rows, more = math.ceil(min(len(labels), MOST_SHOWN) / columns), len(labels) - MOST_SHOWN
+    height = 2 * MARGIN + rows * step + 24 * (more > 0)
+    page = Canvas(2 * MARGIN + columns * (cell + 12) - 12, height, scale=1)
+    drawn, pictures = 0, iter(images)
+    for label, image in zip(labels[:MOST_SHOWN], pictures, strict=False):
+        row, column = divmod(drawn, columns)
         x, y = MARGIN + column * (cell + 12), MARGIN + row * step
         page.picture(image, x, y, cell)
         page.text(x + cell / 2, y + cell + 6, label, size=12, anchor="ma", room=cell, middle=True)
+        drawn += 1
+    if drawn < min(len(labels), MOST_SHOWN) or (more < 0 and next(pictures, None)):
+        raise SettingError(f"There are {len(labels)} labels: give one per picture.")
+    if more > 0:
+        text = f"and {more} more pictures"
+        page.text(MARGIN, MARGIN + rows * step, text, size=15, fill=COLUMN_DAMPING)
+    if not labels:
+        page = Canvas(420, 68, scale=1)
+        page.text(MARGIN, MARGIN, "There are no pictures.", size=15, fill=COLUMN_DAMPING)
     return page.finish()
 
 

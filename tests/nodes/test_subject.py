@@ -73,7 +73,7 @@ def test_what_is_left_out_is_said_on_the_node(pack, folder):
     out = pack.run(pack.SubjectImages, folder=folder.name, **SUBJECT)
     (text,) = out.ui["text"]
     assert "film.mp4" in text
-    assert "1 captions lack 'sks', it was put in front: a.png." in text
+    assert "1 caption lacks 'sks', it was put in front: a.png." in text
     assert out.values[0].pictures[0].caption == "sks, an orange"
 
 

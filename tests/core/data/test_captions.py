@@ -139,7 +139,7 @@ def test_wrong_lines_and_strangers_of_a_metadata_file_are_told(tmp_path):
     texts, said = read(tmp_path, trigger="sks")
     assert texts == {"a.png": "sks, a ? cat"}
     assert "line 1, 2, 3 and 1 more was left out" in said[0]
-    assert "1 captions of metadata.jsonl are of no picture here: z.png." in said[1]
+    assert "1 caption of metadata.jsonl is of no picture here: z.png." in said[1]
 
 
 def test_the_trigger_is_put_in_front_of_captions_that_lack_it(tmp_path):

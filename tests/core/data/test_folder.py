@@ -68,7 +68,7 @@ def test_a_colour_profile_changes_what_a_cache_may_give(tmp_path, phone_profile,
     """The same bytes read in another way are another picture."""
     Image.new("RGB", (20, 20), (230, 30, 30)).save(tmp_path / "a.png", icc_profile=phone_profile)
     (converted,) = find_pictures(tmp_path)
-    monkeypatch.setattr("cntlora_core.data.images.SAME_COLOUR", 255)
+    monkeypatch.setattr("cntlora_core.data.decoding.SAME_COLOUR", 255)
     (plain,) = find_pictures(tmp_path)
     assert converted.digest != plain.digest
 
@@ -100,7 +100,7 @@ def test_a_plain_subfolder_beside_pictures_is_named(tmp_path):
     pictures, texts = found(tmp_path)
     assert [p.name for p in pictures] == ["a.png"]
     assert texts == [
-        "Left out the folder 'rejected' with 1 pictures: call it '1_rejected' to train on them too."
+        "Left out the folder 'rejected' with 1 picture: call it '1_rejected' to train on them too."
     ]
 
 
@@ -156,10 +156,30 @@ def test_masks_that_do_not_fit_are_said(tmp_path):
     (tmp_path / "c-masklabel.png").write_bytes(b"damaged")
     save(tmp_path / "lonely-masklabel.png", color="white")
     pictures, texts = found(tmp_path)
-    assert [p.mask and p.mask.size for p in pictures] == [(64, 64), None, None, None]
+    assert [p.mask and p.mask.size for p in pictures] == [(64, 64), None, None]
     assert "'a.png': its mask of 32x16 px is resized to 64x64." in texts
     assert "'b.png': its mask is black everywhere and is left out." in texts
     assert any(text.startswith("'c.png': its mask 'c-masklabel.png' is left out") for text in texts)
+
+
+def test_what_nothing_reads_is_named_with_the_reason(tmp_path):
+    save(tmp_path / "a.png")
+    for name in ("a.txt", "a.caption", "a.png.txt", "b.txt", "metadata.jsonl", "a.psd"):
+        (tmp_path / name).write_text("sks")
+    for name in ("a-masklabel.png", "a.mask.png", "b.mask.png", "masks/a.png", "masks/z.png"):
+        save(tmp_path / name, color="white")
+    _, texts = found(tmp_path)
+    here = f" of '{tmp_path.name}': "
+    assert sorted(texts) == [
+        f"Left out a.caption, a.png.txt{here}a second caption of one picture.",
+        f"Left out a.mask.png{here}a second mask of one picture.",
+        "Left out a.png of 'masks': a second mask of one picture.",
+        f"Left out a.psd{here}no kind of picture or caption that is read.",
+        f"Left out b.mask.png{here}a mask of no picture here.",
+        f"Left out b.txt{here}no picture has that name.",
+        f"Left out metadata.jsonl{here}every picture beside it has a caption file.",
+        "Left out z.png of 'masks': a mask of no picture here.",
+    ]
 
 
 def test_a_folder_that_vanishes_in_the_middle_is_a_sentence(tmp_path):

@@ -44,7 +44,7 @@ def test_captions_repeats_and_words(tmp_path):
     ]
     texts = [event.text for event in said]
     assert any("'b.txt' was left out" in text for text in texts)
-    assert any("Left out the folder 'others' with 1 pictures" in text for text in texts)
+    assert any("Left out the folder 'others' with 1 picture" in text for text in texts)
 
 
 def test_what_one_would_want_to_know_before_training(tmp_path):
@@ -53,7 +53,7 @@ def test_what_one_would_want_to_know_before_training(tmp_path):
     findings = check_pictures(find_pictures(tmp_path), 64)
     assert len(findings) == 3
     assert "Only 2 pictures" in findings[0]
-    assert "1 of 2 are smaller than 64 px: b.jpg" in findings[1]
+    assert "1 of 2 is smaller than 64 px: b.jpg" in findings[1]
     assert "'a.png' and 'b.jpg'" in findings[2]
 
 
@@ -170,7 +170,7 @@ def test_masks_that_are_not_used_are_told(tmp_path):
     save(tmp_path / "a.png")
     save(tmp_path / "a-masklabel.png", color="white")
     (picture,) = find_pictures(tmp_path)
-    told = "1 have a mask that is not used: turn on masked."
+    told = "1 picture has a mask, not used: turn on masked."
     assert told in check_pictures([picture], 64, masked=False)
     assert told not in check_pictures([picture], 64, masked=True)
 

@@ -25,6 +25,20 @@ def test_shuffled_tags_keep_the_first_and_lose_none():
     assert tag_variants([TAGS], SHUFFLED) == [variants]  # in every run
 
 
+def test_of_many_captions_fewer_variants_are_made(mini_sd, monkeypatch):
+    """As many as fit in memory; never none."""
+    monkeypatch.setattr("cntlora_core.data.tags.MOST_VARIANTS", 6)
+    captions = [f"sks, {n}, a, b, c" for n in range(3)]
+    assert [len(v) for v in tag_variants(captions, SHUFFLED)] == [2] * 3
+    assert [len(v) for v in tag_variants(captions * 9, SHUFFLED)] == [2] * 27  # the distinct ones
+    assert len(tag_variants([f"{n}" for n in range(20)], SHUFFLED)[0]) == 1
+    said = []
+    pictures = [Picture(c, Image.new("RGB", (16, 16)), c, caption=c) for c in captions]
+    subject = encode_subject(mini_sd, pictures, "", SHUFFLED, observer=said.append)
+    assert len(subject.variants) == 6
+    assert "caption_variants is 8, but so many captions get 2 each" in said[-1].text
+
+
 def test_a_separator_says_what_stays():
     data = DataConfig(shuffle_tags=True, keep_tags=0, caption_variants=16)
     (variants,) = tag_variants(["sks, red ||| blue, green,, round"], data)

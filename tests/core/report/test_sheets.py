@@ -73,6 +73,16 @@ def test_contact_sheets_name_each_picture():
     assert contact_sheet([RED], ["a"], columns=5).width < 200
 
 
+def test_contact_sheets_of_thousands_stay_one_page():
+    asked = []
+    images = (asked.append(n) or RED for n in range(3000))
+    sheet = contact_sheet(images, [str(n) for n in range(3000)])
+    assert len(asked) == 96
+    assert count(sheet, (255, 0, 0)) == 96 * 128 * 128
+    assert sheet.height == 2 * 24 + 16 * 156 + 24
+    assert margins_are_clean(sheet)
+
+
 @pytest.mark.parametrize("image", [sample_sheet([], title=""), contact_sheet([], [])])
 def test_sheets_without_pictures_say_so(image):
     assert dark(image) > 100
@@ -87,8 +97,9 @@ def test_sheets_leave_their_pictures_alone():
 
 
 def test_sheets_refuse_what_cannot_be_drawn():
-    with pytest.raises(SettingError, match="1 pictures have 2 labels"):
-        contact_sheet([RED], ["a", "b"])
+    for images in ([RED], [RED] * 3):
+        with pytest.raises(SettingError, match="There are 2 labels: give one per picture"):
+            contact_sheet(images, ["a", "b"])
     with pytest.raises(SettingError, match="columns is 0"):
         contact_sheet([RED], ["a"], columns=0)
     for cell in (0, 5000):

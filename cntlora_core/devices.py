@@ -32,10 +32,14 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def computing_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Of a precision's name, `int8` included."""
-    if precision == INT8:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return DTYPES[precision]
+    """Of a precision's name. `auto` and `int8`: fp32 on a CPU; elsewhere bf16, but fp16 where bf16
+    is not native."""
+    if precision in DTYPES:
+        return DTYPES[precision]
+    if device.type == "cpu":
+        return torch.float32
+    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from ..cntlora_core.calibration.calibrate import continued
-from ..cntlora_core.config import CalibrationConfig
+from ..cntlora_core.config import CalibrationConfig, RunConfig
 from ..cntlora_core.errors import CNTLoRAError
 from ..cntlora_core.lora.continuing import continued_lora
 from ..cntlora_core.model.loader import StableDiffusion
 from . import host
 from .host import io
 from .types import CalibratedStart, LoRAInit, SDModel
+from .widgets import widgets_of
 
 
 class ContinueLoRA(io.ComfyNode):
@@ -29,13 +30,7 @@ class ContinueLoRA(io.ComfyNode):
                     options=host.lora_names(),
                     tooltip="A file in models/loras. What is trained is saved as a new one.",
                 ),
-                io.Boolean.Input(
-                    "continue_shared",
-                    default=False,
-                    optional=True,
-                    tooltip="Leave out layers that CNTLoRA does not train (text encoder, "
-                    "convolutions), and what they did. Off: a file that has any is refused.",
-                ),
+                *widgets_of(RunConfig, "continue_shared"),
             ],
             outputs=[LoRAInit.Output(display_name="lora_init", tooltip="For Train LoRA.")],
             hidden=host.IDENTITY,

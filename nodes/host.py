@@ -25,7 +25,7 @@ from comfy_api.latest import ComfyExtension, io, ui
 from server import PromptServer
 
 from ..cntlora_core.defaults import MINI_SD
-from ..cntlora_core.devices import DTYPES, INT8
+from ..cntlora_core.devices import DTYPES
 from ..cntlora_core.errors import SettingError
 from ..cntlora_core.events import Event, Notice, Observer
 from ..cntlora_core.model.loader import StableDiffusion
@@ -34,7 +34,6 @@ from .paths import inside
 __all__ = ["ComfyExtension", "io", "ui"]
 
 EMBEDDED = f"{MINI_SD} (embedded)"
-PRECISIONS = ("auto", *DTYPES)
 Cancelled = management.InterruptProcessingException
 
 
@@ -59,22 +58,6 @@ def category() -> str:
     """Beside the host's own Train LoRA, which has moved: `training`, later `model/training`."""
     known = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
     return f"{getattr(known.get('TrainLoraNode'), 'CATEGORY', 'training')}/CNTLoRA"
-
-
-def precision(*, stored: bool = False) -> Any:
-    """`stored`: of a model whose weights are our own, which may be stored in 8 bits."""
-    int8 = (
-        " int8 stores the weights in 8 bits, half the memory of bf16, and computes as auto does: "
-        "for cards that are small for the model, with gradient checkpointing."
-    )
-    return io.Combo.Input(
-        "precision",
-        options=[*PRECISIONS, *([INT8] if stored else [])],
-        default="auto",
-        tooltip="How the frozen model computes; the LoRA itself is always trained in fp32. auto: "
-        "fp32 on a CPU, bf16 or fp16 on a GPU. fp32 needs twice the memory; fp16 may overflow "
-        "where bf16 does not." + (int8 if stored else ""),
-    )
 
 
 def text_or_number(name: str, **values: Any) -> Any:

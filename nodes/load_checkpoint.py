@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
+from ..cntlora_core.config import ModelConfig
 from ..cntlora_core.devices import INT8
 from ..cntlora_core.errors import SettingError
-from ..cntlora_core.model.clip_prompts import CHUNK, MAX_TOKENS
 from ..cntlora_core.model.loader import load_checkpoint
-from ..cntlora_core.model.prediction import AUTO, PREDICTIONS
+from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io
 from .types import SDModel
+from .widgets import widgets_of
 
 # Inputs for files of single parts, the folder of each, and its text.
 PARTS = {
@@ -23,9 +25,7 @@ PARTS = {
 }
 
 # A graph made before an input existed has these: nothing runs again for their being written out.
-DEFAULTS = {"prediction": AUTO, "clip_skip": 1, "max_tokens": MAX_TOKENS} | dict.fromkeys(
-    PARTS, host.OWN
-)
+DEFAULTS = asdict(ModelConfig()) | dict.fromkeys(PARTS, host.OWN)
 
 
 class LoadCheckpoint(io.ComfyNode):
@@ -47,8 +47,7 @@ class LoadCheckpoint(io.ComfyNode):
                     "(embedded)' is a tiny model that comes with CNTLoRA: it draws 64 px "
                     "emoji and trains in seconds, to try the graph.",
                 ),
-                host.precision(stored=True),
-                *_reading_inputs(),
+                *widgets_of(ModelConfig),
                 *_part_inputs(),
             ],
             outputs=[
@@ -81,24 +80,21 @@ class LoadCheckpoint(io.ComfyNode):
     def execute(
         cls,
         checkpoint: str,
-        precision: str,
-        prediction: str = AUTO,
-        clip_skip: int = 1,
-        max_tokens: int = MAX_TOKENS,
-        **others: str,
+        **chosen: Any,
     ) -> io.NodeOutput:
         path = host.checkpoint_path(checkpoint)
-        vae, *encoders = _parts(others)
+        vae, *encoders = _parts(chosen)
+        how = read_settings(ModelConfig, {k: v for k, v in chosen.items() if k not in PARTS})
         embedded = checkpoint == host.EMBEDDED
         with host.gradients():
             model = load_checkpoint(
                 path or checkpoint,
                 device=host.device(),
-                dtype=host.dtype(precision),
-                eight_bits=precision == INT8,
-                prediction=prediction,
-                clip_skip=clip_skip,
-                max_tokens=max_tokens,
+                dtype=host.dtype(how.precision),
+                eight_bits=how.precision == INT8,
+                prediction=how.prediction,
+                clip_skip=how.clip_skip,
+                max_tokens=how.max_tokens,
                 vae=vae,
                 text_encoders=[file for file in encoders if file],
                 tokenizer=None if embedded else host.tokenizer_folder(),
@@ -112,41 +108,6 @@ def _parts(chosen: dict[str, Any]) -> list[str | None]:
     """The files of `PARTS`."""
     return [
         host.part_path(folder, chosen.get(name, host.OWN)) for name, (folder, _) in PARTS.items()
-    ]
-
-
-def _reading_inputs() -> list[Any]:
-    """How the file and its prompts are read."""
-    return [
-        host.advanced(io.Combo)(
-            "prediction",
-            options=list(PREDICTIONS),
-            default=AUTO,
-            optional=True,
-            tooltip="What the checkpoint was trained to predict. auto: what the file says "
-            "of itself, as ComfyUI reads it. Set it for a v-prediction file that does not "
-            "say so: trained as the wrong kind a LoRA is useless.",
-        ),
-        host.advanced(io.Int)(
-            "clip_skip",
-            default=1,
-            min=1,
-            max=24,
-            optional=True,
-            tooltip="How far from the text encoder's end prompts are read; 1: at its end. "
-            "2 for SD 1 models that were trained so (most anime ones): generate with CLIP "
-            "Set Last Layer -2. SDXL keeps its own.",
-        ),
-        host.advanced(io.Int)(
-            "max_tokens",
-            default=MAX_TOKENS,
-            min=CHUNK,
-            max=10 * CHUNK,
-            step=CHUNK,
-            optional=True,
-            tooltip="Of a caption, in chunks of 75 as ComfyUI reads them. What is longer "
-            "is cut, and told.",
-        ),
     ]
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cntlora_core.config import DataConfig
-from ..cntlora_core.data.class_images import PRIOR_PICTURES, class_images
+from ..cntlora_core.config import DataConfig, RunConfig
+from ..cntlora_core.data.class_images import MEASURED, class_images
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.model.sampling import decode
 from ..cntlora_core.settings import read_settings
@@ -43,14 +43,7 @@ class PriorImages(io.ComfyNode):
                     tooltip="The class without the trigger, e.g. 'a dog'. It should match the "
                     "class of the subject.",
                 ),
-                io.Int.Input(
-                    "count",
-                    default=PRIOR_PICTURES,
-                    min=1,
-                    max=64,
-                    tooltip="Pictures to draw. 8 are enough for most subjects; more cover the "
-                    "class better and take longer.",
-                ),
+                *widgets_of(RunConfig, "class_count"),
                 *widgets_of(DataConfig, "resolution"),
             ],
             outputs=[
@@ -70,17 +63,20 @@ class PriorImages(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, class_prompt: str | None = None, resolution: Any = None) -> bool | str:
+    def validate_inputs(
+        cls, class_prompt: str | None = None, resolution: Any = None, class_count: Any = None
+    ) -> bool | str:
         if class_prompt is not None and not class_prompt.strip():
             return "class_prompt is empty: name the class without the trigger, e.g. 'a dog'."
-        return refusal(DataConfig, {"resolution": resolution})
+        wrong = refusal(RunConfig, {"class_count": class_count})
+        return refusal(DataConfig, {"resolution": resolution}) if wrong is True else wrong
 
     @classmethod
     def execute(
         cls,
         sd_model: StableDiffusion,
         class_prompt: str,
-        count: int,
+        class_count: Any = 0,
         images: Tensor | None = None,
         **settings: Any,
     ) -> io.NodeOutput:
@@ -89,9 +85,14 @@ class PriorImages(io.ComfyNode):
             host.working(sd_model),
         ):
             data = read_settings(DataConfig, settings)
+            count = read_settings(RunConfig, {"class_count": class_count}).class_count
             if images is None:
                 prior = class_images(
-                    sd_model, class_prompt, data.resolution, count=count, observer=report
+                    sd_model,
+                    class_prompt,
+                    data.resolution,
+                    count=count or MEASURED[0],
+                    observer=report,
                 )
             else:
                 given = Pictures(tuple(from_batches([images])), class_prompt, data)

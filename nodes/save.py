@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..cntlora_core.config import RunConfig
 from ..cntlora_core.devices import DTYPES
 from ..cntlora_core.errors import CNTLoRAError, LoRAFileError
 from ..cntlora_core.events import Event, Notice
@@ -11,6 +12,7 @@ from ..cntlora_core.files import DISK, free_name
 from . import host
 from .host import io
 from .types import LoRAModel
+from .widgets import widgets_of
 
 
 class SaveLoRA(io.ComfyNode):
@@ -35,13 +37,7 @@ class SaveLoRA(io.ComfyNode):
                     tooltip="File name in models/loras, with a folder if you like: 'people/anna'. "
                     "Nothing is overwritten: a taken name gets _2, _3, ...",
                 ),
-                io.Combo.Input(
-                    "precision",
-                    options=list(DTYPES),
-                    default="fp16" if "fp16" in DTYPES else next(iter(DTYPES)),
-                    tooltip="fp16 is half the size of fp32 and looks the same; bf16 is coarser. "
-                    "fp32 to train on later.",
-                ),
+                *widgets_of(RunConfig, "save_precision"),
             ],
             outputs=[
                 io.String.Output(
@@ -63,7 +59,9 @@ class SaveLoRA(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, lora: dict[str, Tensor], name: str, precision: str) -> io.NodeOutput:
+    def execute(
+        cls, lora: dict[str, Tensor], name: str, save_precision: str = "fp16"
+    ) -> io.NodeOutput:
         if not isinstance(lora, LoRAModel):
             raise LoRAFileError(
                 "This LoRA does not come from CNTLoRA: save it with ComfyUI's Save LoRA Weights."
@@ -75,5 +73,5 @@ class SaveLoRA(io.ComfyNode):
                 said.append(event.text)
 
         path = free_name(host.lora_path(name))
-        saved = host.lora_name(lora.write(path, DTYPES[precision], note, cls.disk))
+        saved = host.lora_name(lora.write(path, DTYPES[save_precision], note, cls.disk))
         return io.NodeOutput(saved, ui={"text": (" ".join([f"Saved as {saved}", *said]),)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..cntlora_core.calibration.calibrate import Calibration
-from ..cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
+from ..cntlora_core.config import CalibrationConfig, DataConfig, RunConfig, TrainConfig
 from ..cntlora_core.data.concepts import join_concepts
 from ..cntlora_core.data.dataset import encode_subject
 from ..cntlora_core.data.decoding import fitted_mask
@@ -88,8 +88,8 @@ class ExtraSettings:
     """Settings of a training beside those on the Train node: TrainConfig's fields, and the kind of
     prior loss."""
 
-    fields: dict[str, Any]
-    prior_loss: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    prior_loss: str = RunConfig.prior_loss
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..cntlora_core.config import RunConfig
 from ..cntlora_core.errors import SettingError
 from ..cntlora_core.files import DISK, Disk, remove_written
 from ..cntlora_core.training.resume import SUFFIX, RunSnapshots
 from . import host
 from .host import io
 from .paths import inside
+from .widgets import widgets_of
 
 GO_ON, AFRESH, REMOVE = "go on", "start afresh", "remove all"
 
@@ -29,15 +31,7 @@ def choices() -> list[str]:
 def widgets() -> list[Any]:
     """Of the Train node."""
     return [
-        host.advanced(io.Int)(
-            "checkpoint_every",
-            default=100,
-            optional=True,
-            min=0,
-            max=100_000,
-            tooltip="Keep what the run needs to go on after every so many steps, for when ComfyUI "
-            "or the computer stops; 0: only on Cancel. A run that ends needs it no more.",
-        ),
+        *widgets_of(RunConfig, "checkpoint_every"),
         host.advanced(io.Combo)(
             "unfinished",
             options=choices(),

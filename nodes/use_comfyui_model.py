@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..cntlora_core.config import ModelConfig
+from ..cntlora_core.devices import INT8
 from . import host
 from .comfyui_model import use_model
 from .host import io
 from .types import SDModel
+from .widgets import widgets_of
 
 
 class UseComfyUIModel(io.ComfyNode):
@@ -33,7 +36,7 @@ class UseComfyUIModel(io.ComfyNode):
                     "Last Layer as in your other graphs.",
                 ),
                 io.Vae.Input("vae", tooltip="Encodes the pictures and decodes the samples."),
-                host.precision(),
+                *widgets_of(ModelConfig, "precision", leaving=(INT8,)),
             ],
             outputs=[
                 SDModel.Output(

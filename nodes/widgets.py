@@ -4,6 +4,7 @@ so graphs made before a setting existed still run."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from ..cntlora_core.errors import SettingError
@@ -14,10 +15,15 @@ from .host import io
 KINDS = {bool: io.Boolean, int: io.Int, float: io.Float, str: io.Combo}
 
 
-def widgets_of(config: type[Any], *names: str, without: Iterable[str] = ()) -> list[Any]:
-    """The fields named, or all but some."""
+def widgets_of(
+    config: type[Any], *names: str, without: Iterable[str] = (), leaving: Iterable[str] = ()
+) -> list[Any]:
+    """The fields named, or all but some; `leaving` out choices that a node does not have."""
     known = settings_of(config)
-    return [_widget(known[name]) for name in names or known if name not in set(without)]
+    chosen = [known[name] for name in names or known if name not in set(without)]
+    return [
+        _widget(replace(s, choices=tuple(c for c in s.choices if c not in leaving))) for s in chosen
+    ]
 
 
 def _widget(setting: Setting) -> Any:

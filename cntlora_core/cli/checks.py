@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import CalibrationConfig, DataConfig, TrainConfig
+from ..config import CalibrationConfig, DataConfig, RunConfig, TrainConfig
 from ..effects import class_matters, without_effect_in_calibration, without_effect_in_data
 from ..errors import SettingError
 from ..files import Disk, check_output, check_space
-from .options import CLASS_COUNT, settings_from
+from .options import settings_from
 
 if TYPE_CHECKING:
     from ..lora.adapter import LoRA
@@ -20,19 +20,15 @@ if TYPE_CHECKING:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be refused before the model is loaded."""
-    if args.prior in ("images", "base") and not args.class_prompt:
+    if args.prior_loss in ("images", "base") and not args.class_prompt:
         raise SettingError(
-            f"--prior {args.prior} needs --class-prompt: say the class without the trigger, e.g. "
-            "'a cat'."
+            f"--prior-loss {args.prior_loss} needs --class-prompt: say the class without the "
+            "trigger, e.g. 'a cat'."
         )
     if args.class_images and not args.class_prompt:
         raise SettingError(
             "--class-images needs --class-prompt: say what the pictures show, e.g. 'a cat'."
         )
-    if not 1 <= args.class_count <= 1000:
-        raise SettingError(f"class-count is {args.class_count}: it must be between 1 and 1000.")
-    if args.save_every < 0:
-        raise SettingError(f"save-every is {args.save_every}: it must be 0 (never) or more.")
     from ..data.folder import picture_files
     from ..lora.file import read_lora
     from ..training.optimizers import optional_optimizer
@@ -57,17 +53,17 @@ def without_effect(
     args: argparse.Namespace, data: DataConfig, calibration: CalibrationConfig
 ) -> list[str]:
     """Options that do nothing beside the others, a sentence each."""
-    preserved, trained = class_preserved(args), args.prior == "images"
+    preserved, trained = class_preserved(args), args.prior_loss == "images"
     rules = [
         (
-            bool(args.class_prompt) and not preserved and args.prior in ("none", "masked"),
+            bool(args.class_prompt) and not preserved and args.prior_loss in ("none", "masked"),
             "--class-prompt has no effect here: nothing is calibrated that would preserve the "
-            "class. Add --prior images or --prior base.",
+            "class. Add --prior-loss images or --prior-loss base.",
         ),
         (
-            args.class_count != CLASS_COUNT and (not trained or bool(args.class_images)),
-            "--class-count has no effect: pictures are drawn for --prior images without "
-            "--class-images.",
+            bool(settings_from(RunConfig, args).class_count)
+            and (bool(args.class_images) or not (preserved or trained)),
+            "--class-count has no effect: the model draws no pictures of the class.",
         ),
         (
             bool(args.class_images) and not preserved and not trained,
@@ -106,10 +102,9 @@ def check_outputs(args: argparse.Namespace, disk: Disk) -> tuple[Path, bool, Run
 
     state = state_path(Path(args.output))
     checkpoints = None
-    if args.save_every or args.resume:
-        checkpoints = RunSnapshots(
-            state, {}, args.save_every, args.resume, overwrite=args.overwrite, disk=disk
-        )
+    if args.trains:
+        how = {"resume": args.resume, "overwrite": args.overwrite, "disk": disk}
+        checkpoints = RunSnapshots(state, {}, args.checkpoint_every, **how)
         check_output(args.output, overwrite=True, beside=[state])
         checkpoints.check()
     # What an interrupted run wrote is replaced by the run that goes on.
@@ -133,7 +128,7 @@ def check_room(
 
     parameters = parameters_of(model, calibration, lora)
     needed, what = parameters * DTYPES[args.save_precision].itemsize, "the LoRA"
-    if args.save_every or args.resume:  # while one is written, the one before it is there too
+    if args.trains and 0 < args.checkpoint_every <= training.steps:  # two while one is written
         state = state_bytes(model, calibration, training, lora)
         needed, what = needed + 2 * state, "the LoRA with its checkpoints"
     check_space(output, needed, what)

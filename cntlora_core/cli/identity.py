@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
     from .inputs import Inputs
 
-OPTIONS = ("prior", "class_prompt", "class_count", "continue_from", "continue_shared", "precision")
+OPTIONS = (
+    "prior_loss",
+    "class_prompt",
+    "class_count",
+    "continue_from",
+    "continue_shared",
+    "precision",
+)
 
 
 def identity_of(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import DataConfig
+from ..config import DataConfig, RunConfig
 from ..data.concepts import join_concepts
 from ..data.dataset import read_subject
 from ..data.encoded import EncodedImages, with_validation
@@ -17,7 +17,7 @@ from ..events import Observer
 from ..lora.adapter import LoRA
 from ..lora.continuing import ContinuedLoRA, continued_lora
 from .checks import class_preserved
-from .options import CLASS_STEPS
+from .options import settings_from
 
 if TYPE_CHECKING:
     from ..data.batches import NoisedSet
@@ -104,16 +104,16 @@ def read_priors(
 
     preserves = class_preserved(args)
     pictures = None
-    if preserves or args.prior == "images":
+    if preserves or args.prior_loss == "images":
         pictures = _class_pictures(args, model, subject.resolution, data, observer)
     prior: PriorLoss | None = None
-    if args.prior == "images":
+    if args.prior_loss == "images":
         assert pictures is not None
         prior = ClassImages(pictures)
-    elif args.prior == "base":
+    elif args.prior_loss == "base":
         side = (subject.resolution, subject.resolution)
         prior = BasePrediction(encode_prompts(model, [args.class_prompt], size=side))
-    elif args.prior == "masked":
+    elif args.prior_loss == "masked":
         prior = OutsideTheMask(subject)
     return class_noised(model, pictures) if pictures and preserves else None, prior
 
@@ -125,20 +125,20 @@ def _class_pictures(
     data: DataConfig,
     observer: Observer,
 ) -> EncodedImages:
-    from ..data.class_images import PRIOR_PICTURES, PRIOR_STEPS, class_images
+    from ..data.class_images import MEASURED, TRAINED, class_images
 
     if args.class_images:
         words = ("", args.class_name)
         return read_subject(
             model, args.class_images, args.class_prompt, data, words=words, observer=observer
         )
-    trained = args.prior == "images"
+    usual, steps = TRAINED if args.prior_loss == "images" else MEASURED
     return class_images(
         model,
         args.class_prompt,
         resolution,
-        count=args.class_count if trained else PRIOR_PICTURES,
-        steps=CLASS_STEPS if trained else PRIOR_STEPS,
+        count=settings_from(RunConfig, args).class_count or usual,
+        steps=steps,
         folder=Path(args.cache) if args.cache else None,
         observer=observer,
     )

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from ..config import STRENGTHS, DataConfig, SampleConfig
+from ..config import STRENGTHS, DataConfig, ModelConfig, SampleConfig
 from ..errors import CNTLoRAError, Interrupted
 from ..events import Observer, ignore
 from ..files import DISK, Disk
-from ..model.prediction import AUTO, PREDICTIONS
 from ..settings import settings_of
 from . import check
 from .console import Console, print_json, printable
@@ -124,13 +123,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, mps, cuda:1 ... (default: the best there is)"
     )
-    parser.add_argument(
-        "--precision",
-        default="fp32",
-        choices=("fp32", "bf16", "fp16", "int8"),
-        help="of the frozen model; adapters are fp32. int8 stores its weights in 8 bits, half of "
-        "bf16's memory, and computes in bf16 (cpu: fp32); with gradient checkpointing",
-    )
+    add_settings(parser, ModelConfig, settings_of(ModelConfig))
     parser.add_argument("--vae", metavar="FILE", help="another VAE than the checkpoint's own")
     parser.add_argument(
         "--text-encoder",
@@ -138,27 +131,6 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="a text encoder's own file, where a single-file checkpoint has none (SDXL: twice)",
-    )
-    parser.add_argument(
-        "--prediction",
-        default=AUTO,
-        choices=PREDICTIONS,
-        help="what the checkpoint predicts, where it does not say so itself (default: auto)",
-    )
-    parser.add_argument(
-        "--clip-skip",
-        type=int,
-        default=1,
-        metavar="N",
-        help="read prompts so many layers before the text encoder's end, 1: at its end; for SD 1 "
-        "and 2 models that were trained so (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-tokens",
-        type=int,
-        default=225,
-        metavar="N",
-        help="of a prompt, in chunks of 75; what is longer is cut (default: %(default)s)",
     )
 
 
@@ -184,17 +156,17 @@ def _load(
     from ..devices import INT8, computing_dtype, pick_device
     from ..model.loader import load_checkpoint
 
-    device = device or pick_device(args.device)
+    device, how = device or pick_device(args.device), settings_from(ModelConfig, args)
     return load_checkpoint(
         args.checkpoint,
         device=device,
-        dtype=computing_dtype(args.precision, device),
-        eight_bits=args.precision == INT8,
+        dtype=computing_dtype(how.precision, device),
+        eight_bits=how.precision == INT8,
         vae=args.vae,
         text_encoders=args.text_encoder,
-        prediction=args.prediction,
-        clip_skip=args.clip_skip,
-        max_tokens=args.max_tokens,
+        prediction=how.prediction,
+        clip_skip=how.clip_skip,
+        max_tokens=how.max_tokens,
         observer=observer,
     )
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
-from ..config import CalibrationConfig, DataConfig, TrainConfig
+from ..config import CalibrationConfig, DataConfig, RunConfig, TrainConfig
 from ..presets import NONE, PRESETS, help_text, with_preset
 from ..settings import Setting, read_settings, settings_of
 
-PRIORS = ("none", "images", "base", "masked")
-CLASS_COUNT = 32
-CLASS_STEPS = (
-    25  # these are trained on, so they are drawn with more care than those that are only measured
-)
 # One option sets these of both calibration and training.
 COMMON = tuple(n for n in settings_of(CalibrationConfig) if n in settings_of(TrainConfig))
 
@@ -22,10 +18,9 @@ COMMON = tuple(n for n in settings_of(CalibrationConfig) if n in settings_of(Tra
 def add_arguments(parser: argparse.ArgumentParser, *, training: bool) -> None:
     parser.set_defaults(
         trains=training,
-        prior="none",
+        prior_loss="none",
         continue_from=None,
         continue_shared=False,
-        save_every=0,
         resume=False,
     )
     _pictures(parser)
@@ -93,37 +88,20 @@ def _prior(parser: argparse.ArgumentParser) -> Any:
         metavar="DIR",
         help="pictures of the class (default: the model draws them)",
     )
-    prior.add_argument(
-        "--class-count",
-        type=int,
-        default=CLASS_COUNT,
-        help="pictures to draw (default: %(default)s)",
-    )
+    add_settings(prior, RunConfig, ["class_count"])
     return prior
 
 
 def _training(parser: argparse.ArgumentParser, start: Any, prior: Any, run: Any) -> None:
-    prior.add_argument(
-        "--prior",
-        choices=PRIORS,
-        default="none",
-        help="prior loss while training: on class images, towards the base model's prediction "
-        "under the class prompt, or towards it where masks hide the pictures (no images)",
-    )
+    # a class prompt alone is for calibration; in a graph a wire says that training reads it too
+    add_settings(prior, RunConfig, ["prior_loss"], prior_loss="none")
     start.add_argument(
         "--continue-from", metavar="FILE", help="train on from this LoRA, with its ranks"
     )
-    start.add_argument(
-        "--continue-shared",
-        action="store_true",
-        help="with --continue-from: leave out layers that CNTLoRA does not train (text encoder, "
-        "convolutions)",
-    )
+    add_settings(start, RunConfig, ["continue_shared"])
     loop = parser.add_argument_group("training")
     add_settings(loop, TrainConfig, _without(TrainConfig, COMMON))
-    run.add_argument(
-        "--save-every", type=int, default=0, metavar="STEPS", help="write a checkpoint"
-    )
+    add_settings(run, RunConfig, ["checkpoint_every"])
     run.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint, where there is one"
     )
@@ -132,16 +110,17 @@ def _training(parser: argparse.ArgumentParser, start: Any, prior: Any, run: Any)
 def _files(run: Any) -> None:
     run.add_argument("--output", required=True, metavar="FILE.safetensors")
     run.add_argument("--overwrite", action="store_true", help="replace an existing output file")
-    run.add_argument("--save-precision", default="fp32", choices=("fp32", "fp16", "bf16"))
+    add_settings(run, RunConfig, ["save_precision"])
     run.add_argument(
         "--events", metavar="FILE.jsonl", help="write what happens, one JSON object a line"
     )
 
 
-def add_settings(group: Any, config: type[Any], names: Iterable[str]) -> None:
+def add_settings(group: Any, config: type[Any], names: Iterable[str], **defaults: Any) -> None:
     """An option for each of a settings class's fields that is named."""
     for name in names:
-        _add(group, settings_of(config)[name])
+        known = settings_of(config)[name]
+        _add(group, replace(known, default=defaults.get(name, known.default)))
 
 
 def _add(group: Any, setting: Setting) -> None:

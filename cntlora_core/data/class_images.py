@@ -19,8 +19,10 @@ from .latent_cache import LatentCache
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
 
-PRIOR_PICTURES = 8
-PRIOR_STEPS = 12  # enough for activations; nobody looks at these latents
+# Pictures and sampling steps. For activations few and rough ones are enough, nobody looks at them;
+# those that are trained on are drawn with more care.
+MEASURED = (8, 12)
+TRAINED = (32, 25)
 PRIOR_SEED = 1000
 
 
@@ -29,8 +31,8 @@ def class_images(
     prompt: str,
     resolution: int | None = None,
     *,
-    count: int = PRIOR_PICTURES,
-    steps: int = PRIOR_STEPS,
+    count: int = MEASURED[0],
+    steps: int = MEASURED[1],
     guidance: float = 1.0,
     folder: Path | None = None,
     observer: Observer = ignore,

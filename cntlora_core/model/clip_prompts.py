@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import CHUNK, ModelConfig
 from ..errors import SettingError
 from .encoders import temporarily_on
 
-CHUNK = 75  # tokens that a CLIP reads at once, without start and end
-MAX_TOKENS = 225
+MAX_TOKENS = ModelConfig().max_tokens
 
 
 def check_text_settings(clip_skip: int, max_tokens: int) -> None:

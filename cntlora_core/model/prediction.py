@@ -4,8 +4,9 @@ or the user."""
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from ..config import Prediction
 from ..errors import CheckpointError, SettingError
 from ..events import Notice, Observer, ignore
 from .ldm_names import UNET_PREFIX
@@ -14,7 +15,7 @@ if TYPE_CHECKING:  # the command line reads the words alone, without loading tor
     from .tensor_file import TensorSource
 
 AUTO, EPSILON, V, V_ZERO_SNR = "auto", "epsilon", "v", "v + zero terminal SNR"
-PREDICTIONS = (AUTO, EPSILON, V, V_ZERO_SNR)  # what a user may choose; a model has one of the last
+PREDICTIONS = get_args(Prediction)  # what a user may choose; a model has one of the last three
 
 # ComfyUI tells SD 2's v-prediction models by this tensor's spread; nothing in the shapes does.
 V_MARK = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"

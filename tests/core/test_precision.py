@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cntlora_core.calibration.measure import measure
-from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.config import EFFORTS, CalibrationConfig, DataConfig, TrainConfig
 from cntlora_core.data.batches import draw_noised
 from cntlora_core.data.dataset import read_subject
 from cntlora_core.distributed import ALONE
@@ -47,13 +47,17 @@ def test_the_scale_of_fp16_gradients_is_gone_from_what_is_measured():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_calibrating_and_training_in_half_precision(dtype, tmp_path):
+def test_calibrating_and_training_in_half_precision(dtype, tmp_path, monkeypatch):
+    monkeypatch.setitem(EFFORTS, "quick", (4, 2))
     model = load_checkpoint("mini-sd", dtype=dtype)
-    subject = read_subject(model, MINI_SD_FOLDER / "subject", "a sks cat face emoji")
+    small = DataConfig(resolution=32)
+    subject = read_subject(model, MINI_SD_FOLDER / "subject", "a sks cat face emoji", small)
     assert subject.mean[0].dtype == torch.float32
     picture = min((MINI_SD_FOLDER / "subject").glob("*.png"))
     (tmp_path / picture.name).write_bytes(picture.read_bytes())
-    validate = validation_loss(model, read_subject(model, tmp_path, "a sks cat face emoji"), 8)
+    validate = validation_loss(
+        model, read_subject(model, tmp_path, "a sks cat face emoji", small), 8
+    )
     base = validate()
     training = TrainConfig(steps=4, learning_rate=3e-3, validate_every=4)
     run = run_training(

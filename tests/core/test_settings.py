@@ -7,11 +7,19 @@ from pathlib import Path
 import pytest
 
 from cntlora_core.cli.main import _parser
-from cntlora_core.config import CalibrationConfig, DataConfig, SampleConfig, TrainConfig
+from cntlora_core.config import (
+    CalibrationConfig,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from cntlora_core.errors import SettingError
 from cntlora_core.settings import read_settings, settings_of
 
-CONFIGS = [DataConfig, CalibrationConfig, TrainConfig, SampleConfig]
+CONFIGS = [ModelConfig, DataConfig, CalibrationConfig, TrainConfig, RunConfig, SampleConfig]
+ASKED_FOR = {"prior_loss": "none"}  # the command line's own default
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -73,7 +81,10 @@ def options(command):
 
 @pytest.mark.parametrize(
     ("command", "configs"),
-    [("train", [DataConfig, CalibrationConfig, TrainConfig]), ("sample", [SampleConfig])],
+    [
+        ("train", [ModelConfig, DataConfig, RunConfig, CalibrationConfig, TrainConfig]),
+        ("sample", [ModelConfig, SampleConfig]),
+    ],
 )
 def test_every_setting_is_an_option_with_the_same_text_and_default(command, configs):
     given = options(command)
@@ -83,14 +94,16 @@ def test_every_setting_is_an_option_with_the_same_text_and_default(command, conf
                 continue  # one option of training and calibration
             option = given[name]
             assert option.help.startswith(known.text), name
-            assert option.default == known.default, name
+            assert option.default == ASKED_FOR.get(name, known.default), name
             assert tuple(option.choices or ()) == known.choices, name
 
 
 HEADINGS = {
+    ModelConfig: "The model",
     DataConfig: "Pictures",
     CalibrationConfig: "Calibration",
     TrainConfig: "Training",
+    RunConfig: "Prior, checkpoints, files",
     SampleConfig: "Drawing with a LoRA",
 }
 UPDATE = bool(os.environ.get("UPDATE_NODE_TEXTS"))  # `make node-texts` writes the tables

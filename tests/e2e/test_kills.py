@@ -30,7 +30,7 @@ def graph(number):
         **{"steps": STEPS, "validate_every": 8, "sample_every": 0},
         **{"checkpoint_every": 2 + number % 4, "learning_rate": 0.003},
     }
-    nodes["5"]["inputs"] |= {"name": f"run{number}", "precision": "fp32"}
+    nodes["5"]["inputs"] |= {"name": f"run{number}", "save_precision": "fp32"}
     return nodes
 
 

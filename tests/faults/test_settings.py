@@ -22,8 +22,8 @@ from cntlora_core.lora.targets import ALL, find_projections
 from cntlora_core.model.loader import MINI_SD_FOLDER
 from cntlora_core.settings import settings_of
 
-DATA, START, TRAINING = map(
-    settings_of, (config.DataConfig, config.CalibrationConfig, config.TrainConfig)
+DATA, START, TRAINING, RUN = map(
+    settings_of, (config.DataConfig, config.CalibrationConfig, config.TrainConfig, config.RunConfig)
 )
 ON_CALIBRATE = DATA | START | {"validate_every": TRAINING["validate_every"]}
 TYPES = {kind.type for kind in events.Event.__subclasses__()}
@@ -55,9 +55,9 @@ def values(setting):
 MORE = {
     "class_prompt": st.sampled_from(["a cat", "", "{class} {nothing}"]),
     "class_count": st.integers(0, 2),
-    "prior": st.sampled_from(["none", "images", "base"]),
-    "save_every": st.integers(0, 2),
-    "save_precision": st.sampled_from(["fp32", "fp16", "bf16"]),
+    "prior_loss": st.sampled_from(RUN["prior_loss"].choices),
+    "checkpoint_every": st.integers(0, 2),
+    "save_precision": st.sampled_from(RUN["save_precision"].choices),
     "trigger": st.sampled_from(["sks", "", "a, b ||| c"]),
 }
 

@@ -27,7 +27,7 @@ RUNS = 100
 STEPS = 12
 KINDS = {
     "natural": ["--effort", "quick", "--class-prompt", "a cat"],
-    "adamw": ["--init", "gaussian", "--class-prompt", "a cat", "--prior", "images"],
+    "adamw": ["--init", "gaussian", "--class-prompt", "a cat", "--prior-loss", "images"],
     "no class": ["--effort", "quick", "--schedule", "cosine", "--flip"],
 }
 
@@ -39,7 +39,7 @@ def command(out, kind):
     given += ["--validation-images", str(pictures / "held out"), "--validate-every", "4"]
     given += ["--rank", "1", "--batch-size", "1", "--class-count", "2", "--steps", str(STEPS)]
     given += ["--cache", str(out.parent / "cache"), "--events", str(out.with_suffix(".jsonl"))]
-    given += ["--save-every", "3", "--resume", "--resolution", "32"]
+    given += ["--checkpoint-every", "3", "--resume", "--resolution", "32"]
     return ["train", *given, *KINDS[kind], "--output", str(out)]
 
 

@@ -28,7 +28,7 @@ def train(mini_sd, tmp_path, monkeypatch):
     def run(disk, *more):
         given = ["--checkpoint", "mini-sd", "--images", str(MINI_SD_FOLDER / "subject")]
         given += ["--prompt", "a sks cat", "--init", "gaussian", "--rank", "1", "--steps", "2"]
-        given += ["--validate-every", "0", "--batch-size", "1", "--save-every", "1"]
+        given += ["--validate-every", "0", "--batch-size", "1", "--checkpoint-every", "1"]
         return command_line.main(["train", *given, "--output", str(out), *more], disk)
 
     return run, out

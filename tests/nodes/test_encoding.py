@@ -61,7 +61,7 @@ def test_what_validates_was_neither_calibrated_nor_trained_on(pack, model, pictu
 
     monkeypatch.setattr(runs, "calibrate", calibrate)
     monkeypatch.setattr(runs, "train", train)
-    monkeypatch.setattr(pack.train, "validation_loss", validation)
+    monkeypatch.setattr(pack.train_inputs, "validation_loss", validation)
     options = TRAIN | {"validate_every": 1}
     for hold_out in (True, False):
         subject = pack.run(pack.SubjectImages, folder=FOLDER, hold_out=hold_out, **SUBJECT).values[

@@ -79,12 +79,12 @@ def test_events_that_cannot_be_written_stop_no_run(pack, inputs, failing_disk, c
 def test_save_lora_finds_another_place(pack, inputs, failing_disk, call):
     lora = run(pack.TrainLoRA, **inputs | {"steps": 1}).values[0]
     node = with_disk(pack.SaveLoRA, failing_disk(call))
-    out = run(node, lora=lora, name="fault", precision="fp32")
+    out = run(node, lora=lora, name="fault", save_precision="fp32")
     assert (pack.base / "loras" / out.values[0]).is_file()
     assert "No space left" in out.ui["text"][0]
     full = with_disk(pack.SaveLoRA, failing_disk(call, stays=True))
     with pytest.raises(ValueError, match="could not be written"):
-        run(full, lora=lora, name="fault", precision="fp32")
+        run(full, lora=lora, name="fault", save_precision="fp32")
     assert not list(pack.base.rglob(".cntlora-*"))
 
 
@@ -98,7 +98,7 @@ def test_a_run_that_could_not_be_saved_is_not_started(pack, inputs, monkeypatch)
 
 
 def test_inputs_that_do_nothing_are_told(pack, inputs):
-    settings = run(pack.TrainingSettings, prior_loss="base prediction").values[0]
+    settings = run(pack.TrainingSettings, prior_loss="base").values[0]
     more = {"validation": inputs["subject"], "settings": settings, "steps": 1}
     run(pack.TrainLoRA, **inputs | more)
     told = " ".join(e["text"] for e in events(pack) if e["type"] == "warning")

@@ -21,9 +21,15 @@ def run(node, **inputs):
 @pytest.fixture(scope="module")
 def inputs(pack):
     model = run(pack.LoadCheckpoint, checkpoint="mini-sd (embedded)", precision="auto").values[0]
-    words = {"trigger": "sks", "class_name": "cat", "resolution": 0}
+    words = {"trigger": "sks", "class_name": "cat", "resolution": 32}
     subject = run(pack.SubjectImages, folder=FOLDER, **words).values[0]
     return {"sd_model": model, "subject": subject, **TRAIN}
+
+
+@pytest.fixture(scope="module")
+def whole(pack, inputs):
+    """What the undisturbed run gives."""
+    return run(pack.TrainLoRA, **inputs).values
 
 
 @pytest.fixture
@@ -56,8 +62,7 @@ def states(pack):
     return sorted((pack.base / "output/cntlora-unfinished").glob("*"))
 
 
-def test_a_cancelled_run_goes_on_to_the_same_end(pack, inputs, stop):
-    whole = run(pack.TrainLoRA, **inputs).values
+def test_a_cancelled_run_goes_on_to_the_same_end(pack, inputs, whole, stop):
     assert not states(pack)
     stop(3)
     (state,) = states(pack)
@@ -72,9 +77,8 @@ def test_a_cancelled_run_goes_on_to_the_same_end(pack, inputs, stop):
     assert not states(pack)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(pack, inputs, monkeypatch):
+def test_a_killed_run_goes_on_from_its_last_checkpoint(pack, inputs, whole, monkeypatch):
     """What a kill leaves: a checkpoint, and nothing that was done after it."""
-    whole = run(pack.TrainLoRA, **inputs).values[0]
     checkpoints = pack.unfinished.RunSnapshots
     with monkeypatch.context() as patched:
         patched.setattr(checkpoints, "remove", lambda self: None)
@@ -82,7 +86,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(pack, inputs, monkeypatch
         run(pack.TrainLoRA, **inputs, checkpoint_every=1)
     resumed = run(pack.TrainLoRA, **inputs).values[0]
     assert [e["step"] for e in events(pack) if e["type"] == "step"] == [3, 4]
-    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert all(torch.equal(resumed[key], whole[0][key]) for key in whole[0])
 
 
 def test_another_run_starts_afresh_and_a_chosen_one_says_what_differs(pack, inputs, stop):
@@ -137,12 +141,12 @@ def test_a_run_with_another_prior_is_another_run(pack, inputs):
     with pack.host.gradients():
         pictures = inputs["subject"].encode_all(inputs["sd_model"], lambda event: None)
     other_words = replace(pictures, prompt="a dog")
-    outside = pack.types.ExtraSettings({}, "outside the mask")
-    base = pack.types.ExtraSettings({}, "base prediction")
     given = [
-        *((None, None), (None, outside), (pictures, None), (pictures, base)),
-        (other_words, base),
+        *((None, "images"), (None, "masked"), (pictures, "images"), (pictures, "base")),
+        (other_words, "base"),
     ]
-    found = [pack.train._prior_identity(*each) for each in given]
+    identity = pack.train_inputs.prior_identity
+    found = [identity(*each) for each in given]
     assert all(found.count(each) == 1 for each in found)
-    assert pack.train._prior_identity(pictures, outside) == found[1]  # it is not looked at
+    assert identity(pictures, "masked") == found[1]  # it is not looked at
+    assert identity(pictures, "none") == found[0]

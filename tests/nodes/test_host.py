@@ -59,7 +59,7 @@ def test_a_model_is_moved_outside_inference_mode(pack, monkeypatch):
     monkeypatch.setattr(loading, "load_checkpoint", lambda *args, **options: model)
     monkeypatch.setattr(pack.host, "notices", lambda node: None)
     with torch.inference_mode():
-        pack.LoadCheckpoint.execute(pack.host.EMBEDDED, "fp32")
+        pack.LoadCheckpoint.execute(pack.host.EMBEDDED, precision="fp32")
         with pack.host.working(model):
             assert not torch.is_inference_mode_enabled()
         with pytest.raises(KeyError), pack.host.working(model):

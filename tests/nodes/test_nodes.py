@@ -132,7 +132,7 @@ def test_a_run_tells_everything_in_order_and_leaves_the_model_as_it_was(pack, mo
     assert set(after) == set(before)
     assert all(torch.equal(after[k], v) for k, v in before.items())
     first, second = (
-        pack.run(pack.SaveLoRA, lora=lora, name="runs/a", precision="fp16").values[0]
+        pack.run(pack.SaveLoRA, lora=lora, name="runs/a", save_precision="fp16").values[0]
         for _ in range(2)
     )
     assert (first, second) == ("runs/a.safetensors", "runs/a_2.safetensors")
@@ -186,7 +186,7 @@ def test_what_was_chosen_stands_in_the_file(pack, model, pictures):
         sample_every=0,
         **(TRAIN | {"learning_rate": "auto"}),
     ).values[0]
-    name = pack.run(pack.SaveLoRA, lora=lora, name="runs/auto", precision="fp16").values[0]
+    name = pack.run(pack.SaveLoRA, lora=lora, name="runs/auto", save_precision="fp16").values[0]
     with safe_open(pack.base / "loras" / name, "pt") as file:
         assert file.metadata()["ss_learning_rate"] == "0.01"
         assert json.loads(file.metadata()["cntlora.training"])["steps"] == 1
@@ -250,13 +250,13 @@ def test_an_empty_prompt_draws_what_was_trained(pack, model, pictures, monkeypat
 
 def test_an_error_is_shown_without_the_path_of_the_pack(pack):
     with pytest.raises(ValueError, match=r"\.") as error:
-        pack.run(pack.SaveLoRA, lora={}, name="x", precision="fp16")
+        pack.run(pack.SaveLoRA, lora={}, name="x", save_precision="fp16")
     assert error.type.__module__ == "cntlora_core.errors"
 
 
 def test_a_foreign_lora_is_sent_to_comfyuis_own_node(pack):
     with pytest.raises(ValueError, match="Save LoRA Weights"):
-        pack.run(pack.SaveLoRA, lora={}, name="x", precision="fp16")
+        pack.run(pack.SaveLoRA, lora={}, name="x", save_precision="fp16")
 
 
 def test_training_goes_on_in_the_metric_of_the_calibration(pack, model, pictures):
@@ -276,6 +276,6 @@ def test_training_goes_on_in_the_metric_of_the_calibration(pack, model, pictures
     ).values[0]
     told = [e["text"] for e in last_run(pack) if e["type"] == "warning"]
     assert not [text for text in told if "adamw" in text]
-    name = pack.run(pack.SaveLoRA, lora=lora, name="runs/natural", precision="fp16").values[0]
+    name = pack.run(pack.SaveLoRA, lora=lora, name="runs/natural", save_precision="fp16").values[0]
     with safe_open(pack.base / "loras" / name, "pt") as file:
         assert file.metadata()["ss_optimizer"].startswith("cntlora.NaturalGradient")

@@ -91,12 +91,12 @@ def test_what_a_mask_hides_counts_as_much_as_the_node_says(pack, model, subject,
 
 def test_the_prior_outside_the_mask_is_trained_from_the_node(pack, model, subject):
     """Its settings arrive, masks are needed, and a prior that is connected for nothing is told."""
-    settings = pack.run(pack.TrainingSettings, prior_loss="outside the mask", prior_weight=50.0)
+    settings = pack.run(pack.TrainingSettings, prior_loss="masked", prior_weight=50.0)
     given = {"settings": settings.values[0], "sample_every": 0, "learning_rate": 0.05}
     held, free = (train(pack, model, subject, **g)[0] for g in (given, given | {"settings": None}))
     assert any(not torch.equal(held[key], free[key]) for key in held)
     plain = pack.run(pack.SubjectImages, folder=FOLDER, trigger="sks", class_name="cat")
     with pytest.raises(ValueError, match="needs masks, and there is none that is used"):
         train(pack, model, plain, **given)
-    told = pack.train._without_effect(pack.train.TrainConfig(), None, object(), given["settings"])
-    assert told == ["The prior has no effect on training: prior_loss is outside the mask."]
+    told = pack.train_inputs.without_effect(pack.train.TrainConfig(), None, object(), "masked")
+    assert told == ["The prior has no effect on training: prior_loss is masked."]

@@ -11,7 +11,7 @@ from torch import nn
 from cntlora_core.calibration.calibrate import calibrate, continued
 from cntlora_core.calibration.preservation import Preservation
 from cntlora_core.calibration.second_moment import Diagonal, LowRank, Rows
-from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.config import EFFORTS, CalibrationConfig, TrainConfig
 from cntlora_core.data.class_images import class_images, class_noised
 from cntlora_core.events import Step
 from cntlora_core.lora.adapter import Factors, attached_lora
@@ -59,6 +59,13 @@ def test_one_input_of_several_layers_moves_once():
     assert moved.inputs["a"] is moved.inputs["b"]
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """Two batches of each part are enough where nobody looks at how well it fits."""
+    monkeypatch.setitem(EFFORTS, "quick", (2, 2))
+
+
+@pytest.mark.usefixtures("short")
 def test_without_a_prior_or_gradients_there_is_none(mini_sd, subject, prior):
     assert calibrate(mini_sd, subject, QUICK).preservation is None
     assert (
@@ -93,6 +100,7 @@ def test_training_keeps_it_small(mini_sd, subject, prior):
     assert after(continued(start.lora, start.preservation)) < 0.9 * after(continued(start.lora))
 
 
+@pytest.mark.usefixtures("short")
 def test_a_resumed_run_goes_on_with_it(mini_sd, subject, prior, tmp_path):
     training = TrainConfig(steps=4, learning_rate=3e-3, validate_every=0)
     whole = run_training(mini_sd, subject, QUICK, training, preserve=prior)

@@ -1,9 +1,11 @@
 import json
+from functools import partial
 
 from PIL import Image
 
 from cntlora_core.cli import demo
 from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.model.sampling import sample
 
 
 def test_the_demo_draws_and_reports(tmp_path, monkeypatch):
@@ -13,6 +15,7 @@ def test_the_demo_draws_and_reports(tmp_path, monkeypatch):
         demo, "TRAINING", TrainConfig(steps=4, learning_rate=3e-3, validate_every=2)
     )
     monkeypatch.setattr(demo, "CALIBRATION", CalibrationConfig(effort="quick"))
+    monkeypatch.setattr(demo, "sample", partial(sample, steps=4))
     result = demo.run_demo(tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"
     assert {p.name for p in folder.iterdir()} == {

@@ -1,6 +1,7 @@
 """The command line's contract, by running it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cntlora_core.model.loader import MINI_SD_FOLDER
 SUBJECT = MINI_SD_FOLDER / "subject"
 HELD_OUT = MINI_SD_FOLDER / "heldout"
 PROMPT = "a sks cat face emoji"
+SMALL = ["--effort", "quick", "--resolution", "32"]
 
 
 def arguments(command, output, *more):
@@ -31,21 +33,12 @@ def arguments(command, output, *more):
 
 
 def test_train_from_pictures_to_file(tmp_path, capsys):
-    out, log = tmp_path / "cat.safetensors", tmp_path / "run.jsonl"
-    more = [
-        "--steps",
-        "3",
-        "--validation-images",
-        str(HELD_OUT),
-        "--validate-every",
-        "2",
-        "--events",
-        str(log),
-    ]
-    assert (
-        main(arguments("train", out, *more, "--rank-rule", "uniform", "--learning-rate", "1e-3"))
-        == 0
-    )
+    out, log, other = (tmp_path / name for name in ("cat.safetensors", "run.jsonl", "other"))
+    other.mkdir()
+    shutil.copy(min(HELD_OUT.glob("*.png")), other)
+    more = ["--steps", "3", "--validation-images", str(other), "--validate-every", "2"]
+    more += ["--events", str(log)]
+    assert main(arguments("train", out, *more, "--rank-rule", "uniform", "--effort", "quick")) == 0
     events = [json.loads(line) for line in log.read_text().splitlines()]
     kinds = [e["type"] for e in events]
     assert kinds[-1] == "done"
@@ -76,26 +69,15 @@ def test_validation_does_not_depend_on_the_seed(tmp_path):
 def test_same_seed_same_file(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        assert (
-            main(
-                arguments(
-                    "train",
-                    tmp_path / name / "x.safetensors",
-                    "--steps",
-                    "2",
-                    "--validate-every",
-                    "0",
-                )
-            )
-            == 0
-        )
+        out = tmp_path / name / "x.safetensors"
+        assert main(arguments("train", out, "--steps", "2", "--validate-every", "0", *SMALL)) == 0
     first, second = ((tmp_path / name / "x.safetensors").read_bytes() for name in ("a", "b"))
     assert first == second
 
 
 def test_calibrate_sample_inspect(tmp_path, capsys):
     out = tmp_path / "cat.safetensors"
-    assert main(arguments("calibrate", out, "--class-prompt", "a cat face emoji")) == 0
+    assert main(arguments("calibrate", out, "--class-prompt", "a cat face emoji", *SMALL)) == 0
     capsys.readouterr()
     assert main(["inspect", str(out)]) == 0
     about = json.loads(capsys.readouterr().out)
@@ -129,7 +111,7 @@ def test_calibrate_sample_inspect(tmp_path, capsys):
 
 def test_training_goes_on_from_a_file_with_its_ranks(tmp_path):
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    assert main(arguments("calibrate", first, "--rank", "2")) == 0
+    assert main(arguments("calibrate", first, "--rank", "2", *SMALL)) == 0
     assert (
         main(
             arguments(
@@ -141,6 +123,7 @@ def test_training_goes_on_from_a_file_with_its_ranks(tmp_path):
                 "1",
                 "--validate-every",
                 "0",
+                *SMALL[2:],
             )
         )
         == 0

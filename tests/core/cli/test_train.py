@@ -38,7 +38,7 @@ def steps(log):
 def test_another_second_subject_does_not_go_on_from_the_checkpoint(folders, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(RunSnapshots, "remove", lambda self: None)  # as a kill leaves it
-        assert train(folders, "--save-every", "1") == 0
+        assert train(folders, "--checkpoint-every", "1") == 0
     capsys.readouterr()
     for other, says in (
         (("abc", "thing"), "its trigger is 'sks, zwx', now it is 'sks, abc'"),
@@ -53,12 +53,12 @@ def test_another_second_subject_does_not_go_on_from_the_checkpoint(folders, caps
 
 
 def test_a_prior_outside_the_masks(folders, capsys):
-    assert train(folders, "--prior", "masked") == 1
+    assert train(folders, "--prior-loss", "masked") == 1
     assert "needs masks, and there is none that is used: turn on masked" in capsys.readouterr().err
     half = Image.new("L", (64, 64), 0)
     half.paste(255, (0, 0, 32, 64))
     half.save(folders / "red" / "a-masklabel.png")
     log = folders / "log.jsonl"
-    assert train(folders, "--prior", "masked", "--masked", "--events", str(log)) == 0
+    assert train(folders, "--prior-loss", "masked", "--masked", "--events", str(log)) == 0
     assert steps(log) == [1, 2]
     assert not [e for e in events(log) if "no effect" in e.get("text", "")]

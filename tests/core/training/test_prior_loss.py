@@ -113,7 +113,7 @@ def test_from_the_command_line(tmp_path, prior):
         CLASS,
     ]
     given += [
-        "--prior",
+        "--prior-loss",
         prior,
         "--class-count",
         "4",
@@ -136,7 +136,7 @@ def test_a_prior_needs_its_class(tmp_path, capsys):
         "--prompt",
         "x",
     ]
-    assert main([*given, "--prior", "base", "--output", str(tmp_path / "x.safetensors")]) == 1
+    assert main([*given, "--prior-loss", "base", "--output", str(tmp_path / "x.safetensors")]) == 1
     assert "needs --class-prompt" in capsys.readouterr().err
 
 

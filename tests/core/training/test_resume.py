@@ -145,10 +145,9 @@ def command(out, *more):
     return [*given, "--init", "gaussian", "--validate-every", "0", "--output", str(out), *more]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_within_a_step_and_resume_goes_on(tmp_path, number, status):
+def test_a_signal_ends_within_a_step_and_resume_goes_on(tmp_path):
     whole, out = tmp_path / "whole.safetensors", tmp_path / "x.safetensors"
-    goal = ["--steps", "16"]
+    goal = ["--steps", "16", "--resolution", "32"]
     log = tmp_path / "log.jsonl"
     started = subprocess.Popen(
         [
@@ -164,9 +163,9 @@ def test_a_signal_ends_within_a_step_and_resume_goes_on(tmp_path, number, status
     )
     while not (log.exists() and '"step"' in log.read_text()):
         assert started.poll() is None, started.stderr.read()
-    started.send_signal(number)
+    started.send_signal(signal.SIGTERM)  # tests/faults sends the others
     error = started.communicate(timeout=60)[1]
-    assert started.returncode == status
+    assert started.returncode == 143
     assert "--resume goes on from" in error
     with safe_open(out, "pt") as file:
         steps = int(file.metadata()["ss_steps"])
@@ -185,15 +184,9 @@ def test_a_signal_ends_within_a_step_and_resume_goes_on(tmp_path, number, status
 def test_two_processes_at_half_the_batch_are_one_process(tmp_path):
     alone, together = tmp_path / "alone.safetensors", tmp_path / "together.safetensors"
     settings = [
-        "--steps",
-        "4",
-        "--init",
-        "target",
-        "--effort",
-        "quick",
-        "--validate-every",
-        "2",
-        "--no-hold-out",
+        *("--steps", "2", "--init", "target", "--effort", "quick"),
+        *("--save-precision", "fp32"),
+        *("--validate-every", "2", "--no-hold-out"),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for launch, out, batch in (

@@ -1,0 +1,172 @@
+"""What a training in the graph is made from, and where its work is kept when it is stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..cntlora_core.config import TrainConfig
+from ..cntlora_core.data.encoded import EncodedImages
+from ..cntlora_core.defaults import resolve
+from ..cntlora_core.errors import CNTLoRAError
+from ..cntlora_core.events import Event, Notice, Saved
+from ..cntlora_core.files import Disk, free_name
+from ..cntlora_core.model.loader import StableDiffusion
+from ..cntlora_core.presets import PRESETS
+from ..cntlora_core.run.outcome import RunResult
+from ..cntlora_core.training.identity import run_identity
+from ..cntlora_core.training.prior_loss import (
+    BasePrediction,
+    ClassImages,
+    OutsideTheMask,
+    PriorLoss,
+)
+from ..cntlora_core.training.resume import RunSnapshots
+from ..cntlora_core.training.validation import validation_loss
+from . import host
+from .reporter import Reporter
+from .types import CalibratedStart, LoRAModel, Pictures, lora_model
+
+
+@dataclass(frozen=True)
+class TrainInputs:
+    """What comes along the wires, encoded; `config` as people set it, `prior_loss` by its name."""
+
+    model: StableDiffusion
+    pictures: Pictures
+    subject: EncodedImages
+    held_out: EncodedImages
+    start: CalibratedStart
+    config: TrainConfig
+    prior: EncodedImages | None
+    prior_loss: str
+
+    def resolved(self, report: Reporter) -> TrainConfig:
+        """The settings with numbers where they say auto."""
+        config, share = self.config, PRESETS[self.pictures.preset].steps
+        if self.start.source and config.optimizer == "auto":
+            config = replace(config, optimizer="adamw")  # a LoRA file holds no metric
+        pictures, held = self.subject.picture_count, len(self.held_out)
+        init = self.start.config.init
+        return resolve(config, self.model.name, init, pictures, report, share=share, held_out=held)
+
+    def identity(self, config: TrainConfig) -> dict[str, Any]:
+        """What the run is made from and with."""
+        return run_identity(
+            self.model,
+            self.subject,
+            self.held_out if config.validate_every else None,
+            [one.data for one in (self.pictures, *self.pictures.others)],
+            self.start.config,
+            config,
+            precision=str(self.model.dtype),
+            start=self.start.made_from,
+            continued=self.start.source and self.start.source.sha256,
+            prior=prior_identity(self.prior, self.prior_loss),
+        )
+
+    def second_loss(self) -> PriorLoss | None:
+        if self.prior_loss == "masked":
+            return OutsideTheMask(self.subject)
+        if self.prior is None or self.prior_loss == "none":
+            return None
+        if self.prior_loss == "base":
+            return BasePrediction(self.prior.conditioning[:1])
+        return ClassImages(self.prior)
+
+    def validation(self, config: TrainConfig) -> Callable[[], float] | None:
+        if not config.validate_every:
+            return None
+        return validation_loss(self.model, self.held_out, config.batch_size)
+
+    def finished(self, run: RunResult) -> LoRAModel:
+        story = (self.start.config, run.training, run.kept_step, self.start.source)
+        return lora_model(run.lora, self.model, self.subject, *story)
+
+
+def prior_identity(prior: EncodedImages | None, prior_loss: str) -> list[str]:
+    """Of what the second loss depends on."""
+    if prior_loss == "masked":
+        return [prior_loss]
+    return [prior_loss, prior.digest, prior.prompt] if prior and prior_loss != "none" else []
+
+
+def encoded(
+    pictures: Pictures, validation: Pictures | None, model: StableDiffusion, report: Reporter
+) -> tuple[EncodedImages, EncodedImages]:
+    """What is trained on, and what is held out of it: other pictures where some are given."""
+    subject, held_out = pictures.encode(model, report)
+    if validation is None:
+        return subject, held_out
+    if validation.prompt != pictures.prompt:
+        said = (
+            f"The pictures to validate with say '{validation.prompt}', those to train on "
+            f"'{pictures.prompt}': the best weights are chosen by other words. Give both the same "
+            "trigger and class_name."
+        )
+        report(Notice(said))
+    return subject, validation.encode_all(model, report)
+
+
+def without_effect(
+    config: TrainConfig, validation: Pictures | None, prior: EncodedImages | None, prior_loss: str
+) -> list[str]:
+    """Inputs that do nothing beside the others, a sentence each."""
+    rules = [
+        (
+            validation is not None and not config.validate_every,
+            "The pictures to validate with have no effect: validate_every is 0.",
+        ),
+        (
+            prior is None and prior_loss == "base",
+            "prior_loss has no effect: no prior is connected.",
+        ),
+        (
+            prior is not None and prior_loss in ("none", "masked"),
+            f"The prior has no effect on training: prior_loss is {prior_loss}.",
+        ),
+    ]
+    return [text for holds, text in rules if holds]
+
+
+@dataclass
+class Keeper:
+    """Saves what a run has learnt when it is stopped, and says where."""
+
+    inputs: TrainInputs
+    report: Reporter
+    disk: Disk
+    places: list[str] = field(default_factory=list, init=False)
+
+    def keep(self, run: RunResult) -> None:
+        if not run.steps:
+            return
+        moment = time.strftime("%Y-%m-%d_%H%M%S")
+        path = free_name(host.lora_path(f"cntlora-interrupted/{moment}_step{run.kept_step}"))
+        saved = self.inputs.finished(run).write(path, observer=self._note, disk=self.disk)
+        name = host.lora_name(saved)
+        self.report.note(Saved(name))
+        elsewhere = saved.is_absolute() and name == str(saved)
+        self.places.append(name if elsewhere else f"loras/{name}")
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, Notice):
+            self.report.note(event)
+
+    @contextmanager
+    def telling_where(self, checkpoints: RunSnapshots) -> Iterator[None]:
+        """An error says where the work is, and how to go on."""
+        try:
+            yield
+        except CNTLoRAError as error:
+            for place in self.places:
+                error.add_sentence(f"What was trained is in {place}.")
+            raise
+        except host.Cancelled:
+            if checkpoints.ours:
+                said = "Queue the same graph again and the run goes on where it stopped."
+                self.report.note(Notice(said))
+            raise

@@ -77,6 +77,12 @@ def test_what_is_left_out_is_said_on_the_node(pack, folder):
     assert out.values[0].pictures[0].caption == "sks, an orange"
 
 
+def test_a_caption_that_will_be_cut_is_said_on_the_node(pack, folder):
+    (folder / "a.txt").write_text("word " * 226)
+    (text,) = pack.run(pack.SubjectImages, folder=folder.name, **SUBJECT).ui["text"]
+    assert "1 caption is longer than the 225 tokens that the text encoder reads" in text
+
+
 def test_a_list_of_pictures_of_any_sizes_has_a_list_of_captions(pack):
     sizes = [torch.rand(1, 64, 48, 3), torch.rand(2, 32, 64, 3)]
     given = {"folder": [FOLDER], "trigger": ["sks"], "class_name": ["cat"], "images": sizes}

@@ -44,6 +44,20 @@ class MemoryEstimate:
         return self.activations + self.adapters + self.workspace + self.metric
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """A UNet with adapters and what passes through it: latents of `side` x `side`, `device` the
+    kind whose attention kernels run."""
+
+    side: int
+    batch_size: int
+    rank: int
+    targets: str
+    dtype: torch.dtype
+    gradient_checkpointing: bool
+    device: str
+
+
 def estimate_training_memory(
     family: str,
     *,
@@ -62,44 +76,28 @@ def estimate_training_memory(
     kernels run.
     """
     targets = targets or targets_for(family, CalibrationConfig())
-    return unet_training_memory(
-        config_of(family)["unet"],
-        side=resolution // 8,
-        batch_size=batch_size,
-        rank=rank,
-        targets=targets,
-        dtype=dtype,
-        gradient_checkpointing=gradient_checkpointing,
-        device=device,
-    )
+    side, config = resolution // 8, config_of(family)["unet"]
+    adapted = Adapted(side, batch_size, rank, targets, dtype, gradient_checkpointing, device)
+    return unet_training_memory(config, adapted)
 
 
-def unet_training_memory(
-    config: Mapping[str, Any],
-    *,
-    side: int,
-    batch_size: int,
-    rank: int,
-    targets: str,
-    dtype: torch.dtype,
-    gradient_checkpointing: bool,
-    device: str,
-) -> MemoryEstimate:
-    """The same for any UNet by its diffusers configuration, with latents of `side` x `side`."""
-    unet = meta_unet(config, dtype, device)
-    projections = find_projections(unet, targets)
-    inputs = unet_inputs(config, batch_size, side, dtype)
-    with attached_lora(unet, meta_lora(projections, rank), trainable=True):
+def unet_training_memory(config: Mapping[str, Any], adapted: Adapted) -> MemoryEstimate:
+    """The same for any UNet by its diffusers configuration."""
+    unet = meta_unet(config, adapted.dtype, adapted.device)
+    projections = find_projections(unet, adapted.targets)
+    inputs = unet_inputs(config, adapted.batch_size, adapted.side, adapted.dtype)
+    with attached_lora(unet, meta_lora(projections, adapted.rank), trainable=True):
 
         def step() -> None:
-            with recomputing_activations(unet, gradient_checkpointing):
+            with recomputing_activations(unet, adapted.gradient_checkpointing):
                 (predicted,) = unet(return_dict=False, **inputs)
                 predicted.float().square().mean().backward()
 
         activations = peak_bytes(step, [*unet.parameters(), *unet.buffers()])
-    adapters = sum(p.parameters_per_rank for p in projections) * rank * 4 * COPIES_OF_ADAPTERS
+    per_rank = sum(p.parameters_per_rank for p in projections)
+    adapters = per_rank * adapted.rank * 4 * COPIES_OF_ADAPTERS
     largest = max(p.numel() * p.element_size() for p in unet.parameters())
-    workspace = CPU_WEIGHT_COPIES * largest if device == "cpu" else 0
+    workspace = CPU_WEIGHT_COPIES * largest if adapted.device == "cpu" else 0
     return MemoryEstimate(nbytes(unet), activations, adapters, workspace)
 
 
@@ -114,42 +112,24 @@ def meta_lora(projections: Sequence[Projection], rank: int) -> LoRA:
     }
 
 
-def unet_calibration_memory(
-    config: Mapping[str, Any],
-    *,
-    side: int,
-    batch_size: int,
-    rank: int,
-    targets: str,
-    dtype: torch.dtype,
-    gradient_checkpointing: bool,
-    device: str,
-) -> MemoryEstimate:
+def unet_calibration_memory(config: Mapping[str, Any], adapted: Adapted) -> MemoryEstimate:
     """Peak of a calibration: of its sweep, or of the steps after it.
 
     A sweep passes as a training step does. It keeps every layer's input until the gradient is
     there, with gradient checkpointing too, and one layer's input, gradient and their product, in
     fp32, pass beside them. The steps hold adapters and metric.
     """
-    step = unet_training_memory(
-        config,
-        side=side,
-        batch_size=batch_size,
-        rank=rank,
-        targets=targets,
-        dtype=dtype,
-        gradient_checkpointing=gradient_checkpointing,
-        device=device,
-    )
-    unet = meta_unet(config, dtype, device)
-    projections = find_projections(unet, targets)
-    rows = rows_of(unet, projections, unet_inputs(config, batch_size, side, dtype))
+    step = unet_training_memory(config, adapted)
+    unet = meta_unet(config, adapted.dtype, adapted.device)
+    projections = find_projections(unet, adapted.targets)
+    inputs = unet_inputs(config, adapted.batch_size, adapted.side, adapted.dtype)
+    rows = rows_of(unet, projections, inputs)
     passing = max(
         4 * (rows[p.name] * p.parameters_per_rank + p.in_features * p.out_features)
         for p in projections
     )
-    inputs = {p.input_key: rows[p.name] * p.in_features for p in projections}
-    kept = dtype.itemsize * sum(inputs.values()) if gradient_checkpointing else 0
+    read = {p.input_key: rows[p.name] * p.in_features for p in projections}
+    kept = adapted.dtype.itemsize * sum(read.values()) if adapted.gradient_checkpointing else 0
     metric = metric_bytes(projections)
     if passing + kept < step.adapters + metric:
         return replace(step, metric=metric)

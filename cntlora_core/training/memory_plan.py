@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..calibration.second_moment import RANK
+from ..calibration.moments import moment_bytes
 from ..config import CalibrationConfig, TrainConfig
 from ..devices import RESERVE, free_memory
 from ..events import Notice, Observer, Status
@@ -183,11 +183,8 @@ def fitted_to_memory(
 
 
 def metric_bytes(projections: Sequence[Projection]) -> int:
-    """Of natural-gradient steps: the leading directions of each second moment and what is computed
-    from them, fp32."""
-    inputs = {p.input_key: p.in_features * (1 if p.diagonal_in else RANK) for p in projections}
-    outputs = (p.out_features * (1 if p.diagonal_out else RANK) for p in projections)
-    return 4 * METRIC_COPIES * (sum(inputs.values()) + sum(outputs))
+    """Of natural-gradient steps: the second moments and what is computed from them."""
+    return METRIC_COPIES * moment_bytes(projections)
 
 
 def _minutes(minutes: float) -> str:

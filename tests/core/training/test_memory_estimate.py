@@ -12,6 +12,7 @@ from cntlora_core.model.families import config_of
 from cntlora_core.model.gradient_checkpointing import recomputing_activations
 from cntlora_core.run.runs import run_training
 from cntlora_core.training.memory_estimate import (
+    Adapted,
     estimate_training_memory,
     unet_calibration_memory,
     unet_sampling_memory,
@@ -42,7 +43,7 @@ SMALL_DEFAULTS = {
 
 @functools.cache
 def small(**settings):
-    return unet_training_memory(SMALL, **SMALL_DEFAULTS | settings)
+    return unet_training_memory(SMALL, Adapted(**SMALL_DEFAULTS | settings))
 
 
 def test_the_frozen_weights_are_counted_exactly():
@@ -93,8 +94,10 @@ def test_the_estimate_is_what_a_real_step_holds(mini_sd, subject):
         real = peak_bytes(step, held)
     estimate = unet_training_memory(
         mini_sd.unet.config,
-        **SMALL_DEFAULTS
-        | {"side": latents.shape[-1], "batch_size": 2, "dtype": torch.float32, "device": "cpu"},
+        Adapted(
+            **SMALL_DEFAULTS
+            | {"side": latents.shape[-1], "batch_size": 2, "dtype": torch.float32, "device": "cpu"}
+        ),
     )
     assert estimate.activations == pytest.approx(real, rel=0.1)
 
@@ -128,9 +131,9 @@ def test_a_calibration_holds_more_than_a_training_step():
     """Its metric, or what its sweep keeps of the layers' inputs, with checkpointing too."""
     for checkpointing in (False, True):
         settings = SMALL_DEFAULTS | {"gradient_checkpointing": checkpointing}
-        calibration = unet_calibration_memory(SMALL, **settings)
+        calibration = unet_calibration_memory(SMALL, Adapted(**settings))
         assert calibration.peak > small(gradient_checkpointing=checkpointing).peak
-    many = unet_calibration_memory(SMALL, **settings | {"rank": 64})
+    many = unet_calibration_memory(SMALL, Adapted(**settings | {"rank": 64}))
     assert many.metric > 0
     assert many.activations < calibration.activations
 

@@ -13,6 +13,7 @@ from cntlora_core.model.families import config_of
 from cntlora_core.run.runs import run_training
 from cntlora_core.training import memory_plan
 from cntlora_core.training.memory_estimate import (
+    Adapted,
     estimate_training_memory,
     unet_calibration_memory,
 )
@@ -148,13 +149,7 @@ def test_the_families_train_and_calibrate_on_small_cards(family, resolution, mos
     """Attention and feed-forward of rank 16, one picture at a time."""
     estimate = unet_calibration_memory(
         config_of(family)["unet"],
-        side=resolution // 8,
-        batch_size=1,
-        rank=16,
-        targets="attention+ff",
-        dtype=torch.bfloat16,
-        gradient_checkpointing=True,
-        device="cuda",
+        Adapted(resolution // 8, 1, 16, "attention+ff", torch.bfloat16, True, "cuda"),
     )
     assert estimate.peak / 1e9 < most
 

@@ -33,7 +33,7 @@ PRESETS = {
     ),
     "character": Preset(
         "Clothes and places change, so tags are shuffled and some left out; rank 8, more steps.",
-        "unmeasured",
+        "its tags on two subjects: no worse, docs/experiments.md",
         {"rank": 8, "shuffle_tags": True, "tag_dropout": 0.1},
         steps=1.5,
     ),

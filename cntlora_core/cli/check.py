@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..config import DataConfig
+from ..config import DataConfig, ModelConfig
 from ..events import Event, Notice
 from ..settings import read_settings
 from .console import print_json
@@ -28,13 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resolution", type=int, default=512, metavar="PX", help="planned (default: %(default)s)"
     )
     add_settings(parser, DataConfig, READ)
-    parser.add_argument(
-        "--max-tokens",
-        type=int,
-        default=225,
-        metavar="N",
-        help="planned: what is read of a caption (default: %(default)s)",
-    )
+    add_settings(parser, ModelConfig, ["max_tokens"])
     parser.add_argument("--sheet", metavar="FILE.png", help="draw a contact sheet")
     parser.add_argument("--overwrite", action="store_true")
 

@@ -10,22 +10,25 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 pytestmark = pytest.mark.comfyui
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("KILLS", "3"))
 SEED = int(os.environ.get("KILLS_SEED", "0"))
 STEPS = 24
-WARM = 0.35  # of a first run's time: the model is loaded, the start is cached
-GOES_ON = "Goes on after step"
+EARLY = 0.15  # of the kills: before the run trains
 
 
 def graph(number):
-    """A quick start, a training and a file. How often it is kept changes no run, but the cache
-    does not know it."""
+    """A quick start (none where the seed is odd: the other optimiser), a training and a file. How
+    often it is kept changes no run, but the cache does not know it."""
     nodes = json.loads((HERE / "workflows/train_a_subject.json").read_text(encoding="utf-8"))
     del nodes["6"]
-    nodes["3"]["inputs"] |= {"effort": "quick"}
+    if SEED % 2:
+        del nodes["3"], nodes["4"]["inputs"]["lora_init"]
+    else:
+        nodes["3"]["inputs"] |= {"effort": "quick"}
     nodes["4"]["inputs"] |= {
         **{"steps": STEPS, "validate_every": 8, "sample_every": 0},
         **{"checkpoint_every": 2 + number % 4, "learning_rate": 0.003},
@@ -57,42 +60,63 @@ def tensors(server, number):
 
 
 def left(server):
-    """What runs have left to go on from, half-written files too."""
-    return sorted(p.name for p in (server.base / "output/cntlora-unfinished").glob("*"))
+    """The step that the run which was killed goes on from: 0 for its calibration, None for
+    nothing."""
+    for path in (server.base / "output/cntlora-unfinished").glob("*.state.safetensors"):
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["cntlora.state"])["step"]
+    return None
 
 
-def ends(server, number, seconds):
-    """Whether the run ends by itself in that time."""
-    try:
-        status = server.run(graph(number), seconds)["status"]
-    except TimeoutError:
-        return False
+def trains(server, since):
+    """Whether the run that was queued then has begun to train."""
+    events = server.events("4")
+    began = bool(events) and events[0]["started"] >= since
+    return began and any(e["type"] == "training" for e in events)
+
+
+def ends(server, number, seconds=None, *, early=False):
+    """Whether the run ends before it has trained for so long, or, `early`, lasted so long."""
+    since, until = time.time(), None
+    prompt = server.queue(graph(number))["prompt_id"]
+    while seconds is not None and prompt not in server.get(f"/history/{prompt}"):
+        if until is None and (early or trains(server, since)):
+            until = time.monotonic() + seconds
+        if until is not None and time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    status = server.result(prompt, 600)["status"]
     assert status["status_str"] == "success"
     assert "4" not in dict(status["messages"])["execution_cached"]["nodes"]
     return True
 
 
 def test_a_killed_run_goes_on_to_the_same_file(server):
-    """One run is killed again and again, until it ends before it is; then the next one begins."""
-    dice = random.Random(SEED)
-    began = time.monotonic()
-    assert ends(server, 0, 600)
-    whole, seconds = tensors(server, 0), time.monotonic() - began
-    done, run, went_on, states, lasts = 0, 1, 0, [], WARM * seconds
-    while done < KILLS or states:
-        moment = dice.uniform(0.1, 1.0) * lasts
-        if ends(server, run, moment if done < KILLS else 600):
+    """One run is killed again and again, most times while it trains, until it ends before it is;
+    then the next one begins."""
+    dice, began = random.Random(SEED), time.time()
+    assert ends(server, 0)
+    whole, events = tensors(server, 0), server.events("4")
+    training = next(e["time"] for e in events if e["type"] == "training")
+    lead, lasts = training - began, events[-1]["time"] - training
+    done, run, goes_on, step = 0, 1, 0, None
+    while done < KILLS or step is not None:
+        early = dice.random() < EARLY
+        moment = dice.random() * (lead if early else lasts)
+        if ends(server, run, moment if done < KILLS else None, early=early):
             told = [e["text"] for e in server.events("4") if e["type"] == "warning"]
-            told = [text for text in told if text.startswith(GOES_ON)]
+            told = [text for text in told if text.startswith("Goes on")]
             logging.info("run %d ended after %d kills: %s", run, done, told)
-            assert bool(told) == any("state" in name for name in states)
+            assert told == (
+                [f"Goes on after step {step} of the run that was stopped."] * bool(step)
+            )
             assert tensors(server, run) == whole
-            assert not left(server)
-            run, states, lasts = run + 1, [], WARM * seconds
+            assert not list((server.base / "output/cntlora-unfinished").iterdir())
+            run, step = run + 1, None
         else:
             server.restart()
-            states, done, lasts = left(server), done + 1, seconds
-            went_on += any("state" in name for name in states)
-            logging.info("kill %d: %s", done, states)
-    text = "%d kills, %d with a checkpoint, %d ends alike, %.0f s a run"
-    logging.info(text, done, went_on, run - 1, seconds)
+            done, step = done + 1, left(server)
+            goes_on += bool(step)
+            logging.info("kill %d (early: %s): step %s", done, early, step)
+    text = "%d kills, %d after a step, %d ends alike, %.0f s and %.0f of training a run"
+    logging.info(text, done, goes_on, run - 1, lead, lasts)

@@ -1,8 +1,9 @@
 """Host memory of a model that ComfyUI has loaded and CNTLoRA works with: COMFYUI_PATH=... python
-benchmarks/comfyui_memory.py FILE.safetensors
+benchmarks/comfyui_memory.py FILE.safetensors [--half]
 
 A process for each way: *Load Checkpoint* alone, with *Load SD Checkpoint* beside it, and with *Use
-ComfyUI Model*. Prints the memory of each while the UNet works, and as a share of the file.
+ComfyUI Model*. Prints the memory of each while the UNet works, and as a share of the file. On the
+CPU both compute in fp32; `--half`: in fp16, what a host keeps for a GPU.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ def load_pack() -> None:
     spec.loader.exec_module(module)
 
 
-def run(way: str, path: str) -> None:
+def run(way: str, path: str, dtype: torch.dtype) -> None:
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.fp16_unet = dtype == torch.float16
     import comfy.sd
 
     load_pack()
@@ -53,9 +55,9 @@ def run(way: str, path: str) -> None:
     device = torch.device("cpu")
     if way == "load":
         tokenizer = Path(comfy.__path__[0], "sd1_tokenizer")
-        used = loader.load_checkpoint(path, device=device, tokenizer=tokenizer)
+        used = loader.load_checkpoint(path, device=device, dtype=dtype, tokenizer=tokenizer)
     elif way == "use":
-        used = nodes.use_model(model, clip, vae, device=device, dtype=torch.float32)
+        used = nodes.use_model(model, clip, vae, device=device, dtype=dtype)
     else:
         print(resident() - before)
         return
@@ -70,18 +72,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path)
+    parser.add_argument("--half", action="store_true", help="compute in fp16")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
-        run(args.way, str(args.file))
+        run(args.way, str(args.file), torch.float16 if args.half else torch.float32)
         return
     size = args.file.stat().st_size
     print(f"file: {size / 1e9:.2f} GB")
     for way in WAYS:
-        command = [sys.executable, __file__, str(args.file), "--way", way]
+        command = [sys.executable, *sys.argv, "--way", way]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         taken = int(done.stdout.splitlines()[-1])
-        print(f"{way}: {taken / 1e9:.2f} GB, {taken / size:.2f} of the file")
+        print(f"{way}: {taken / 1e9:.2f} GB, {taken / size:.2f} of the file", flush=True)
 
 
 if __name__ == "__main__":

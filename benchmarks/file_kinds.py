@@ -1,24 +1,22 @@
 """What becomes of every kind of model file: python benchmarks/file_kinds.py [--memory]
 
-Writes cut-down checkpoints (true names, a hundredth of the width) of many kinds into a temporary
+Writes cut-down checkpoints (true names, a fortieth of the width) of many kinds into a temporary
 folder, loads each, and prints a table in Markdown: what was made of it, or the sentence it was
-refused with. `--memory` adds the peak host memory of loading full-size SD 1.5 files against their
-size, a process each.
+refused with. `--memory` adds host memory against the file's size, of files some 20 times as wide
+that a process each loads: the peak, and what the model holds in the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from file_memory import loaded_memory
 from file_variants import (
     Workshop,
     averaged,
@@ -26,6 +24,7 @@ from file_variants import (
     diffusers_vae,
     empty_tokenizer,
     fewer_blocks,
+    in_fp32,
     mixed_attention,
     part,
     pickled,
@@ -36,14 +35,11 @@ from file_variants import (
     variant,
     without,
 )
-from make_checkpoint import clip_vocabulary, write
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cntlora_core.errors import CheckpointError
-from cntlora_core.model import loader, single_file
 from cntlora_core.model.ldm_names import UNET_PREFIX, VAE_PREFIX
-from cntlora_core.model.loader import MINI_SD_FOLDER, StableDiffusion, load_checkpoint
+from cntlora_core.model.loader import StableDiffusion, load_checkpoint
 
 Made = tuple[Path, dict[str, Any]]  # a path, and options of load_checkpoint
 TEXT = "cond_stage_model.transformer.text_model."
@@ -107,6 +103,7 @@ ACCEPTED: dict[str, Kind] = {
         "sd1",
         tolerance=0.13,
     ),
+    "`.ckpt`": Kind(lambda s: s.pickle(s.base("sd1")), "sd1"),
     "mixed dtypes": Kind(
         lambda s: s.save(
             cast(cast(s.base("sd1"), torch.bfloat16, TEXT), torch.float32, VAE_PREFIX)
@@ -157,6 +154,7 @@ ACCEPTED: dict[str, Kind] = {
         "sdxl",
     ),
     "diffusers folder": Kind(lambda s: s.folder_of(), "mini"),
+    "folder in fp32": Kind(lambda s: s.folder_of(in_fp32), "mini"),
     "folder with fp16 variants": Kind(lambda s: s.folder_of(variant), "mini"),
     "folder with shards": Kind(lambda s: s.folder_of(sharded), "mini"),
     "folder, `rescale_betas_zero_snr`": Kind(
@@ -168,7 +166,7 @@ ACCEPTED: dict[str, Kind] = {
     "folder with another VAE": Kind(
         lambda s: (
             s.folder_of(),
-            {"vae": MINI_SD_FOLDER / "model/vae/diffusion_pytorch_model.safetensors"},
+            {"vae": s.folder_of() / "vae/diffusion_pytorch_model.safetensors"},
         ),
         "mini",
     ),
@@ -244,15 +242,17 @@ class Outcome:
     sentence: str
 
 
+def made(shop: Workshop, kind: Kind) -> Made:
+    """A file of the kind."""
+    path = kind.make(shop)
+    return path if isinstance(path, tuple) else (path, {})
+
+
 def outcome(shop: Workshop, kind: Kind) -> Outcome:
     """Make a file of the kind and load it."""
-    made = kind.make(shop)
-    path, options = made if isinstance(made, tuple) else (made, {})
+    path, options = made(shop, kind)
     said: list[str] = []
-    small = mock.patch.object(single_file, "config_of", shop.config)
-    # The vocabulary takes longer than the rest, and has tests of its own.
-    words = mock.patch.object(loader, "load_tokenizers", return_value=())
-    with small, words:
+    with shop.known():
         try:
             model = load_checkpoint(path, observer=lambda e: said.append(e.text), **options)
         except CheckpointError as error:
@@ -260,74 +260,38 @@ def outcome(shop: Workshop, kind: Kind) -> Outcome:
     return Outcome(model, " ".join(said))
 
 
-def peak_over_size(path: Path, tokenizer: Path) -> float:
-    """Peak memory of a process that loads a file, without what the libraries take, over the file's
-    size."""
-    command = [sys.executable, __file__, "--once", str(path), str(tokenizer)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.splitlines()[-1]) / path.stat().st_size
-
-
-def load_once(path: str, tokenizer: str) -> None:
-    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
-    from transformers import CLIPTextModel  # noqa: F401
-
-    before = _status("VmRSS")
-    model = load_checkpoint(path, dtype=torch.float16, tokenizer=tokenizer)
-    for module in (model.unet, model.pictures.vae, *model.prompts.encoders):
-        for value in module.parameters():
-            value.sum()  # maps are read when they are used
-    print(_status("VmHWM") - before)
-
-
-def _status(key: str) -> int:
-    """Bytes of this process, now or at most; getrusage would count those of the one that
-    started it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def memory_table(shop: Workshop) -> None:
-    print("\n| SD 1.5, full size | size | peak memory / size |\n|---|---|---|")
-    path, tokenizer = shop.path("full.safetensors"), clip_vocabulary(shop.folder)
-    write(path, "sd1", dtype="fp16")
-    _tell_memory("fp16", path, tokenizer)
-    small = torch.float8_e4m3fn
-    for title, change in {
-        "fp8": lambda state: cast(state, small),
-        "fp8, scaled": lambda state: scaled(state, "scale_weight"),
-    }.items():
-        made = shop.save(change(load_file(path)))
-        _tell_memory(title, made, tokenizer)
-        made.unlink()
-
-
-def _tell_memory(title: str, path: Path, tokenizer: Path) -> None:
-    ratio = peak_over_size(path, tokenizer)
-    print(f"| {title} | {path.stat().st_size / 1e9:.2f} GB | {ratio:.2f} |", flush=True)
+def row(title: str, kind: Kind, small: Workshop, wide: Workshop | None) -> str:
+    """Of the table; with the memory of a wide file where a workshop makes some."""
+    result = outcome(small, kind)
+    model = result.model
+    becomes = f"{model.family}, {model.schedule.prediction}" if model else "refused"
+    if result.sentence:
+        becomes += f": {result.sentence.replace(str(small.folder), '...')}"
+    memory = ""
+    if wide and model:
+        memory = "{:.2f}, then {:.2f}".format(*loaded_memory(wide, *made(wide, kind)))
+        wide.clear()
+    return " | ".join([f"| {title}", becomes, *([memory] if wide else [])]) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--memory", action="store_true", help="of full-size files too (3 GB disk)")
-    parser.add_argument("--once", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help="of each kind too (minutes)")
+    parser.add_argument("--width", type=int, default=16, help="of files for --memory; 40: in full")
+    parser.add_argument("--only", default="", help="kinds whose title has this in it")
     args = parser.parse_args()
-    if args.once:
-        load_once(*args.once)
-        return
     with tempfile.TemporaryDirectory() as name:
-        shop = Workshop(Path(name))
-        print("| kind of file | becomes |\n|---|---|")
+        folders = [Path(name, size) for size in ("small", "wide")]
+        for folder in folders:
+            folder.mkdir()
+        small, wide = Workshop(folders[0]), Workshop(folders[1], args.width)
+        print("| kind of file | becomes |" + (" memory / file |" if args.memory else ""))
+        print("|---|---|" + ("---|" if args.memory else ""))
         for title, kind in KINDS.items():
-            result = outcome(shop, kind)
-            model = result.model
-            text = f"{model.family}, {model.schedule.prediction}" if model else "refused"
-            sentence = result.sentence.replace(str(shop.folder), "...")
-            print(f"| {title} | {text}{': ' if sentence else ''}{sentence} |")
-        if args.memory:
-            memory_table(shop)
+            if args.only in title:
+                print(row(title, kind, small, wide if args.memory else None), flush=True)
 
 
 if __name__ == "__main__":

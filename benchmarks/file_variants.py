@@ -5,37 +5,55 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from make_checkpoint import small_config, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cntlora_core.model import loader, single_file
 from cntlora_core.model.ldm_names import UNET_PREFIX, vae_places
-from cntlora_core.model.loader import MINI_SD_FOLDER
+from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
 
 State = dict[str, Tensor]
+VOCABULARY = 2008  # the miniature's, whose tokenizer goes with folders
 FP8 = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}  # largest numbers
 
 
 class Workshop:
-    """Makes files in a folder from one small checkpoint of each family."""
+    """Makes files in a folder from one small checkpoint of each family, `width` times as wide as
+    need be."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, width: int = 1) -> None:
+        self.folder, self.width = folder, width
         self.bases: dict[str, State] = {}
         self.configs: dict[str, dict] = {}
         self.made = 0
 
     def config(self, family: str) -> dict:
         if family not in self.configs:
-            self.configs[family] = small_config(family)
-            for text in self.configs[family]["text_encoders"]:
-                text.update(vocab_size=64, num_hidden_layers=1)
+            config = self.configs[family] = small_config(family)
+            for part in (config["unet"], config["vae"]):
+                part["block_out_channels"] = [w * self.width for w in part["block_out_channels"]]
+            for text in config["text_encoders"]:  # as wide as ever: the family is told by it
+                text.update(vocab_size=VOCABULARY, num_hidden_layers=1 + self.width // 2)
         return json.loads(json.dumps(self.configs[family]))
+
+    @contextmanager
+    def known(self) -> Iterator[None]:
+        """These sizes are the families' own while the block runs. The vocabulary takes longer to
+        load than the rest, and has tests of its own."""
+        with (
+            mock.patch.object(single_file, "config_of", self.config),
+            mock.patch.object(loader, "load_tokenizers", return_value=()),
+        ):
+            yield
 
     def base(self, family: str) -> State:
         if family not in self.bases:
@@ -51,14 +69,32 @@ class Workshop:
         place.mkdir()
         return place / name
 
+    def clear(self) -> None:
+        """Without what was made so far."""
+        for place in self.folder.iterdir():
+            if place.is_dir():
+                shutil.rmtree(place)
+
     def save(self, state: State, name: str = "model", metadata: dict | None = None) -> Path:
         path = self.path(f"{name}.safetensors")
         save_file({k: v.contiguous() for k, v in state.items()}, path, metadata)
         return path
 
+    def pickle(self, state: State) -> Path:
+        path = self.path("model.ckpt")
+        torch.save({"state_dict": state, "global_step": 1}, path)
+        return path
+
     def folder_of(self, change: Callable[[Path], None] = lambda folder: None) -> Path:
-        """The embedded miniature as a diffusers folder, changed."""
+        """The embedded miniature as a diffusers folder, changed. Where more width is asked for, it
+        has SD 1's parts."""
         copy = shutil.copytree(MINI_SD_FOLDER / "model", self.path("folder"))
+        if self.width > 1:
+            with self.known():
+                model = load_checkpoint(self.save(self.base("sd1")), dtype=torch.float16)
+            model.unet.save_pretrained(copy / "unet")
+            model.pictures.vae.save_pretrained(copy / "vae")
+            model.prompts.encoders[0].save_pretrained(copy / "text_encoder")
         change(copy)
         return copy
 
@@ -71,7 +107,11 @@ class Workshop:
 
 
 def cast(state: State, dtype: torch.dtype, only: str = "") -> State:
-    return {k: v.to(dtype) if v.ndim > 1 and k.startswith(only) else v for k, v in state.items()}
+    """Norms and biases stay where the dtype has 8 bits."""
+    least = 2 if dtype in FP8 else 0
+    return {
+        k: v.to(dtype) if v.ndim >= least and k.startswith(only) else v for k, v in state.items()
+    }
 
 
 def scaled(state: State, ending: str, dtype: torch.dtype = torch.float8_e4m3fn) -> State:
@@ -124,17 +164,24 @@ def diffusers_vae(shop: Workshop) -> Path:
     return shop.save(state, "vae")
 
 
+def in_fp32(folder: Path) -> None:
+    for path in folder.rglob("*.safetensors"):
+        save_file(cast(load_file(path), torch.float32), path, {"format": "pt"})
+
+
 def variant(folder: Path) -> None:
     for path in folder.rglob("*.safetensors"):
         path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
 
 
 def sharded(folder: Path) -> None:
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True)
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    unet.save_pretrained(folder / "unet", max_shard_size="2MB")
+    whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    size, state = whole.stat().st_size, load_file(whole)
+    whole.unlink()
+    pattern = "diffusion_pytorch_model{suffix}.safetensors"
+    save_torch_state_dict(
+        state, folder / "unet", filename_pattern=pattern, max_shard_size=size // 3
+    )
 
 
 def pickled(folder: Path) -> None:

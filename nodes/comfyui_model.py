@@ -1,29 +1,24 @@
-"""ComfyUI's MODEL, CLIP and VAE as the core sees a model. Beside host.py the only file that knows
-ComfyUI."""
+"""ComfyUI's MODEL, with its CLIP and VAE, as the core sees a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import comfy.lora
-import comfy.model_management as management
 import comfy.model_patcher
 import comfy.model_sampling as samplings
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cntlora_core.errors import CheckpointError
 from ..cntlora_core.events import Notice, Observer, ignore
 from ..cntlora_core.model.families import check_depth, config_of, detect_family, distilled
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.model.noise_schedule import NoiseSchedule
-from ..cntlora_core.model.sampling import LATENT_CHANNELS
 from ..cntlora_core.model.single_file import empty_unet
 from ..cntlora_core.model.tensor_file import SCALES
+from .comfyui_encoders import ComfyUIPictures, ComfyUIPrompts
 
 PREFIX = "diffusion_model."
 # What of a MODEL changes its passes and cannot be trained through, by the host's attribute.
@@ -72,7 +67,7 @@ def use_model(
         observer(Notice(warning))
     return StableDiffusion(
         unet=empty_unet(config["unet"]).eval().requires_grad_(False),
-        prompts=ComfyUIPrompts(clip, config["unet"]["cross_attention_dim"], family == "sdxl"),
+        prompts=ComfyUIPrompts(clip, family, config["unet"]["cross_attention_dim"]),
         pictures=ComfyUIPictures(vae, model.model.latent_format.scale_factor, observer),
         schedule=schedule,
         scheduler_config=config["scheduler"] | {"prediction_type": schedule.prediction_type},
@@ -182,117 +177,3 @@ def _schedule(model: Any) -> NoiseSchedule:
             "sampling, or another model."
         )
     return NoiseSchedule.from_sigmas(sampling.sigmas.cpu(), types[denoised])
-
-
-@contextmanager
-def _hosts_work() -> Iterator[None]:
-    """ComfyUI at work with a model of its own, in the mode it works in; out of the way after."""
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        management.unload_all_models()
-
-
-@dataclass
-class ComfyUIPrompts:
-    """A CLIP: chunks, weights in parentheses, embeddings and its layer are those of generation."""
-
-    clip: Any
-    features: int  # that the UNet reads
-    pooled: bool
-    max_tokens: int | None = None
-    modules: tuple[nn.Module, ...] = ()  # none is ours to drop
-
-    @property
-    def clip_skip(self) -> int | None:
-        layer = getattr(self.clip, "layer_idx", None)
-        return None if layer is None or self.pooled else -int(layer)
-
-    def encode(
-        self, prompts: Sequence[str], device: torch.device
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        with _hosts_work():
-            rows = [self._encode(prompt) for prompt in prompts]
-        return [(tokens.clone(), None if p is None else p.clone()) for tokens, p in rows]
-
-    def _encode(self, prompt: str) -> tuple[Tensor, Tensor | None]:
-        found = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
-        if len(found) != 1 or found[0][1].get("hooks") is not None:
-            raise CheckpointError(
-                "The CLIP is changed by hooks, differently from step to step: connect it as it is "
-                "before them."
-            )
-        tokens, pooled = found[0][0][0], found[0][1].get("pooled_output")
-        if tokens.shape[-1] != self.features or (self.pooled and pooled is None):
-            raise CheckpointError(
-                f"The CLIP is of another kind of model: it gives {tokens.shape[-1]} features, the "
-                f"MODEL reads {self.features}. Connect the CLIP that belongs to it."
-            )
-        return tokens.float(), pooled[0].float() if self.pooled else None
-
-    def cut(self, prompts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        return {}  # however long
-
-
-@dataclass
-class ComfyUIPictures:
-    """A VAE, in tiles where memory does not suffice."""
-
-    vae: Any
-    factor: float  # of the latents that the UNet reads
-    observer: Observer = ignore
-    modules: tuple[nn.Module, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.vae.latent_channels != LATENT_CHANNELS or self.scale != 8:
-            raise CheckpointError(
-                f"The VAE is of another kind of model: its latents have {self.vae.latent_channels} "
-                f"channels, Stable Diffusion's {LATENT_CHANNELS}. Connect the VAE that belongs to "
-                "the MODEL."
-            )
-
-    @property
-    def scale(self) -> int:
-        ratio = self.vae.downscale_ratio
-        return ratio if isinstance(ratio, int) else 0
-
-    @contextmanager
-    def working(self, device: torch.device) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            management.unload_all_models()
-
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.inference_mode():
-            mean, std = self._whole_or_tiled(pixels)
-        return mean.float() * self.factor, std.float() * self.factor
-
-    def _whole_or_tiled(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        with suppress(management.OOM_EXCEPTION):
-            return self._posterior(pixels)
-        text = "Memory did not suffice for the VAE: the pictures are encoded in tiles."
-        self.observer(Notice(text))
-        mean = self.vae.encode_tiled((pixels.movedim(1, -1) + 1) / 2)
-        return mean, torch.zeros_like(mean)
-
-    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation where the VAE has them, as `vae.encode` computes its mean."""
-        images, network = (pixels + 1) / 2, self.vae.first_stage_model
-        if type(getattr(network, "regularization", None)).__name__ != "DiagonalGaussianRegularizer":
-            mean = self.vae.encode(images.movedim(1, -1))
-            return mean, torch.zeros_like(mean)
-        memory = self.vae.memory_used_encode(images.shape, self.vae.vae_dtype)
-        management.load_models_gpu([self.vae.patcher], memory_required=memory)
-        x = self.vae.process_input(images).to(self.vae.vae_dtype).to(self.vae.device)
-        moments = network.encoder(x)
-        if hasattr(network, "quant_conv"):
-            moments = network.quant_conv(moments)
-        mean, log_variance = moments.float().chunk(2, dim=1)
-        return mean, (log_variance.clamp(-30, 20) / 2).exp()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        with torch.inference_mode():
-            images = self.vae.decode(latents / self.factor)
-        return images.movedim(-1, 1).float() * 2 - 1

@@ -5,33 +5,36 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import CheckpointError
-from .single_file import build_vae
-from .tensor_file import open_tensors
+from .single_file import build_text, build_vae, empty_unet, fill_unet
+from .tensor_file import TensorFiles, open_tensors
 from .tokenizers import check_tokenizer
 
 # diffusers' and transformers' names for a component's weights
-WEIGHTS = ("diffusion_pytorch_model", "model")
+WEIGHTS_FILE = re.compile(
+    r"^(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?P<shard>-\d+-of-\d+)?"
+    r"(?:\.(?P<late_variant>\w+))?\.safetensors$"
+)
 
 
 def load_folder(
-    folder: Path, dtype: torch.dtype, vae: str | os.PathLike[str] | None = None
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    vae: str | os.PathLike[str] | None = None,
 ) -> tuple[Any, Any, tuple[Any, ...], tuple[Any, ...]]:
-    """(UNet, VAE, text encoders, tokenizers) on the CPU, the UNet in `dtype`, VAE and text encoders
-    in fp32. Weights may be in one file or sharded, of a variant (fp16) where there are no others.
-    `vae` names a file that is used instead of the folder's. Raises CheckpointError."""
+    """(UNet, VAE, text encoders, tokenizers), the UNet in `dtype` on `device`, the others on the
+    CPU as they are stored. Weights may be in one file or sharded, of a variant (fp16) where there
+    are no others. `vae` names a file that is used instead of the folder's. Raises
+    CheckpointError."""
     suffixes = check_components(folder)
     try:
-        with _quiet():
-            parts = _load(folder, suffixes, dtype, vae)
+        parts = _load(folder, suffixes, device, dtype, vae)
     except CheckpointError:
         raise
     except Exception as error:  # three libraries, each with errors of its own; the cause stays
@@ -60,55 +63,45 @@ def check_components(folder: Path) -> list[str]:
                 f"The checkpoint '{folder}' has no {part}: copy the whole model folder."
             )
         if part != "scheduler" and not is_tokenizer:
-            weights_variant(folder / part)
+            weights_files(folder / part)
     return suffixes
 
 
-def weights_variant(part: Path) -> str | None:
-    """Which of a component's weights to read: None for the plain ones, else the variant's name,
-    fp16 first. Raises CheckpointError when there are none in safetensors."""
-    name = f"(?:{'|'.join(WEIGHTS)})"
-    one = re.compile(rf"^{name}(?:\.([\w-]+))?\.safetensors$")
-    index = re.compile(rf"^{name}\.safetensors\.index(?:\.([\w-]+))?\.json$")
-    files = sorted(p.name for p in part.iterdir())
-    found = {m[1] for file in files if (m := one.match(file) or index.match(file))}
-    found = {variant for variant in found if not variant or "-of-" not in variant}
+def weights_files(part: Path) -> list[Path]:
+    """Of a component: its file or its shards, the plain ones, else a variant's, fp16 first. Raises
+    CheckpointError when there are none in safetensors."""
+    found: dict[tuple[str, bool], list[Path]] = {}
+    for path in sorted(part.iterdir()):
+        if match := WEIGHTS_FILE.match(path.name):
+            variant = match["variant"] or match["late_variant"] or ""
+            found.setdefault((variant, bool(match["shard"])), []).append(path)
     if not found:
         raise CheckpointError(
             f"The checkpoint '{part.parent}' has no safetensors weights in {part.name}. Pickled "
             "weights are not loaded: they can run code."
         )
-    return None if None in found else "fp16" if "fp16" in found else min(filter(None, found))
+    return found[min(found, key=lambda kind: (kind[0] != "", kind[0] != "fp16", kind))]
 
 
 def _load(
-    folder: Path, suffixes: list[str], dtype: torch.dtype, vae_file: str | os.PathLike[str] | None
+    folder: Path,
+    suffixes: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    vae_file: str | os.PathLike[str] | None,
 ) -> tuple[Any, Any, tuple[Any, ...], tuple[Any, ...]]:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
-    # Without this package diffusers loads plainly, but complains where it is not told to.
-    memory = {} if find_spec("accelerate") else {"low_cpu_mem_usage": False}
-
-    def read(kind: Any, part: str, dtype: torch.dtype) -> Any:
-        return kind.from_pretrained(
-            folder,
-            subfolder=part,
-            torch_dtype=dtype,
-            variant=weights_variant(folder / part),
-            use_safetensors=True,
-            local_files_only=True,
-            **memory,
-        )
-
-    unet = read(UNet2DConditionModel, "unet", dtype)
-    if vae_file is None:
-        vae = read(AutoencoderKL, "vae", torch.float32)
-    else:
-        vae = build_vae(open_tensors(vae_file), read_json(folder / "vae" / "config.json"))
+    unet = empty_unet(read_json(folder / "unet" / "config.json"))
+    fill_unet(unet, TensorFiles(weights_files(folder / "unet")), device, dtype)
+    vae = build_vae(
+        TensorFiles(weights_files(folder / "vae")) if vae_file is None else open_tensors(vae_file),
+        read_json(folder / "vae" / "config.json"),
+    )
     encoders = tuple(
-        read(CLIPTextModelWithProjection if s else CLIPTextModel, f"text_encoder{s}", torch.float32)
-        for s in suffixes
+        build_text(TensorFiles(weights_files(part)), read_json(part / "config.json"), bool(suffix))
+        for suffix in suffixes
+        for part in [folder / f"text_encoder{suffix}"]
     )
     tokenizers = tuple(
         CLIPTokenizer.from_pretrained(folder, subfolder=f"tokenizer{s}", local_files_only=True)
@@ -148,18 +141,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"'{path}' is not a JSON object.")
     return content
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers draws a progress bar for every component; switch it off for a moment and put it
-    back."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()

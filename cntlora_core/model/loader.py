@@ -182,8 +182,7 @@ def _of_folder(
             "single file."
         )
     family, scheduler_config = read_folder_kind(folder, called, prediction)
-    unet, decoder, encoders, tokenizers = load_folder(folder, dtype, vae)
-    return family, scheduler_config, unet.to(device), decoder, encoders, tokenizers
+    return family, scheduler_config, *load_folder(folder, device, dtype, vae)
 
 
 def read_kind(

@@ -37,7 +37,8 @@ def load_single_file(
     sources = [*(open_tensors(path) for path in text_encoders), source]
     decoder = build_vae(source if vae is None else open_tensors(vae), config["vae"])
     encoders = tuple(
-        _build_text(sources, family, i, c) for i, c in enumerate(config["text_encoders"])
+        _build_text(_find_text(sources, family, i, text), text, i == 1, _texts(family, i))
+        for i, text in enumerate(config["text_encoders"])
     )
     unet = empty_unet(config["unet"])
     fill_unet(unet, source, device, dtype)
@@ -88,11 +89,32 @@ def build_vae(source: TensorSource, config: dict[str, Any]) -> Any:
     return vae
 
 
+def build_text(source: TensorSource, config: dict[str, Any], projected: bool) -> Any:
+    """A text encoder of transformers' configuration from a file in transformers' names;
+    `projected`: SDXL's second."""
+    return _build_text(source, config, projected, _texts("sd1", 0))
+
+
 def _build_text(
-    sources: Sequence[TensorSource], family: str, index: int, config: dict[str, Any]
+    source: TensorSource, config: dict[str, Any], projected: bool, locate: Locate
 ) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    with torch.device("meta"):
+        model = kind(CLIPTextConfig.from_dict(config))
+    _fill(model, source, locate, "text encoder", torch.device("cpu"), None)
+    return model
+
+
+def _texts(family: str, index: int) -> Locate:
+    return lambda name: text_places(name, family, index)
+
+
+def _find_text(
+    sources: Sequence[TensorSource], family: str, index: int, config: dict[str, Any]
+) -> TensorSource:
+    """The first that holds the family's text encoder number `index`."""
     source = next((s for s in sources if _holds_text(s, family, index, config)), None)
     if source is None:
         which = f"text encoder {index + 1} of {family}" if family == "sdxl" else "text encoder"
@@ -100,15 +122,7 @@ def _build_text(
             f"'{sources[-1].path.name}' holds no {which} ({config['hidden_size']} channels wide). "
             "Use the full checkpoint, or give it beside the file (--text-encoder FILE)."
         )
-    kind = CLIPTextModelWithProjection if index == 1 else CLIPTextModel
-    with torch.device("meta"):
-        model = kind(CLIPTextConfig(**config))
-
-    def locate(name: str) -> list[Place]:
-        return text_places(name, family, index)
-
-    _fill(model, source, locate, "text encoder", torch.device("cpu"), None)
-    return model
+    return source
 
 
 def _holds_text(source: TensorSource, family: str, index: int, config: dict[str, Any]) -> bool:

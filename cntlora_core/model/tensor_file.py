@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +31,8 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
+# Numbers that are converted at once: whole tensors given back would leave holes in the memory.
+PIECE = 1 << 16
 STARTS = (
     (b"<", "a web page saved under a model's name"),
     (b"version https://git-lfs", "a Git LFS pointer: the real file was not downloaded"),
@@ -125,12 +128,30 @@ class SafetensorsFile:
         entry = self.header[name]
         if dtype in (None, DTYPES[entry["dtype"]]):
             return self.mapped.get_tensor(name)
-        start, end = entry["data_offsets"]
-        buffer = torch.empty(end - start, dtype=torch.uint8)
+        tensor, kept = torch.empty(entry["shape"], dtype=dtype), DTYPES[entry["dtype"]]
+        buffer = torch.empty(PIECE * kept.itemsize, dtype=torch.uint8)
         with self.path.open("rb") as file:
-            file.seek(self.data + start)
-            file.readinto(buffer.numpy().data)
-        return buffer.view(DTYPES[entry["dtype"]]).reshape(entry["shape"]).to(dtype)
+            file.seek(self.data + entry["data_offsets"][0])
+            for part in tensor.view(-1).split(PIECE):
+                raw = buffer[: part.numel() * kept.itemsize]
+                file.readinto(raw.numpy().data)
+                part.copy_(raw.view(kept))
+        return tensor
+
+
+class TensorFiles:
+    """Files in .safetensors that hold a part each, as one."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.path = paths[0]
+        files = [SafetensorsFile(path) for path in paths]
+        self.holding = {name: file for file in files for name in file.shapes}
+        self.shapes = {name: file.shapes[name] for name, file in self.holding.items()}
+        self.dtypes = {name: file.dtypes[name] for name, file in self.holding.items()}
+        self.metadata: dict[str, str] = {}
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.holding[name].read(name, dtype)
 
 
 class PickledFile:
@@ -173,14 +194,18 @@ def read_scaled(source: TensorSource, name: str, dtype: torch.dtype | None) -> T
     """A tensor on the CPU in `dtype` (None: the file's own), multiplied by its scale where it has
     one: a number, or one for each row."""
     stem = name.removesuffix("weight")
-    scales = [f"{stem}{end}" for end in SCALES if f"{stem}{end}" in source.shapes]
-    if stem == name or not scales:
+    beside = [f"{stem}{end}" for end in SCALES if f"{stem}{end}" in source.shapes]
+    if stem == name or not beside:
         return source.read(name, dtype)
-    scale = source.read(scales[0], torch.float32)
-    weight = source.read(name, torch.float32)
-    if scale.numel() > 1:
-        scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
-    return (weight * scale).to(dtype or torch.float16)
+    weight = source.read(name, dtype or torch.float16)  # which holds 8 bits exactly
+    if weight.dtype == source.dtypes[name]:  # the file's own memory
+        weight = weight.clone()
+    scale = source.read(beside[0], torch.float32).reshape(-1, *[1] * (weight.ndim - 1))
+    rows = max(1, PIECE // weight[0].numel())
+    scales = scale.expand(len(weight), *scale.shape[1:]).split(rows)
+    for part, by in zip(weight.split(rows), scales, strict=True):
+        part.mul_(by)
+    return weight
 
 
 # Parts of names that only files have whose weights are packed into fewer bits.

@@ -19,6 +19,7 @@ def _load(name):
 
 _load("make_checkpoint")
 _load("file_variants")
+_load("file_memory")
 file_kinds = _load("file_kinds")
 
 

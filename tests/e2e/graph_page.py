@@ -6,14 +6,15 @@ import json
 import os
 import time
 from pathlib import Path
+from types import MappingProxyType
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
 READY = "() => window.app?.graph && window.app.extensionManager"
 # Calibrate and Train set to `values`, a short preview, and seeds of their own, so that no cache
 # answers.
-SET = """([values, seed]) => {
+SET = """([values, preview, seed]) => {
     const settings = {
-        CNTLoRACalibrate: values, CNTLoRATrain: values, CNTLoRAPreviewLoRA: { count: 2, steps: 6 },
+        CNTLoRACalibrate: values, CNTLoRATrain: values, CNTLoRAPreviewLoRA: preview,
     };
     const graphs = [window.app.graph, ...(window.app.graph.subgraphs?.values() ?? [])];
     for (const node of graphs.flatMap((graph) => graph.nodes)) {
@@ -82,9 +83,9 @@ class GraphPage:
         self.shorten(**values)
         self.run_again()
 
-    def shorten(self, **values) -> None:
+    def shorten(self, preview=MappingProxyType({"count": 2, "steps": 6}), **values) -> None:
         """Calibrate and Train set to `values`, a short preview, nothing that a cache knows."""
-        self.evaluate(SET, [values, time.time_ns() % 2**31])
+        self.evaluate(SET, [values, dict(preview), time.time_ns() % 2**31])
 
     def run_again(self) -> None:
         self.evaluate("() => { window.app.queuePrompt(0) }")

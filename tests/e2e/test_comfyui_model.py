@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def small(family, maker):
     unet, vae = config["unet"], config["vae"]
     widths = [32 * min(2**i, 4) for i in range(len(unet["block_out_channels"]))]
     unet.update(block_out_channels=widths, norm_num_groups=32)
-    unet["attention_head_dim"] = [1, 1, 2] if family == "sdxl" else 8
+    unet["attention_head_dim"] = {"sd1": 8, "sd2": [1, 2, 4, 4], "sdxl": [1, 1, 2]}[family]
     if family == "sdxl":  # what ComfyUI tells it by
         unet["transformer_layers_per_block"] = [1, 2, 10]
     for text in config["text_encoders"]:
@@ -86,12 +87,13 @@ class Models:
         return self.loaded
 
     def load(self):
+        names, unread = ("h", 1) if self.family == "sd2" else ("lg", 0)  # layers at the end
         texts = {
             f"clip_{name}_model_config": {
-                "num_hidden_layers": text["num_hidden_layers"],
+                "num_hidden_layers": text["num_hidden_layers"] + unread,
                 "intermediate_size": text["intermediate_size"],
             }
-            for name, text in zip("lg", self.config["text_encoders"], strict=False)
+            for name, text in zip(names, self.config["text_encoders"], strict=False)
         }
         with torch.inference_mode():
             model, clip, _, _ = self.comfy.sd.load_state_dict_guess_config(
@@ -120,33 +122,34 @@ def models(request, comfy, tmp_path_factory):
     maker = load_module("make_checkpoint", ROOT / "benchmarks" / "make_checkpoint.py")
     family = request.param
     config = small(family, maker)
-    kind = {"sd1": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[family]
+    kind = {"sd1": "SD15", "sd2": "SD20", "sdxl": "SDXL"}[family]
+    kind = getattr(comfy.supported_models, kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(kind.unet_config, "model_channels", 32)
+        if family == "sd2":
+            patch.setitem(kind.unet_extra_config, "num_head_channels", 32)
         for module in (single_file, sys.modules["cntlora_pack.nodes.comfyui_model"]):
             patch.setattr(module, "config_of", lambda name: json.loads(json.dumps(config)))
         yield Models(comfy, family, tmp_path_factory.mktemp(family), config, maker)
 
 
 # How far rounding carries, measured: latents changed by a millionth move the start by 0.9 % on
-# random weights (and the steps of init target by a third, which is why it is not compared).
+# random weights (and the steps of init target by a third: it is compared on the same latents).
 LIMITS = {"gaussian": 0.01, "domain": 0.05}
 
 
-def trained(model):
-    """The pictures as it reads them, and by start a LoRA after two steps. At 64 px the deepest
-    attention would see one place alone, and what it asks for would be rounding."""
+def encoded(model):
+    """The pictures as it reads them. At 64 px the deepest attention would see one place alone, and
+    what it asks for would be rounding."""
     pictures = find_pictures(MINI_SD_FOLDER / "subject")[:3]
+    return encode_subject(model, pictures, "a sks cat", DataConfig(resolution=128, upscale=True))
+
+
+def trained(model, subject, init):
+    """A LoRA after two steps."""
+    start = CalibrationConfig(init=init, rank=2, rank_rule="uniform", effort="quick")
     how = TrainConfig(steps=2, learning_rate=1e-3, validate_every=0)
-    with model.at_work():
-        data = DataConfig(resolution=128, upscale=True)
-        subject = encode_subject(model, pictures, "a sks cat", data)
-        starts = {
-            init: CalibrationConfig(init=init, rank=2, rank_rule="uniform") for init in LIMITS
-        }
-        return subject, {
-            init: run_training(model, subject, start, how).lora for init, start in starts.items()
-        }
+    return run_training(model, subject, start, how).lora
 
 
 def test_the_same_lora_as_from_our_own_loader(models):
@@ -157,7 +160,12 @@ def test_the_same_lora_as_from_our_own_loader(models):
     torch.testing.assert_close(
         theirs.schedule.alphas_cumprod, ours.schedule.alphas_cumprod, rtol=1e-4, atol=0
     )
-    (subject, loras), (expected, expected_loras) = trained(theirs), trained(ours)
+    subjects, loras = [], []
+    for model_used in (theirs, ours):
+        with model_used.at_work():
+            subjects.append(encoded(model_used))
+            loras.append({init: trained(model_used, subjects[-1], init) for init in LIMITS})
+    subject, expected = subjects
     for name in ("mean", "std"):
         for a, b in zip(getattr(subject, name), getattr(expected, name), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -168,11 +176,28 @@ def test_the_same_lora_as_from_our_own_loader(models):
         # Of the whole: a layer that hardly takes part is mostly rounding.
         whole, same = (
             torch.cat([factors.delta().flatten() for _, factors in sorted(lora.items())])
-            for lora in (loras[init], expected_loras[init])
+            for lora in (found[init] for found in loras)
         )
         assert same.norm() > 0
         assert float((whole - same).norm() / same.norm()) < limit, init
     assert all(torch.equal(v, before[k]) for k, v in model.model.state_dict().items())
+
+
+def test_with_the_same_inputs_the_target_is_the_same_to_the_bit(models):
+    """What differs between the nodes is rounding, in pictures, prompts and schedule; the UNets do
+    not."""
+    ours = models.ours()
+    theirs = replace(models.use(*models.theirs()), schedule=ours.schedule)
+    subject, loras = encoded(ours), []
+    for model in (theirs, ours):
+        with model.at_work():
+            loras.append(trained(model, subject, "target"))
+    same, expected = loras
+    assert same.keys() == expected.keys()
+    assert any(factors.up.any() for factors in same.values())
+    for name, factors in same.items():
+        assert torch.equal(factors.up, expected[name].up), name
+        assert torch.equal(factors.down, expected[name].down), name
 
 
 def test_the_weights_are_shared_while_it_works_and_nowhere_else(models):
@@ -189,17 +214,23 @@ def test_the_weights_are_shared_while_it_works_and_nowhere_else(models):
     assert all(w.is_meta for w in used.unet.parameters())
 
 
-@pytest.mark.parametrize("skip", [1, 2])
-def test_prompts_are_encoded_as_comfyui_does(models, skip):
-    if models.family == "sdxl" and skip > 1:
-        pytest.skip("SDXL keeps its own layer")
+@pytest.mark.parametrize(
+    ("models", "skip", "layer"),
+    [
+        ("sd1", 1, None), ("sd1", 2, -2), ("sd2", 1, None), ("sd2", 1, -2), ("sd2", 2, -3),
+        ("sdxl", 1, None),
+    ],
+    indirect=["models"],
+)  # fmt: skip
+def test_prompts_are_encoded_as_comfyui_does(models, skip, layer):
+    """SD 2 was trained on the last layer but one, and so has no last one here."""
     _, clip, vae = theirs = models.theirs()
     clip = clip.clone()
-    if skip > 1:
-        clip.clip_layer(-skip)
+    if layer is not None:
+        clip.clip_layer(layer)
     used = models.use(theirs[0], clip, vae)
     ours = models.ours(clip_skip=skip)
-    assert used.prompts.clip_skip in (None, skip)
+    assert used.prompts.clip_skip == (layer and skip)
     prompts = ["a cat", "", LONG[:500], LONG]
     for prompt in prompts:
         a, b = (encode_prompts(model, [prompt]) for model in (used, ours))
@@ -290,23 +321,54 @@ def test_pictures_are_tiled_where_memory_does_not_suffice(models, monkeypatch):
     assert not std.any()
 
 
-def test_the_template_runs_on_a_model_of_full_size(comfyui):
-    """SD 1.5's shapes with random weights, in as few passes as show that every node works."""
-    workflow = Path(__file__).with_name("workflows") / "with_comfyui_model.json"
-    graph = json.loads(workflow.read_text(encoding="utf-8"))
-    name = graph["8"]["inputs"]["ckpt_name"]
+@pytest.fixture(scope="module")
+def full_size(comfyui):
+    """SD 1.5's shapes with random weights, under the name that the template gives."""
     maker = load_module("make_checkpoint", ROOT / "benchmarks" / "make_checkpoint.py")
+    name = template()["8"]["inputs"]["ckpt_name"]
     path = comfyui.base / "models/checkpoints" / name
     maker.write(path, "sd1", dtype="fp16")
+    yield path
+    path.unlink()
+
+
+def template():
+    workflow = Path(__file__).with_name("workflows") / "with_comfyui_model.json"
+    return json.loads(workflow.read_text(encoding="utf-8"))
+
+
+# As few passes as show that every node works.
+BRIEF = {"steps": 1, "sample_every": 0, "validate_every": 0, "batch_size": 1}
+PREVIEW = {"count": 1, "steps": 1, "guidance": 1.0}
+PREVIEWED = """() => {
+    const node = window.app.graph.nodes.find((n) => n.comfyClass === 'CNTLoRAPreviewLoRA');
+    const shown = document.querySelector(`[data-node-id="${node.id}"]`)?.querySelectorAll('img');
+    return (node.imgs ?? []).length + (shown?.length ?? 0) > 0;
+}"""
+
+
+def test_the_template_runs_on_a_model_of_full_size(comfyui, full_size):
+    graph = template()
     graph["3"]["inputs"]["init"] = "gaussian"
-    graph["4"]["inputs"].update(steps=1, sample_every=0, validate_every=0, batch_size=1)
-    graph["6"]["inputs"].update(count=1, steps=1, guidance=1.0)
-    try:
-        result = comfyui.run(graph, 3000)
-    finally:
-        path.unlink()
+    graph["4"]["inputs"].update(BRIEF)
+    graph["6"]["inputs"].update(PREVIEW)
+    result = comfyui.run(graph, 3000)
     assert result["status"]["status_str"] == "success", result["status"]
     (text,) = result["outputs"]["5"]["text"]
     assert text.startswith("Saved as my_subject")
     assert result["outputs"]["6"]["images"]
     assert "lora key not loaded" not in comfyui.text()
+
+
+def test_the_template_runs_from_its_page(page, full_size):
+    page.reload()  # or its lists lack the file
+    page.open_example("with_comfyui_model")
+    page.shorten(init="gaussian", preview=PREVIEW, **BRIEF)
+    page.fit()
+    page.shot("comfyui_model_before")
+    page.page.get_by_role("button", name="Run", exact=True).first.click()
+    page.wait_for("headline", "^Done$", 3000)
+    page.wait_for("text", "6 pictures|^Saved as", 300)
+    page.page.wait_for_function(PREVIEWED, timeout=600_000)
+    page.page.wait_for_timeout(1000)
+    page.shot("comfyui_model_after")

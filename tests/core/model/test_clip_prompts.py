@@ -54,7 +54,7 @@ def test_prompts_of_different_lengths_are_repeated_and_mean_the_same(mini_sd):
 
 def test_a_skipped_layers_output_goes_through_the_final_norm():
     whole, skipped = (load_checkpoint("mini-sd", clip_skip=n) for n in (1, 2))
-    encoder = whole.prompts.encoders[0]
+    encoder = whole.prompts.encoders[0].float()
     ids = whole.prompts.tokenizers[0]("a cat", padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
         states = encoder(ids, output_hidden_states=True).hidden_states

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from cntlora_core.errors import CheckpointError
-from cntlora_core.model.diffusers_folder import weights_variant
+from cntlora_core.model.diffusers_folder import read_json, weights_files
 from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
+from cntlora_core.model.single_file import build_text
+from cntlora_core.model.tensor_file import TensorFiles
 
 
 @pytest.fixture
@@ -43,14 +45,6 @@ def test_a_folder_loads_like_the_name(copy, mini_sd):
     )
 
 
-def test_loading_leaves_the_progress_bars_as_they_were(copy):
-    from transformers.utils import logging
-
-    logging.enable_progress_bar()
-    load_checkpoint(copy)
-    assert logging.is_progress_bar_enabled()
-
-
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_missing_component_is_named(copy, part):
     shutil.rmtree(copy / part)
@@ -67,6 +61,17 @@ def test_missing_weights_are_named(copy):
 def test_truncated_weights(copy):
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:100_000])
+    with pytest.raises(CheckpointError, match="is cut off"):
+        load_checkpoint(copy)
+
+
+def test_parts_of_another_shape(copy):
+    path = copy / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"cross_attention_dim": 96}))
+    with pytest.raises(CheckpointError, match=r"UNet of another shape.*expected \(96, 96\)"):
+        load_checkpoint(copy)
+    path.write_text(json.dumps(config | {"block_out_channels": "wide"}))
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_checkpoint(copy)
 
@@ -97,25 +102,43 @@ def test_inpainting_models_are_refused_by_name(copy, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    ("files", "count"),
     [
-        (["model.safetensors", "model.fp16.safetensors"], None),
-        (["model.fp16.safetensors", "model.ema.safetensors"], "fp16"),
-        (["model.non_ema.safetensors"], "non_ema"),
-        (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], None),
-        (
-            [
-                "model.fp16-00001-of-00002.safetensors",
-                "model.safetensors.index.fp16.json",
-            ],
-            "fp16",
-        ),
+        (["model.safetensors", "model.fp16.safetensors"], 1),
+        (["diffusion_pytorch_model.safetensors", "model-00001-of-00002.safetensors"], 1),
+        (["model.fp16.safetensors", "model.ema.safetensors"], 1),
+        (["model.non-ema.safetensors"], 1),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], 2),
+        (["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"], 2),
+        (["model-00001-of-00002.fp16.safetensors", "model-00002-of-00002.fp16.safetensors"], 2),
     ],
 )
-def test_the_variant_of_the_weights(tmp_path, files, expected):
-    for name in files:
+def test_which_weights_are_read(tmp_path, files, count):
+    """The plain ones, then fp16; one file before shards."""
+    for name in (*files, "other.safetensors", "model.safetensors.index.json"):
         (tmp_path / name).touch()
-    assert weights_variant(tmp_path) == expected
+    assert [path.name for path in weights_files(tmp_path)] == files[:count]
+
+
+def test_parts_are_kept_as_they_are_stored(copy):
+    """They compute in fp32 all the same."""
+    stored = load_checkpoint(copy)
+    assert {p.dtype for p in stored.pictures.vae.parameters()} == {torch.float16}
+    assert {p.dtype for p in stored.unet.parameters()} == {torch.float32}
+
+
+def test_the_second_text_encoder_has_its_projection(tmp_path):
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    sizes = {"hidden_size": 16, "projection_dim": 8, "intermediate_size": 16, "vocab_size": 30}
+    torch.manual_seed(0)
+    saved = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, num_hidden_layers=1))
+    saved.save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    loaded = build_text(TensorFiles(weights_files(tmp_path)), config, True)
+    expected = saved.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(v, expected[k]) for k, v in loaded.state_dict().items())
 
 
 def test_separate_text_encoders_do_not_go_with_a_folder():

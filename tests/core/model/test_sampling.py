@@ -1,3 +1,4 @@
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -38,7 +39,7 @@ def diffusers_draws(model, scheduler, **options):
 
     pipe = StableDiffusionPipeline(
         vae=model.pictures.vae,
-        text_encoder=model.prompts.encoders[0],
+        text_encoder=deepcopy(model.prompts.encoders[0]).float(),
         tokenizer=model.prompts.tokenizers[0],
         unet=model.unet,
         scheduler=scheduler,

@@ -39,7 +39,7 @@ def test_a_picture_that_does_not_fit_whole_goes_in_tiles(mini_sd, free):
 
 def test_pictures_encoded_one_at_a_time_are_the_same(mini_sd, free):
     pixels = torch.randn(2, 3, 16, 16)
-    with torch.no_grad():
+    with torch.no_grad(), mini_sd.pictures.working(CPU):
         together = mini_sd.pictures.encode(pixels)
         latents = torch.randn(2, 4, 4, 4)
         drawn = mini_sd.pictures.decode(latents)

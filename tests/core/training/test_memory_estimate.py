@@ -107,7 +107,7 @@ def test_what_the_vae_holds_is_the_estimate(mini_sd, decode):
     size_px, side = 64, 64 // mini_sd.pictures.scale
     given = torch.zeros(2, 4, side, side) if decode else torch.zeros(2, 3, size_px, size_px)
     work = mini_sd.pictures.vae.decode if decode else mini_sd.pictures.vae.encode
-    with torch.no_grad():
+    with torch.no_grad(), mini_sd.pictures.working(torch.device("cpu")):
         real = peak_bytes(lambda: work(given), [*mini_sd.pictures.vae.parameters(), given])
     estimate = vae_memory(
         mini_sd.pictures.vae.config, size_px=size_px, pictures=2, decode=decode, device="cpu"

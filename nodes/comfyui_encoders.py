@@ -1,0 +1,137 @@
+"""ComfyUI's CLIP and VAE as the core sees what encodes prompts and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management as management
+import torch
+from torch import Tensor, nn
+
+from ..cntlora_core.errors import CheckpointError
+from ..cntlora_core.events import Notice, Observer, ignore
+from ..cntlora_core.model.sampling import LATENT_CHANNELS
+
+
+@contextmanager
+def _hosts_work() -> Iterator[None]:
+    """ComfyUI at work with a model of its own, in the mode it works in; out of the way after."""
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        management.unload_all_models()
+
+
+@dataclass
+class ComfyUIPrompts:
+    """A CLIP: chunks, weights in parentheses, embeddings and its layer are those of generation."""
+
+    clip: Any
+    family: str
+    features: int  # that the UNet reads
+    max_tokens: int | None = None
+    modules: tuple[nn.Module, ...] = ()  # none is ours to drop
+
+    @property
+    def pooled(self) -> bool:
+        return self.family == "sdxl"
+
+    @property
+    def clip_skip(self) -> int | None:
+        """The host counts from the encoder's end; SD 2 was trained one layer before it."""
+        layer = getattr(self.clip, "layer_idx", None)
+        if layer is None or self.pooled:
+            return None
+        return -int(layer) - int(self.family.startswith("sd2"))
+
+    def encode(
+        self, prompts: Sequence[str], device: torch.device
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        with _hosts_work():
+            rows = [self._encode(prompt) for prompt in prompts]
+        return [(tokens.clone(), None if p is None else p.clone()) for tokens, p in rows]
+
+    def _encode(self, prompt: str) -> tuple[Tensor, Tensor | None]:
+        found = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
+        if len(found) != 1 or found[0][1].get("hooks") is not None:
+            raise CheckpointError(
+                "The CLIP is changed by hooks, differently from step to step: connect it as it is "
+                "before them."
+            )
+        tokens, pooled = found[0][0][0], found[0][1].get("pooled_output")
+        if tokens.shape[-1] != self.features or (self.pooled and pooled is None):
+            raise CheckpointError(
+                f"The CLIP is of another kind of model: it gives {tokens.shape[-1]} features, the "
+                f"MODEL reads {self.features}. Connect the CLIP that belongs to it."
+            )
+        return tokens.float(), pooled[0].float() if self.pooled else None
+
+    def cut(self, prompts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        return {}  # however long
+
+
+@dataclass
+class ComfyUIPictures:
+    """A VAE, in tiles where memory does not suffice."""
+
+    vae: Any
+    factor: float  # of the latents that the UNet reads
+    observer: Observer = ignore
+    modules: tuple[nn.Module, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.vae.latent_channels != LATENT_CHANNELS or self.scale != 8:
+            raise CheckpointError(
+                f"The VAE is of another kind of model: its latents have {self.vae.latent_channels} "
+                f"channels, Stable Diffusion's {LATENT_CHANNELS}. Connect the VAE that belongs to "
+                "the MODEL."
+            )
+
+    @property
+    def scale(self) -> int:
+        ratio = self.vae.downscale_ratio
+        return ratio if isinstance(ratio, int) else 0
+
+    @contextmanager
+    def working(self, device: torch.device) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            management.unload_all_models()
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode():
+            mean, std = self._whole_or_tiled(pixels)
+        return mean.float() * self.factor, std.float() * self.factor
+
+    def _whole_or_tiled(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        with suppress(management.OOM_EXCEPTION):
+            return self._posterior(pixels)
+        text = "Memory did not suffice for the VAE: the pictures are encoded in tiles."
+        self.observer(Notice(text))
+        mean = self.vae.encode_tiled((pixels.movedim(1, -1) + 1) / 2)
+        return mean, torch.zeros_like(mean)
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation where the VAE has them, as `vae.encode` computes its mean."""
+        images, network = (pixels + 1) / 2, self.vae.first_stage_model
+        if type(getattr(network, "regularization", None)).__name__ != "DiagonalGaussianRegularizer":
+            mean = self.vae.encode(images.movedim(1, -1))
+            return mean, torch.zeros_like(mean)
+        memory = self.vae.memory_used_encode(images.shape, self.vae.vae_dtype)
+        management.load_models_gpu([self.vae.patcher], memory_required=memory)
+        x = self.vae.process_input(images).to(self.vae.vae_dtype).to(self.vae.device)
+        moments = network.encoder(x)
+        if hasattr(network, "quant_conv"):
+            moments = network.quant_conv(moments)
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        return mean, (log_variance.clamp(-30, 20) / 2).exp()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with torch.inference_mode():
+            images = self.vae.decode(latents / self.factor)
+        return images.movedim(-1, 1).float() * 2 - 1

@@ -68,23 +68,24 @@ def left(server):
     return None
 
 
-def trains(server, since):
-    """Whether the run that was queued then has begun to train."""
+def reached(server, since):
+    """The step of the run that was queued then; -1 before it trains."""
     events = server.events("4")
-    began = bool(events) and events[0]["started"] >= since
-    return began and any(e["type"] == "training" for e in events)
+    if not events or events[0]["started"] < since:
+        return -1
+    return max([0, *(e["step"] for e in events if e["type"] == "step")])
 
 
-def ends(server, number, seconds=None, *, early=False):
-    """Whether the run ends before it has trained for so long, or, `early`, lasted so long."""
+def ends(server, number, *, step=None, seconds=0.0):
+    """Whether the run ends before it is at that step, for so long."""
     since, until = time.time(), None
     prompt = server.queue(graph(number))["prompt_id"]
-    while seconds is not None and prompt not in server.get(f"/history/{prompt}"):
-        if until is None and (early or trains(server, since)):
+    while step is not None and prompt not in server.get(f"/history/{prompt}"):
+        if until is None and reached(server, since) >= step:
             until = time.monotonic() + seconds
         if until is not None and time.monotonic() > until:
             return False
-        time.sleep(0.1)
+        time.sleep(0.05)
     status = server.result(prompt, 600)["status"]
     assert status["status_str"] == "success"
     assert "4" not in dict(status["messages"])["execution_cached"]["nodes"]
@@ -98,12 +99,13 @@ def test_a_killed_run_goes_on_to_the_same_file(server):
     assert ends(server, 0)
     whole, events = tensors(server, 0), server.events("4")
     training = next(e["time"] for e in events if e["type"] == "training")
-    lead, lasts = training - began, events[-1]["time"] - training
+    lead, each = training - began, (events[-1]["time"] - training) / STEPS
     done, run, goes_on, step = 0, 1, 0, None
     while done < KILLS or step is not None:
         early = dice.random() < EARLY
-        moment = dice.random() * (lead if early else lasts)
-        if ends(server, run, moment if done < KILLS else None, early=early):
+        at = -1 if early else dice.randint(step or 0, STEPS)
+        moment = dice.random() * (lead if early else each)
+        if ends(server, run, step=at if done < KILLS else None, seconds=moment):
             told = [e["text"] for e in server.events("4") if e["type"] == "warning"]
             told = [text for text in told if text.startswith("Goes on")]
             logging.info("run %d ended after %d kills: %s", run, done, told)
@@ -117,6 +119,6 @@ def test_a_killed_run_goes_on_to_the_same_file(server):
             server.restart()
             done, step = done + 1, left(server)
             goes_on += bool(step)
-            logging.info("kill %d (early: %s): step %s", done, early, step)
-    text = "%d kills, %d after a step, %d ends alike, %.0f s and %.0f of training a run"
-    logging.info(text, done, goes_on, run - 1, lead, lasts)
+            logging.info("kill %d, at step %d: goes on from %s", done, at, step)
+    text = "%d kills, %d after a step, %d ends alike, %.0f s before a run trains, %.1f a step"
+    logging.info(text, done, goes_on, run - 1, lead, each)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .config import CALIBRATED, CalibrationConfig, DataConfig, TrainConfig
+from .config import CALIBRATED, CalibrationConfig, DataConfig, SampleConfig, TrainConfig
 
 
 def without_effect_in_data(config: DataConfig) -> list[str]:
@@ -86,6 +86,14 @@ def without_effect_in_calibration(
         *_said(_changed(config, *sweep), "init 'domain' is one sweep"),
         *_said(_changed(config, *preserved), "there is no class to preserve"),
     ]
+
+
+def without_effect_in_sampling(config: SampleConfig, *, has_lora: bool) -> list[str]:
+    """Of how pictures are drawn."""
+    if not has_lora:
+        return _said(_changed(config, "strength", "strength_grid"), "there is no LoRA")
+    own = ["strength"] if config.strength_grid else []
+    return _said(_changed(config, *own), "strength_grid draws at its own strengths")
 
 
 def _changed(config: Any, *names: str) -> list[str]:

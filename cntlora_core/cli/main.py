@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ..config import STRENGTHS, DataConfig, ModelConfig, SampleConfig
+from ..effects import without_effect_in_sampling
 from ..errors import CNTLoRAError, Interrupted
-from ..events import Observer, ignore
+from ..events import Notice, Observer, ignore
 from ..files import DISK, Disk
 from ..settings import settings_of
 from . import check
@@ -184,7 +185,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _sample(args: argparse.Namespace) -> None:
     how = settings_from(SampleConfig, args)
-    grid = STRENGTHS if how.strength_grid else (how.strength,)
+    grid = STRENGTHS if how.strength_grid and args.lora else (how.strength,)
     resolution = settings_from(DataConfig, args).resolution
     from ..data.dataset import check_resolution
     from ..files import check_output
@@ -197,6 +198,8 @@ def _sample(args: argparse.Namespace) -> None:
     output = check_output(args.output, overwrite=args.overwrite, suffix=".png")
     seeds = range(how.seed, how.seed + how.count)
     with Console() as observer:
+        for text in without_effect_in_sampling(how, has_lora=bool(args.lora)):
+            observer(Notice(text))
         model = _load(args, observer=observer)
         side = check_resolution(model, resolution)
         factors: LoRA = {}
@@ -204,7 +207,7 @@ def _sample(args: argparse.Namespace) -> None:
         if args.lora:
             factors, _ = load_lora(args.lora, find_projections(model.unet, ALL), model.family)
             called = Path(args.lora).stem
-        for strength in grid if factors else (1.0,):
+        for strength in grid:
             scaled = {name: f.scaled(strength) for name, f in factors.items()}
             with attached_lora(model.unet, scaled):
                 pictures = sample(
@@ -217,7 +220,7 @@ def _sample(args: argparse.Namespace) -> None:
                     size=(side, side),
                     observer=observer,
                 )
-            rows.append((f"{called}, {strength:g}" if how.strength_grid else called, pictures))
+            rows.append((f"{called}, {strength:g}" if len(grid) > 1 else called, pictures))
     sample_sheet(rows, title=args.prompt).save(output)
     print_json({"picture": str(output), "seeds": list(seeds)})
 

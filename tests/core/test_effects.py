@@ -6,8 +6,12 @@ import pytest
 from cntlora_core.cli.checks import without_effect
 from cntlora_core.cli.main import _parser
 from cntlora_core.cli.options import settings_from
-from cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
-from cntlora_core.effects import without_effect_in_training, without_effect_on_natural_steps
+from cntlora_core.config import CalibrationConfig, DataConfig, SampleConfig, TrainConfig
+from cntlora_core.effects import (
+    without_effect_in_sampling,
+    without_effect_in_training,
+    without_effect_on_natural_steps,
+)
 
 BASE = ["train", "--checkpoint", "mini-sd", "--images", "i", "--prompt", "p"]
 BASE += ["--output", "x.safetensors"]
@@ -122,3 +126,21 @@ def test_settings_of_other_optimisers_say_nothing_to_natural_steps():
     }.items():
         (text,) = without_effect_on_natural_steps(TrainConfig(**{name: value}), rate)
         assert text.startswith(f"{name}: without effect, because natural-gradient steps")
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_lora", "words"),
+    [
+        ({}, False, []),
+        ({"strength": 0.5}, True, []),
+        ({"strength": 0.5}, False, ["strength: without effect, because there is no LoRA."]),
+        ({"strength_grid": True}, True, []),
+        (
+            {"strength": 0.5, "strength_grid": True},
+            True,
+            ["strength: without effect, because strength_grid draws at its own strengths."],
+        ),
+    ],
+)
+def test_how_pictures_are_drawn(settings, has_lora, words):
+    assert without_effect_in_sampling(SampleConfig(**settings), has_lora=has_lora) == words

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..cntlora_core.config import TrainConfig
-from ..cntlora_core.data.encoded import EncodedImages
+from ..cntlora_core.data.encoded import EncodedImages, unvalidated
 from ..cntlora_core.defaults import resolve
 from ..cntlora_core.errors import CNTLoRAError
 from ..cntlora_core.events import Event, Notice, Saved
@@ -100,6 +100,8 @@ def encoded(
     """What is trained on, and what is held out of it: other pictures where some are given."""
     subject, held_out = pictures.encode(model, report)
     if validation is None:
+        for text in unvalidated(subject, held_out):
+            report(Notice(text))
         return subject, held_out
     if validation.prompt != pictures.prompt:
         said = (

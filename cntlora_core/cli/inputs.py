@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from ..config import DataConfig, RunConfig
 from ..data.concepts import join_concepts
 from ..data.dataset import read_subject
-from ..data.encoded import EncodedImages, with_validation
+from ..data.encoded import EncodedImages, unvalidated, with_validation
 from ..distributed import Group
-from ..events import Observer
+from ..events import Notice, Observer
 from ..lora.adapter import LoRA
 from ..lora.continuing import ContinuedLoRA, continued_lora
 from .checks import class_preserved
@@ -75,7 +75,10 @@ def _pictures(
     if args.validation_images:
         return subject, read(args.validation_images, args.trigger, args.class_name)
     if args.validate_every and data.hold_out:
-        return with_validation(subject)
+        training, held_out = with_validation(subject)
+        for text in unvalidated(training, held_out):
+            observer(Notice(text))
+        return training, held_out
     return subject, subject
 
 

@@ -143,3 +143,15 @@ def with_validation(subject: EncodedImages) -> tuple[EncodedImages, EncodedImage
         return subject, subject
     training, held = subject.hold_out()
     return (training, held) if len(held) else (subject, subject)
+
+
+def unvalidated(subject: EncodedImages, held_out: EncodedImages) -> list[str]:
+    """A sentence where some of several subjects have no picture among those held out."""
+    concepts = set(subject.concepts)
+    missing = concepts - set(held_out.concepts)
+    if not missing:
+        return []
+    return [
+        f"Of {len(missing)} of {len(concepts)} subjects nothing is held out (fewer than "
+        f"{HOLD_OUT_FROM} pictures): the best weights are chosen by the others'."
+    ]

@@ -8,7 +8,7 @@ from cntlora_core.config import DataConfig
 from cntlora_core.data.batches import batch_order, draw_noised
 from cntlora_core.data.concepts import join_concepts
 from cntlora_core.data.dataset import encode_subject
-from cntlora_core.data.encoded import with_validation
+from cntlora_core.data.encoded import unvalidated, with_validation
 from cntlora_core.data.images import Picture
 from cntlora_core.errors import SettingError
 
@@ -65,6 +65,19 @@ def test_joining_keeps_every_view_as_it_was(mini_sd):
     assert held.names == ("sks4", "zwx5")
     assert held.concepts == (0, 1)
     assert set(training.names).isdisjoint(held.names)
+
+
+def test_a_subject_that_is_not_validated_is_told(mini_sd):
+    few = join_concepts([concept(mini_sd, "sks", 5), concept(mini_sd, "zwx", 4)])
+    training, held = with_validation(few)
+    assert held.names == ("sks4",)
+    assert unvalidated(training, held) == [
+        "Of 1 of 2 subjects nothing is held out (fewer than 5 pictures): the best weights are "
+        "chosen by the others'."
+    ]
+    enough = join_concepts([concept(mini_sd, "sks", 5), concept(mini_sd, "zwx", 5)])
+    assert unvalidated(*with_validation(enough)) == []
+    assert unvalidated(*with_validation(concept(mini_sd, "sks", 5))) == []
 
 
 def test_one_subject_is_joined_to_itself(mini_sd):

@@ -370,5 +370,5 @@ def test_the_template_runs_from_its_page(page, full_size):
     page.wait_for("headline", "^Done$", 3000)
     page.wait_for("text", "6 pictures|^Saved as", 300)
     page.page.wait_for_function(PREVIEWED, timeout=600_000)
-    page.page.wait_for_timeout(1000)
+    page.page.wait_for_timeout(3000)
     page.shot("comfyui_model_after")

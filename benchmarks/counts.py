@@ -29,6 +29,7 @@ from cntlora_core.calibration.constraints import Metric
 from cntlora_core.calibration.moments import Moments
 from cntlora_core.calibration.natural import FRESH, NaturalStart
 from cntlora_core.calibration.recording import record
+from cntlora_core.calibration.sketch import Sketches, sketch_width
 from cntlora_core.config import TrainConfig
 from cntlora_core.lora.adapter import Adapters, attached_lora
 from cntlora_core.lora.targets import Projection, find_projections
@@ -156,19 +157,25 @@ def phases(
         recomputing_activations(unet, gradient_checkpointing),
     ):
         steps = training_steps(model, projections, adapters, backward, held)
-    to_host = 4 * sum(p.in_features * p.out_features for p in projections)
+    sketches = Sketches(sketch_width(rank))
 
     def sweep() -> None:
         with (
             recomputing_activations(unet, gradient_checkpointing),
-            record(unet, projections, backward=True, gradient=lambda *told: None),
+            record(
+                unet,
+                projections,
+                backward=True,
+                gradient=sketches.add,
+                recomputes=gradient_checkpointing,
+            ),
         ):
             backward()
 
     return [
         counted("pass without gradients", forward, held),
         *steps,
-        counted("batch of a sweep", sweep, held, to_host=to_host, waits=len(projections)),
+        counted("batch of a sweep", sweep, held, waits=2),
     ]
 
 

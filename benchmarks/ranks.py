@@ -139,7 +139,7 @@ def main() -> None:
     args = parser.parse_args()
     model = load_checkpoint(MINI_SD)
     config = CalibrationConfig(rank=args.rank, seed=args.seed)
-    projections = find_projections(model.unet, targets_for(model.family, config))
+    projections = find_projections(model.unet, targets_for(config))
     for folder in args.subjects:
         runs = Runs(model, folder, args.output)
         found = runs.once("data", config)

@@ -94,9 +94,7 @@ def main() -> None:
         batch_size=1,
         gradient_checkpointing=args.gradient_checkpointing,
     )
-    chosen = find_projections(model.unet, targets_for(model.family, calibration))[
-        : args.projections
-    ]
+    chosen = find_projections(model.unet, targets_for(calibration))[: args.projections]
     with phase("calibrate", report):
         start = calibrate(model, subject, calibration, projections=chosen)
     report["calibrate"] |= {

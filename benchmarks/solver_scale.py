@@ -3,10 +3,10 @@ their true shapes.
 
     python benchmarks/solver_scale.py --family sdxl --threads 2
 
-Rows with a falling spectrum stand for a sweep's and random gradients for its G; random weights are
-not needed, since `target` solves from moments alone. Prints the seconds of taking the rows in and
-of the truncations (fp32, on the CPU), and the bytes that a calibration keeps: G on the host, the
-moments on the device.
+Rows with a falling spectrum stand for a sweep's; random weights are not needed, since `target`
+solves from moments alone. Prints the seconds of taking the rows in and of the truncations (fp32, on
+the CPU), and the bytes that a calibration keeps on the device: sketches of the gradients until the
+layers are solved, and the moments.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from cntlora_core.calibration.constraints import Metric, make_constraint
 from cntlora_core.calibration.moments import Moments, moment_bytes
 from cntlora_core.calibration.ranks import MAX_RANK_FACTOR, budget_of, data_ranks
 from cntlora_core.calibration.recording import ROWS, Seen, input_key, output_key
+from cntlora_core.calibration.sketch import Sketches, sketch_bytes, sketch_width
 from cntlora_core.lora.targets import find_projections
 from cntlora_core.model.families import config_of
 
@@ -53,14 +54,16 @@ def main() -> None:
     seconds, scores = 0.0, {}
     for p in tqdm(projections):
         seen, moments = Seen(), Moments()
-        seen.add(input_key(p), synthetic(p.in_features, generator), ROWS, p.diagonal_in)
-        seen.add(output_key(p), synthetic(p.out_features, generator), ROWS, p.diagonal_out)
-        G = torch.randn(p.out_features, p.in_features, generator=generator)
-        moments.add_gradient(p.name, G, ROWS)
+        x, delta = (synthetic(n, generator)[None] for n in (p.in_features, p.out_features))
+        seen.add(input_key(p), x, ROWS, p.diagonal_in)
+        seen.add(output_key(p), delta, ROWS, p.diagonal_out)
+        weight = torch.empty(p.out_features, p.in_features)
+        sketches = moments.gradients = Sketches(sketch_width(args.rank))
+        sketches.add(p.name, delta, x)
         started = time.perf_counter()
         moments.take_in(seen)
         parts = constraint.components(
-            p, G, moments, metric.K(p, moments), MAX_RANK_FACTOR * args.rank, generator
+            p, weight, moments, metric.K(p, moments), MAX_RANK_FACTOR * args.rank, generator
         )
         seconds += time.perf_counter() - started
         scores[p.name] = parts.score
@@ -69,7 +72,6 @@ def main() -> None:
         projections, scores, budget_of(projections, args.rank), max_rank=MAX_RANK_FACTOR * args.rank
     )
     seconds += time.perf_counter() - started
-    cross = 4 * sum(p.in_features * p.out_features for p in projections)
     report = {
         "family": args.family,
         "targets": args.targets,
@@ -77,7 +79,7 @@ def main() -> None:
         "threads": args.threads,
         "second_moments": len({p.input_key for p in projections}),
         "seconds": round(seconds, 1),
-        "host_gib": round(cross / 2**30, 2),
+        "sketch_gib": round(sketch_bytes(projections, sketch_width(args.rank)) / 2**30, 2),
         "moments_gib": round(moment_bytes(projections) / 2**30, 2),
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }

@@ -62,7 +62,7 @@ def calibrate(
     """
     started = time.monotonic()
     generator = torch.Generator().manual_seed(config.seed)
-    projections = projections or find_projections(model.unet, targets_for(model.family, config))
+    projections = projections or find_projections(model.unet, targets_for(config))
     _tell_clipped(projections, config.rank, observer)
     if config.init in ("gaussian", "default"):
         return _plain_start(projections, config, generator, started)

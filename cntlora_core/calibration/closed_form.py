@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..lora.adapter import Factors
 from .second_moment import SecondMoment, shifted, tiny
 
 # Below this size the exact SVD is as fast as the randomised one.
@@ -83,28 +84,29 @@ def svd(
         matrix = product(torch.eye(shape[1], dtype=like.dtype, device=like.device))
     U, sigma, Vh = torch.linalg.svd(matrix, full_matrices=False)
     U = (U if basis is None else basis @ U)[:, :rank]
-    sigma, Vh = sigma[:rank], Vh[:rank]
-    # Singular vectors have no sign of their own: fix it, so that equal runs give equal files.
+    return signed(U, sigma[:rank], Vh[:rank])
+
+
+def signed(U: Tensor, sigma: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors have no sign of their own: fixed, so that equal runs give equal files."""
     largest = U.gather(0, U.abs().argmax(0, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
     return U * sign, sigma, Vh * sign.T
 
 
-def target_components(
-    G: Tensor, P: SecondMoment, K: SecondMoment, rank: int, generator: torch.Generator
-) -> Components:
+def target_components(G: Factors, P: SecondMoment, K: SecondMoment, rank: int) -> Components:
     """`target`: R = -P^-1 G, D = R K^-1, truncated where the predicted loss falls most.
 
     The whitened gradient is H = P^-1/2 G K^-1/2 = U Sigma V^T, and D = -P^-1/2 H K^-1/2: the
     natural gradient under a Kronecker-factored metric. The best rank-r update in that metric keeps
-    the r largest sigma (Eckart-Young); each sigma^2 is its predicted fall of the loss.
+    the r largest sigma (Eckart-Young); each sigma^2 is its predicted fall of the loss. G is a
+    product of small rank, and the SVD one of its two triangles'.
     """
     left, right = P.inverse().root(), K.inverse().root()
-    U, sigma, Vh = svd(
-        lambda X: left.matmul(G @ right.matmul(X)),
-        lambda Y: right.matmul(G.T @ left.matmul(Y)),
-        (G.shape[0], G.shape[1]), rank, generator, G,
-    )  # fmt: skip
+    Q, R = torch.linalg.qr(left.matmul(G.up))
+    V, T = torch.linalg.qr(right.matmul(G.down.T))
+    inner, sigma, outer = torch.linalg.svd(R @ T.T, full_matrices=False)
+    U, sigma, Vh = signed(Q @ inner[:, :rank], sigma[:rank], outer[:rank] @ V.T)
     return Components(-left.matmul(U), sigma, right.matmul(Vh.T).T, sigma.square())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..lora.targets import Projection
 from .closed_form import Components, domain_components, target_components
 from .moments import Moments
-from .second_moment import SecondMoment
+from .second_moment import SecondMoment, stack
 
 
 class Constraint(Protocol):
@@ -47,15 +48,27 @@ class Metric:
 
     def K(self, projection: Projection, moments: Moments) -> SecondMoment:
         """Of the layer's inputs `[d, d]`."""
-        C = moments.C(projection)
-        K = C.damped(self.rho)
-        if self.prior is None or not self.weight:
-            return K
-        return K.plus(self.prior.C(projection), self.weight)
+        return self._of_inputs(moments.C(projection), self._prior(projection))
 
     def P(self, projection: Projection, moments: Moments) -> SecondMoment:
         """Of its outputs `[m, m]`."""
         return moments.S(projection).damped(self.rho)
+
+    def of(
+        self, projections: Sequence[Projection], moments: Moments
+    ) -> tuple[SecondMoment, SecondMoment]:
+        """P `[g, m, m]` and K `[g, d, d]` of layers of one shape, worked on together."""
+        C = stack([moments.C(p) for p in projections])
+        kept = [prior for p in projections if (prior := self._prior(p)) is not None]
+        S = stack([moments.S(p) for p in projections])
+        return S.damped(self.rho), self._of_inputs(C, stack(kept) if kept else None)
+
+    def _prior(self, projection: Projection) -> SecondMoment | None:
+        return self.prior.C(projection) if self.prior and self.weight else None
+
+    def _of_inputs(self, C: SecondMoment, prior: SecondMoment | None) -> SecondMoment:
+        K = C.damped(self.rho)
+        return K if prior is None else K.plus(prior, self.weight)
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,7 @@ class Target:
         generator: torch.Generator,
     ) -> Components:
         P = self.metric.P(projection, moments)
-        return target_components(moments.G(projection).to(weight), P, K, rank, generator)
+        return target_components(moments.G(projection), P, K, rank)
 
 
 @dataclass(frozen=True)

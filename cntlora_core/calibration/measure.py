@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from ..lora.targets import Projection
 from ..model.gradient_checkpointing import recomputing_activations
 from .moments import Moments
 from .recording import record
+from .sketch import Sketches
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
@@ -40,26 +42,32 @@ def measure(
     *,
     batch_size: int,
     backward: bool,
+    width: int,
     gradient_checkpointing: bool,
     phase: str,
     observer: Observer,
     group: Group,
 ) -> Sweep:
-    """One pass; `backward` adds what needs gradients.
+    """One pass; `backward` adds what needs gradients, of which `width` directions are kept.
 
     Raises NonFiniteError when a loss or a gradient is not a number.
     """
     total, done, norms = torch.zeros(1, dtype=torch.float64), 0, []
-    recompute = recomputing_activations(model.unet, gradient_checkpointing and backward)
+    recomputes = gradient_checkpointing and backward
     scale = gradient_scale(model.dtype)
-    half = model.dtype.itemsize < torch.float32.itemsize
-    moments = Moments(gradient_dtype=torch.bfloat16 if half else torch.float32)
-    gradient = moments.add_gradient if backward else None
+    sketches = Sketches(width)
+    moments = Moments(gradients=sketches if backward else None)
+    gradient = sketches.add if backward else None
     with (
         record(
-            model.unet, projections, backward=backward, gradient=gradient, loss_scale=scale
+            model.unet,
+            projections,
+            backward=backward,
+            gradient=gradient,
+            loss_scale=scale,
+            recomputes=recomputes,
         ) as recording,
-        recompute,
+        recomputing_activations(model.unet, recomputes),
     ):
         for batch in triples.batches(batch_size * group.size):
             # What cannot be shared out everyone looks at, and the first process counts.
@@ -70,7 +78,7 @@ def measure(
                 losses = mine.loss(model)
             seen = losses.detach().cpu().double().sum()
             if backward:
-                recording.gradient = moments.add_gradient if counts else _ignored
+                recording.gradient = partial(sketches.add, counts=counts)
                 (losses.sum() * scale).backward()
                 weights = 1 if mine.weights is None else mine.weights
                 norms.append(_everyones(recording.gradient_norms() / weights, len(batch), sharing))
@@ -81,14 +89,10 @@ def measure(
             done += len(batch)
             observer(Progress(phase, done, len(triples)))
     group.sum_([total])
-    moments.combine_gradients(group)
+    sketches.combine(group)
     loss = float(total) / len(triples)
     timesteps = torch.cat([batch.timesteps.cpu() for batch in triples.sizes])
     return Sweep(moments, loss, timesteps, torch.cat(norms) if backward else None)
-
-
-def _ignored(_name: str, _total: Tensor, _tokens: int) -> None:
-    pass
 
 
 def _everyones(own: Tensor, count: int, sharing: Group) -> Tensor:

@@ -10,40 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import Group
+from ..lora.adapter import Factors
 from ..lora.targets import Projection
 from .recording import Seen, input_key, output_key
 from .second_moment import RANK, Diagonal, LowRank, Rows, SecondMoment, moved, stack, unstack
+from .sketch import Sketches
 
 TOGETHER = 64  # moments of one shape that are worked on at once
-
-
-@dataclass
-class RunningMean:
-    """Mean over tokens of a matrix-valued quantity, kept in `dtype`.
-
-    Kept as a mean and moved by the difference (Chan et al. 1983), so that 10^6 tokens lose no
-    digits to a growing sum.
-    """
-
-    value: Tensor | None = None
-    count: int = 0
-    dtype: torch.dtype = torch.float32
-
-    def update(self, total: Tensor, count: int) -> None:
-        """Add `count` tokens whose sum is `total`."""
-        self.count += count
-        if self.value is None:
-            self.value = (total / count).to(self.dtype)
-        else:
-            self.value += (total - self.value.to(total) * count) / self.count
-
-    def get(self) -> Tensor:
-        """The mean so far. Raises RuntimeError when nothing was seen: a hook that never fired is a
-        bug."""
-        if self.value is None:
-            raise RuntimeError("no tokens were recorded")
-        return self.value
 
 
 @dataclass
@@ -52,13 +25,12 @@ class Moments:
 
     C = E[x x^T] `[d, d]`, one per distinct input, and with gradients S = E[delta delta^T] `[m, m]`
     with delta = dLoss/dy, one per projection; both of small rank, or the diagonal where the
-    projection asks for it. A sweep adds `cross`, G = E[delta x^T] `[m, d]` by projection.
+    projection asks for it. A sweep adds what it knows of G = E[delta x^T] `[m, d]`.
     """
 
     seconds: dict[str, SecondMoment] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
-    cross: dict[str, RunningMean] = field(default_factory=dict)
-    gradient_dtype: torch.dtype = torch.float32
+    gradients: Sketches | None = None
 
     def C(self, projection: Projection) -> SecondMoment:
         return self.seconds[input_key(projection)]
@@ -66,18 +38,15 @@ class Moments:
     def S(self, projection: Projection) -> SecondMoment:
         return self.seconds[output_key(projection)]
 
-    def G(self, projection: Projection) -> Tensor:
-        return self.cross[projection.name].get()
+    def G(self, projection: Projection) -> Factors:
+        """Of small rank, as a product. Raises RuntimeError where no gradient was measured."""
+        if self.gradients is None:
+            raise RuntimeError("no gradients were measured")
+        return self.gradients.get(projection)
 
     def passed(self, projection: Projection) -> int:
         """Tokens that came back through the projection."""
         return self.tokens[output_key(projection)]
-
-    def add_gradient(self, name: str, total: Tensor, tokens: int) -> None:
-        """G of a layer waits on the host, in bf16 where the model itself has half precision: SDXL's
-        attention takes 1.8 GB."""
-        mean = self.cross.setdefault(name, RunningMean(dtype=self.gradient_dtype))
-        mean.update(total.cpu(), tokens)
 
     @torch.no_grad()
     def take_in(self, seen: Seen) -> None:
@@ -101,27 +70,18 @@ class Moments:
                 self.seconds |= dict(zip(some, unstack(moment), strict=True))
                 self.tokens |= {key: before + new for key in some}
 
-    def combine_gradients(self, group: Group) -> None:
-        """G over the tokens of all processes; second moments are taken in together."""
-        if group.size == 1:
-            return
-        for mean in self.cross.values():  # one at a time: no second copy of them all
-            total = [mean.get().float() * mean.count, torch.tensor([float(mean.count)])]
-            group.sum_(total)
-            mean.value, mean.count = total[0] / total[1], int(total[1])
-
     def on(self, device: torch.device) -> Moments:
         """Without G, on `device`. What is taken in takes a moment's place and never changes it, so
         that both may go on from here."""
         return Moments({k: moved(v, device) for k, v in self.seconds.items()}, dict(self.tokens))
 
     def to_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """C and S by part and key, with their counts."""
+        """C and S by part and key, with their counts; each its own memory."""
         tensors = {f"{prefix}tokens.{key}": torch.tensor(n) for key, n in self.tokens.items()}
         for key, moment in self.seconds.items():
             kind: Any = type(moment)
             for part in fields(kind):
-                tensors[f"{prefix}{part.name}.{key}"] = getattr(moment, part.name)
+                tensors[f"{prefix}{part.name}.{key}"] = getattr(moment, part.name).clone()
         return tensors
 
     @classmethod

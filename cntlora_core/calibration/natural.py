@@ -26,7 +26,7 @@ from .closed_form import factor_steps
 from .constraints import Metric
 from .moments import Moments
 from .recording import Seen, record
-from .second_moment import SecondMoment, stack
+from .second_moment import SecondMoment
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
@@ -38,7 +38,8 @@ LASTING = 16
 FRESH = 8  # first steps, each of which looks on at its passes and brings the metric up to date
 REFRESH = 8  # steps that a metric is kept after those
 LENGTH_MEMORY = 0.9  # of the running mean of a factor's natural length
-LENGTH_GROWTH = 1.5  # a kept metric lets a step's length raise that mean by so much at most
+UNUSUAL = 2.0  # times the usual length: half of what comes above it is held back
+LENGTH_GROWTH = 2.0  # lengths count in that mean as so many times it at most
 
 
 @dataclass(frozen=True)
@@ -139,27 +140,26 @@ class NaturalGradient(torch.optim.Optimizer):
             self.tokens |= {p.name: n / self.pictures for p, n in seen.came_back(self.projections)}
             self.moments.take_in(seen)
         if fresh or not self.metrics:
-            inputs: dict[str, tuple[SecondMoment, SecondMoment]] = {}
-            self.metrics = [self._metrics(group, inputs) for group in self.groups]
+            self.metrics = [self._metrics(group) for group in self.groups]
         grads = self._gradients()
         for metrics in self.metrics:
-            self._move(metrics, grads, fresh)
+            self._move(metrics, grads)
         settings["made"] += 1
 
     def _gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
         """By projection those of B and A, per token, parts of `flat.grad`."""
         assert self.flat.grad is not None
         parts = iter(self.flat.grad.split([p.numel() for p in self.adapters.parameters()]))
-        found = {}
+        found: dict[str, list[Tensor]] = {}
         for name, layer in self.adapters.layers.items():
             down, up = next(parts).view_as(layer.down), next(parts).view_as(layer.up)
             if name in self.tokens:  # else nothing of the loss passes this layer
-                found[name] = up / self.tokens[name], down / self.tokens[name]
-        return found
+                found[name] = [up, down]
+        tokens = [self.tokens[name] for name in found for _ in range(2)]
+        each = iter(torch._foreach_div([part for pair in found.values() for part in pair], tokens))
+        return {name: (next(each), next(each)) for name in found}
 
-    def _move(
-        self, metrics: _Metrics, grads: Mapping[str, tuple[Tensor, Tensor]], fresh: bool
-    ) -> None:
+    def _move(self, metrics: _Metrics, grads: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """A step of the projections of one shape."""
         names = metrics.names
         ups = [self.adapters.layers[name].up.detach() for name in names]
@@ -175,37 +175,32 @@ class NaturalGradient(torch.optim.Optimizer):
             ("A", downs, grad_down, step_down),
         ):
             keys = [f"{name}.{half}" for name in names]
-            held = self._held(keys, (grad * step).sum((1, 2)).clamp_min(0).sqrt(), fresh)
+            held = self._held(keys, (grad * step).sum((1, 2)).clamp_min(0).sqrt())
             torch._foreach_sub_(moved, list(step * (self.share * held)[:, None, None]))
 
-    def _held(self, keys: Sequence[str], lengths: Tensor, fresh: bool) -> Tensor:
-        """What of each direction keeps its natural length `[g]` near the usual: a metric that is
-        some steps old does not know what is new in a gradient, and would let it run."""
+    def _held(self, keys: Sequence[str], lengths: Tensor) -> Tensor:
+        """What a step keeps of each direction whose natural length is `lengths` `[g]`: of what is
+        new in a gradient the metric knows too little, and would let it run.
+
+        With g g^T in the metric M at the weight 1 / (UNUSUAL usual)^2 the direction is M^-1 g / (1
+        + (length / (UNUSUAL usual))^2) (Sherman-Morrison); so much more that the usual stays as it
+        is.
+        """
+        (settings,) = self.param_groups
         found = [self.lengths.get(key) for key in keys]
         usual = torch.stack([x if y is None else y for x, y in zip(lengths, found, strict=True)])
-        moved = usual.lerp(lengths, 1 - LENGTH_MEMORY)
-        if not fresh:
-            moved = torch.minimum(moved, LENGTH_GROWTH * usual)
-        self.lengths.update(zip(keys, moved, strict=True))
-        if fresh:
+        first = settings["made"] < FRESH
+        seen = lengths if first else torch.minimum(lengths, LENGTH_GROWTH * usual)
+        self.lengths.update(zip(keys, usual.lerp(seen, 1 - LENGTH_MEMORY), strict=True))
+        if first:
             return torch.ones_like(lengths)
-        return (usual / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).clamp_max(1.0)
+        excess = (lengths / usual.clamp_min(torch.finfo(lengths.dtype).tiny) / UNUSUAL).square()
+        return ((1 + UNUSUAL**-2) / (1 + excess)).clamp_max(1.0)
 
-    def _metrics(
-        self, group: Sequence[Projection], inputs: dict[str, tuple[SecondMoment, SecondMoment]]
-    ) -> _Metrics:
-        """From the moments as they are; `inputs` shares K among those that read one input."""
-        rows = []
-        for p in group:
-            if p.input_key not in inputs:
-                K = self.metric.K(p, self.moments)
-                inputs[p.input_key] = K, K.inverse()
-            P = self.metric.P(p, self.moments)
-            K, K_inverse = inputs[p.input_key]
-            rows.append((P, K, P.inverse(), K_inverse))
-        return _Metrics(
-            tuple(p.name for p in group), *(stack(part) for part in zip(*rows, strict=True))
-        )
+    def _metrics(self, group: Sequence[Projection]) -> _Metrics:
+        """From the moments as they are."""
+        P, K = self.metric.of(group, self.moments)
+        return _Metrics(tuple(p.name for p in group), P, K, P.inverse(), K.inverse())
 
     def reached(self) -> NaturalStart:
         """What further steps would start from, in all that was seen."""

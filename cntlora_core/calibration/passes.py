@@ -19,6 +19,7 @@ from .constraints import Metric
 from .measure import Sweep, measure
 from .natural import NaturalStart
 from .refine import refine
+from .sketch import sketch_width
 
 if TYPE_CHECKING:
     from ..data.encoded import EncodedImages
@@ -47,6 +48,7 @@ class Passes:
         return measure(
             self.model, projections, triples,
             batch_size=self.config.batch_size, backward=backward, phase=phase,
+            width=sketch_width(self.config.rank),
             gradient_checkpointing=self.config.gradient_checkpointing,
             observer=self.observer, group=self.group,
         )  # fmt: skip

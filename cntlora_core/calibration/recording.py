@@ -19,6 +19,9 @@ ROWS = 64  # of each picture's tokens that a pass keeps, of a layer's input and 
 GOLDEN, NEXT = 0.618034, 0.754878
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
+# Of a layer's name, the gradients of its outputs and its inputs, both `[n, tokens, features]`: the
+# squared norm of each picture's delta x^T `[n]`.
+Gradient = Callable[[str, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -67,18 +70,30 @@ class Recording:
         self,
         projections: Sequence[Projection],
         backward: bool,
-        gradient: Callable[[str, Tensor, int], None] | None,
+        gradient: Gradient | None,
         loss_scale: float,
         turn: int,
+        recomputes: bool,
     ) -> None:
-        self.seen, self.turn = Seen(), turn
+        self.seen, self.turn, self.recomputes = Seen(), turn, recomputes
         self.backward, self.gradient, self.loss_scale = backward, gradient, loss_scale
         self.squares: list[Tensor] = []
+        # a layer's input and its gradient wait for each other, by projection
+        self.inputs: dict[str, Tensor] = {}
+        self.deltas: dict[str, Tensor] = {}
+        self.visited: set[str] = set()
+        self.places: dict[int, Tensor] = {}  # of the rows that are kept, by the tokens of a picture
         # the first to read each input
         self.speakers = {p.input_key: p.name for p in reversed(projections)}
 
     def take(self) -> Seen:
-        """What was seen since this was last asked."""
+        """What was seen since this was last asked. Raises RuntimeError when an input that was to
+        be computed again never was."""
+        if self.deltas:
+            raise RuntimeError(f"not recomputed: {', '.join(self.deltas)}")
+        self.inputs.clear()
+        self.visited.clear()
+        self.places.clear()
         seen, self.seen = self.seen, Seen()
         self.turn += 1
         return seen
@@ -88,6 +103,18 @@ class Recording:
         norms = torch.stack(self.squares).sum(0).sqrt().cpu()
         self.squares.clear()
         return norms
+
+    def before(self, projection: Projection) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """Of an input that is computed twice the second counts: it need not wait for long."""
+
+        def look(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            again = projection.name in self.visited
+            self.visited.add(projection.name)
+            if self.gradient is not None and (again or not self.recomputes):
+                self.inputs[projection.name] = args[0].detach()
+                self._meet(projection.name)
+
+        return look
 
     def hook(self, projection: Projection) -> Hook:
         def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -101,24 +128,29 @@ class Recording:
                 if not output.requires_grad:
                     # Nothing before this layer needs a gradient: let the backward pass end here.
                     output.requires_grad_(True)
-                inputs = x if self.gradient else None
-                output.register_hook(lambda grad: self._back(projection, inputs, grad))
+                output.register_hook(lambda grad: self._back(projection, grad))
 
         return forward
 
-    def _back(self, projection: Projection, x: Tensor | None, grad: Tensor) -> None:
+    def _back(self, projection: Projection, grad: Tensor) -> None:
         grad = grad.detach()
         self._keep(output_key(projection), grad, projection.diagonal_out, self.loss_scale)
-        if x is not None and self.gradient is not None:
-            each = (_by_picture(grad) / self.loss_scale).mT @ _by_picture(x)
-            self.squares.append(each.square().sum((1, 2)))
-            self.gradient(projection.name, each.sum(0), grad.shape[:-1].numel())
+        if self.gradient is not None:
+            self.deltas[projection.name] = grad
+            self._meet(projection.name)
+
+    def _meet(self, name: str) -> None:
+        if self.gradient is not None and name in self.inputs and name in self.deltas:
+            x, delta = _by_picture(self.inputs.pop(name)), _by_picture(self.deltas.pop(name))
+            self.squares.append(self.gradient(name, delta / self.loss_scale, x))
 
     def _keep(self, key: str, x: Tensor, diagonal: bool, scale: float = 1.0) -> None:
         every = x.reshape(len(x), -1, x.shape[-1])
         tokens = every.shape[1]
         if tokens > ROWS:
-            every = every[:, _spread(tokens, self.turn, x.device)]
+            if tokens not in self.places:
+                self.places[tokens] = _spread(tokens, self.turn, x.device)
+            every = every[:, self.places[tokens]]
         if scale != 1:
             every = every.float() / scale
         self.seen.add(key, every, len(x) * tokens, diagonal)
@@ -130,22 +162,25 @@ def record(
     projections: Sequence[Projection],
     *,
     backward: bool,
-    gradient: Callable[[str, Tensor, int], None] | None = None,
+    gradient: Gradient | None = None,
     loss_scale: float = 1.0,
     turn: int = 0,
+    recomputes: bool = False,
 ) -> Iterator[Recording]:
     """Look on at the passes made inside the block, and take what was seen after each.
 
-    `gradient` is told of each layer's sum of delta x^T `[m, d]` and the number of its tokens; it
-    may change from pass to pass.
+    `gradient` is told of each layer's inputs and the gradients of its outputs; it may change from
+    pass to pass.
     `loss_scale`: what the loss was multiplied by; gradients are recorded without it. `turn` says
-    where the rows start. The hooks are gone when the block ends, however it ends.
+    where the rows start; `recomputes`, that activations are computed again on the way back. The
+    hooks are gone when the block ends, however it ends.
     """
-    recording = Recording(projections, backward, gradient, loss_scale, turn)
+    recording = Recording(projections, backward, gradient, loss_scale, turn, recomputes)
     handles = []
     try:
         for projection in projections:
             module = unet.get_submodule(projection.name)
+            handles.append(module.register_forward_pre_hook(recording.before(projection)))
             handles.append(module.register_forward_hook(recording.hook(projection)))
         yield recording
     finally:

@@ -188,10 +188,11 @@ def stack(moments: Sequence[SecondMoment]) -> SecondMoment:
 
 
 def unstack(moments: SecondMoment) -> list[SecondMoment]:
-    """The other way; each its own memory."""
+    """The other way."""
     kind: Any = type(moments)
-    parts = [getattr(moments, f.name).unbind() for f in fields(kind)]
-    return [kind(*(part.clone() for part in one)) for one in zip(*parts, strict=True)]
+    return [
+        kind(*one) for one in zip(*(getattr(moments, f.name) for f in fields(kind)), strict=True)
+    ]
 
 
 def moved(moment: SecondMoment, device: torch.device) -> SecondMoment:

@@ -54,8 +54,7 @@ class CalibrationConfig:
     targets: Targets = setting(
         "auto",
         "Layers that get an adapter. auto: attention and, for calibrated inits with data ranks, "
-        "feed-forward; in SDXL attention alone, which takes less memory. The file's size is the "
-        "same.",
+        "feed-forward. The file's size is the same.",
         advanced=True,
     )
     # 4 kept the subject's loss and most of the class (docs/method.md)

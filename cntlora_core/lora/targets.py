@@ -78,10 +78,10 @@ def find_projections(unet: nn.Module, targets: str = "attention") -> tuple[Proje
     return tuple(found)
 
 
-def targets_for(family: str, config: CalibrationConfig) -> str:
+def targets_for(config: CalibrationConfig) -> str:
     """What `auto` means: feed-forward layers too where data ranks find them room in the same
-    budget. SDXL's would take 2.5 GB more of the host's memory while calibrating."""
+    budget."""
     if config.targets != "auto":
         return config.targets
-    wide = config.init in CALIBRATED and config.rank_rule == "data" and family != "sdxl"
+    wide = config.init in CALIBRATED and config.rank_rule == "data"
     return "attention+ff" if wide else "attention"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calibration.sketch import sketch_bytes, sketch_width
 from ..config import CalibrationConfig
 from ..lora.adapter import Factors, LoRA, attached_lora
 from ..lora.targets import Projection, find_projections, targets_for
@@ -75,7 +76,7 @@ def estimate_training_memory(
     `targets`: layers with an adapter, the default's when None. `device`: the kind whose attention
     kernels run.
     """
-    targets = targets or targets_for(family, CalibrationConfig())
+    targets = targets or targets_for(CalibrationConfig())
     side, config = resolution // 8, config_of(family)["unet"]
     adapted = Adapted(side, batch_size, rank, targets, dtype, gradient_checkpointing, device)
     return unet_training_memory(config, adapted)
@@ -115,25 +116,22 @@ def meta_lora(projections: Sequence[Projection], rank: int) -> LoRA:
 def unet_calibration_memory(config: Mapping[str, Any], adapted: Adapted) -> MemoryEstimate:
     """Peak of a calibration: of its sweep, or of the steps after it.
 
-    A sweep passes as a training step does. It keeps every layer's input until the gradient is
-    there, with gradient checkpointing too, and one layer's input, gradient and their product, in
-    fp32, pass beside them. The steps hold adapters and metric.
+    A sweep passes as a training step does. It holds sketches of the gradients, and one layer's
+    input and gradient, in fp32, pass beside them. The steps hold adapters and metric.
     """
     step = unet_training_memory(config, adapted)
     unet = meta_unet(config, adapted.dtype, adapted.device)
     projections = find_projections(unet, adapted.targets)
     inputs = unet_inputs(config, adapted.batch_size, adapted.side, adapted.dtype)
     rows = rows_of(unet, projections, inputs)
-    passing = max(
-        4 * (rows[p.name] * p.parameters_per_rank + p.in_features * p.out_features)
-        for p in projections
+    passing = max(4 * rows[p.name] * p.parameters_per_rank for p in projections)
+    sketches, metric = (
+        sketch_bytes(projections, sketch_width(adapted.rank)),
+        metric_bytes(projections),
     )
-    read = {p.input_key: rows[p.name] * p.in_features for p in projections}
-    kept = adapted.dtype.itemsize * sum(read.values()) if adapted.gradient_checkpointing else 0
-    metric = metric_bytes(projections)
-    if passing + kept < step.adapters + metric:
+    if passing + sketches < step.adapters + metric:
         return replace(step, metric=metric)
-    return replace(step, activations=step.activations + passing + kept, adapters=0)
+    return replace(step, activations=step.activations + passing, adapters=0, metric=sketches)
 
 
 def rows_of(

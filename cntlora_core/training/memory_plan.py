@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..calibration.moments import moment_bytes
+from ..calibration.sketch import sketch_bytes, sketch_width
 from ..config import CalibrationConfig, TrainConfig
 from ..devices import RESERVE, free_memory
 from ..events import Notice, Observer, Status
@@ -42,10 +43,10 @@ class Needs:
 
 
 NEEDS = {
-    "sd1": Needs(1_719_041_928, 228_000, 57_200, 67_000),
-    "sd2": Needs(1_731_821_448, 217_000, 46_700, 67_000),
-    "sd2-v": Needs(1_731_821_448, 217_000, 46_700, 67_000),
-    "sdxl": Needs(5_134_927_368, 411_000, 33_600, 125_000),
+    "sd1": Needs(1_719_041_928, 228_000, 57_200, 12_000),
+    "sd2": Needs(1_731_821_448, 217_000, 46_700, 12_000),
+    "sd2-v": Needs(1_731_821_448, 217_000, 46_700, 12_000),
+    "sdxl": Needs(5_134_927_368, 411_000, 33_600, 6_000),
 }
 
 
@@ -112,13 +113,15 @@ def fitted_calibration(
     model: StableDiffusion, config: CalibrationConfig, resolution: int, observer: Observer
 ) -> CalibrationConfig:
     """`config` so that the calibration fits into the memory, told in a sentence."""
-    projections = find_projections(model.unet, targets_for(model.family, config))
+    projections = find_projections(model.unet, targets_for(config))
     each = picture_bytes(model, resolution)
     looking = each[2] * config.batch_size if each else 0
     adapters = (
         4 * config.rank * sum(p.parameters_per_rank for p in projections if not p.feed_forward)
     )
-    fixed = COPIES_OF_ADAPTERS * adapters + metric_bytes(projections) + looking
+    steps = COPIES_OF_ADAPTERS * adapters + metric_bytes(projections)
+    sweep = sketch_bytes(projections, sketch_width(config.rank)) + looking
+    fixed = max(steps, sweep)
     return fitted_to_memory(model, config, resolution, fixed=fixed, observer=observer)
 
 

@@ -53,4 +53,4 @@ def _layers(
 ) -> Sequence[Projection]:
     if lora:
         return [p for p in find_projections(model.unet, ALL) if p.name in lora]
-    return find_projections(model.unet, targets_for(model.family, calibration))
+    return find_projections(model.unet, targets_for(calibration))

@@ -128,14 +128,14 @@ def test_what_drawing_holds_is_the_estimate(mini_sd, subject):
 
 
 def test_a_calibration_holds_more_than_a_training_step():
-    """Its metric, or what its sweep keeps of the layers' inputs, with checkpointing too."""
+    """Its metric, or the sketches of its sweep and what passes beside them."""
     for checkpointing in (False, True):
         settings = SMALL_DEFAULTS | {"gradient_checkpointing": checkpointing}
         calibration = unet_calibration_memory(SMALL, Adapted(**settings))
         assert calibration.peak > small(gradient_checkpointing=checkpointing).peak
     many = unet_calibration_memory(SMALL, Adapted(**settings | {"rank": 64}))
+    assert many.adapters > 0, "the steps hold more than the sweep"
     assert many.metric > 0
-    assert many.activations < calibration.activations
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..lora.adapter import Factors
+from . import linalg
 from .second_moment import SecondMoment, shifted, tiny
 
 # Below this size the exact SVD is as fast as the randomised one.
@@ -75,14 +76,14 @@ def svd(
         probe = torch.randn(
             shape[1], rank + OVERSAMPLING, dtype=like.dtype, generator=generator
         ).to(like.device)
-        basis = torch.linalg.qr(product(probe)).Q
+        basis = linalg.qr(product(probe))[0]
         for _ in range(POWER_ITERATIONS):
-            basis = torch.linalg.qr(adjoint(basis)).Q
-            basis = torch.linalg.qr(product(basis)).Q
+            basis = linalg.qr(adjoint(basis))[0]
+            basis = linalg.qr(product(basis))[0]
         matrix = adjoint(basis).T
     else:
         matrix = product(torch.eye(shape[1], dtype=like.dtype, device=like.device))
-    U, sigma, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    U, sigma, Vh = linalg.svd(matrix)
     U = (U if basis is None else basis @ U)[:, :rank]
     return signed(U, sigma[:rank], Vh[:rank])
 
@@ -103,9 +104,9 @@ def target_components(G: Factors, P: SecondMoment, K: SecondMoment, rank: int) -
     product of small rank, and the SVD one of its two triangles'.
     """
     left, right = P.inverse().root(), K.inverse().root()
-    Q, R = torch.linalg.qr(left.matmul(G.up))
-    V, T = torch.linalg.qr(right.matmul(G.down.T))
-    inner, sigma, outer = torch.linalg.svd(R @ T.T, full_matrices=False)
+    Q, R = linalg.qr(left.matmul(G.up))
+    V, T = linalg.qr(right.matmul(G.down.T))
+    inner, sigma, outer = linalg.svd(R @ T.T)
     U, sigma, Vh = signed(Q @ inner[:, :rank], sigma[:rank], outer[:rank] @ V.T)
     return Components(-left.matmul(U), sigma, right.matmul(Vh.T).T, sigma.square())
 
@@ -174,7 +175,7 @@ def factor_steps(
 
 def _solved(moments: Tensor, right: Tensor) -> Tensor:
     """Zero where there is no solution: to be told so, a host would wait for its device."""
-    return torch.nan_to_num(torch.linalg.solve_ex(moments, right)[0], 0.0, 0.0, 0.0)
+    return torch.nan_to_num(linalg.solve(moments, right), 0.0, 0.0, 0.0)
 
 
 def _batch_damped(moments: Tensor, rho: float) -> Tensor:

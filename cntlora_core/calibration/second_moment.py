@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import linalg
+
 RANK = 32  # of U; of 96 to 384 dimensions as good as all of them
 DAMPING = 1e-2  # of a power step, in mean strengths: what has none stays where it is
 STARTING = 3  # power steps that find the first U; each later one starts from the last
@@ -65,7 +67,7 @@ class LowRank:
         if d <= RANK:
             basis = torch.eye(d).to(rows.rows).expand(*groups, d, d)
         else:
-            basis = torch.linalg.qr(rows.rows[..., torch.arange(RANK) * n // RANK, :].mT).Q
+            basis = linalg.qr(rows.rows[..., torch.arange(RANK) * n // RANK, :].mT)[0]
         for _ in range(STARTING):
             basis = _power_step(basis, rows.matmul, rows.trace())
         return _within(basis, rows.matmul, rows.trace())
@@ -96,7 +98,7 @@ class LowRank:
         return LowRank(self.basis, shifted(self.core, shift), self.rest + shift)
 
     def plus(self, other: LowRank, weight: float) -> LowRank:
-        basis = torch.linalg.qr(torch.cat([self.basis, other.basis], -1)).Q
+        basis = linalg.qr(torch.cat([self.basis, other.basis], -1))[0]
         core = basis.mT @ (self.matmul(basis) + weight * other.matmul(basis))
         return LowRank(basis, _symmetric(core), self.rest + weight * other.rest)
 
@@ -104,9 +106,9 @@ class LowRank:
         return LowRank(self.basis, _inverse(self.core), 1 / self.rest)
 
     def root(self) -> LowRank:
-        values, vectors = torch.linalg.eigh(self.core.cpu())  # small; not every device has it
+        values, vectors = linalg.eigh(self.core)
         root = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
-        return LowRank(self.basis, root.to(self.core), self.rest.sqrt())
+        return LowRank(self.basis, root, self.rest.sqrt())
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,8 @@ def _power_step(basis: Tensor, matmul: Matmul, trace: Tensor) -> Tensor:
     moved = matmul(basis) + shift[..., None, None] * basis
     moved = moved @ _inverse(_symmetric(basis.mT @ moved))
     for _ in range(2):
-        factor = cholesky(moved.mT @ moved)
-        moved = torch.linalg.solve_triangular(factor, moved.mT, upper=False).mT
+        factor = linalg.cholesky(moved.mT @ moved)
+        moved = linalg.triangular_solve(factor, moved.mT, upper=False).mT
     return moved
 
 
@@ -201,18 +203,12 @@ def moved(moment: SecondMoment, device: torch.device) -> SecondMoment:
     return kind(*(getattr(moment, f.name).to(device) for f in fields(kind)))
 
 
-def cholesky(core: Tensor) -> Tensor:
-    """Not a number where there is none: to be told so, a host would wait for its device."""
-    factor, info = torch.linalg.cholesky_ex(core)
-    return torch.where(info[..., None, None] == 0, factor, torch.nan)
-
-
 def _symmetric(core: Tensor) -> Tensor:
     return (core + core.mT) / 2
 
 
 def _inverse(core: Tensor) -> Tensor:
-    return torch.cholesky_inverse(cholesky(core))
+    return linalg.cholesky_inverse(linalg.cholesky(core))
 
 
 def shifted(core: Tensor, shift: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..distributed import Group
 from ..lora.adapter import Factors
 from ..lora.targets import Projection
+from . import linalg
 
 OVERSAMPLING = 18
 SEED = 0  # of the random vectors; which they are matters little
@@ -68,10 +69,10 @@ class Sketches:
         if projection.name not in self.sums:
             raise RuntimeError("no tokens were recorded")
         Y, Z = (part / self.tokens[projection.name] for part in self.sums[projection.name])
-        Q = torch.linalg.qr(Y).Q
+        Q = linalg.qr(Y)[0]
         psi = self._probe(len(Y), 2 * self.width + 1, Y.device)
-        q, r = torch.linalg.qr(psi.T @ Q)
-        return Factors(Q, torch.linalg.solve_triangular(r, q.T @ Z, upper=True))
+        q, r = linalg.qr(psi.T @ Q)
+        return Factors(Q, linalg.triangular_solve(r, q.T @ Z, upper=True))
 
     def _probe(self, size: int, count: int, device: torch.device) -> Tensor:
         """`count` random vectors `[size, count]` that keep norms in the mean; all directions where

@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cntlora_core.calibration import linalg
 from cntlora_core.calibration.closed_form import factor_steps
 from cntlora_core.calibration.second_moment import (
     RANK,
     Diagonal,
     LowRank,
     Rows,
-    cholesky,
     moved,
     stack,
     unstack,
@@ -135,9 +135,9 @@ def test_several_are_worked_on_together():
 
 def test_what_has_no_factor_moves_nothing():
     """Nobody asks the device whether it was one: such a layer stays where it is."""
-    assert cholesky(torch.tensor([[1.0, 2.0], [2.0, 1.0]])).isnan().all()
+    assert linalg.cholesky(torch.tensor([[1.0, 2.0], [2.0, 1.0]])).isnan().all()
     both = torch.stack([torch.eye(2), torch.full((2, 2), torch.nan)])
-    assert torch.equal(cholesky(both)[0], torch.eye(2))
+    assert torch.equal(linalg.cholesky(both)[0], torch.eye(2))
     metric = LowRank(torch.eye(2).expand(2, 2, 2), both, torch.ones(2))
     ones = torch.ones(2, 2, 2)
     for step in factor_steps(ones, ones, ones, ones, metric, metric, metric, metric.inverse()):

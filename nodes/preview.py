@@ -8,8 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..cntlora_core.config import STRENGTHS, SampleConfig
+from ..cntlora_core.effects import without_effect_in_sampling
 from ..cntlora_core.errors import SettingError
-from ..cntlora_core.events import Event, Progress
+from ..cntlora_core.events import Event, Notice, Progress
 from ..cntlora_core.lora.adapter import attached_lora
 from ..cntlora_core.lora.file import from_state_dict
 from ..cntlora_core.lora.targets import ALL, find_projections
@@ -67,7 +68,9 @@ class PreviewLoRA(io.ComfyNode):
                 "prompt is empty, and this LoRA does not come from CNTLoRA's Train or Calibrate: "
                 "say what to draw, with the LoRA's trigger."
             )
-        show = host.progress_bar(host.identity(cls).node)
+        notice, show = host.notices(cls), host.progress_bar(host.identity(cls).node)
+        for text in without_effect_in_sampling(how, has_lora=True):
+            notice(Notice(text))
 
         def observer(event: Event) -> None:
             if isinstance(event, Progress):

@@ -59,14 +59,16 @@ def test_a_size_that_cannot_be_drawn_is_said_before_training(pack, model, subjec
         train(pack, model, subject, sample_size=size)
 
 
-def test_the_grid_of_strengths_has_a_row_for_each(pack, model, subject, drawn, monkeypatch):
+def test_the_grid_of_strengths_has_a_row_for_each(pack, model, subject, drawn, monkeypatch, caplog):
     lora = train(pack, model, subject, sample_every=0)[0]
     shown = []
     real = pack.preview.sample_sheet
     monkeypatch.setattr(
         pack.preview, "sample_sheet", lambda rows, **how: shown.extend(rows) or real(rows, **how)
     )
-    out = pack.run(pack.PreviewLoRA, sd_model=model, lora=lora, strength_grid=True, **PREVIEW)
+    given = {"strength": 0.5, "strength_grid": True}
+    out = pack.run(pack.PreviewLoRA, sd_model=model, lora=lora, **given, **PREVIEW)
+    assert "strength: without effect, because strength_grid draws at its own" in caplog.text
     assert [name for name, _ in shown] == [f"strength {s}" for s in ("0.4", "0.6", "0.8", 1, 1.2)]
     assert drawn == [(["a sks cat"] * 2, [5, 6], (64, 64), None)] * 5
     assert out.values[0].shape == (10, 64, 64, 3)

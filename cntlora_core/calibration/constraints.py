@@ -108,7 +108,7 @@ class Domain:
         rank: int,
         generator: torch.Generator,
     ) -> Components:
-        return domain_components(weight, moments.C(projection), K, rank, generator)
+        return domain_components(weight.float(), moments.C(projection), K, rank, generator)
 
 
 def make_constraint(init: str, metric: Metric) -> Constraint:

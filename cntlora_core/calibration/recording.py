@@ -110,7 +110,7 @@ class Recording:
         def look(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             again = projection.name in self.visited
             self.visited.add(projection.name)
-            if self.gradient is not None and (again or not self.recomputes):
+            if again or not self.recomputes:
                 self.inputs[projection.name] = args[0].detach()
                 self._meet(projection.name)
 
@@ -180,7 +180,8 @@ def record(
     try:
         for projection in projections:
             module = unet.get_submodule(projection.name)
-            handles.append(module.register_forward_pre_hook(recording.before(projection)))
+            if gradient is not None:
+                handles.append(module.register_forward_pre_hook(recording.before(projection)))
             handles.append(module.register_forward_hook(recording.hook(projection)))
         yield recording
     finally:

@@ -74,7 +74,7 @@ def solve(
 
 
 def _weight(model: StableDiffusion, projection: Projection) -> Tensor:
-    return model.unet.get_submodule(projection.name).weight.detach().float()
+    return model.unet.get_submodule(projection.name).weight.detach()
 
 
 def _ranks(
@@ -103,7 +103,7 @@ def _relative_change(
     outputs."""
     squares = []
     for p in projections:
-        C, weight = moments.C(p), _weight(model, p)
+        C, weight = moments.C(p), _weight(model, p).float()
         up, down = update[p.name].up.to(weight), update[p.name].down.to(weight)
         moved = (up.T @ up * (down @ C.matmul(down.T))).sum()
         squares.append(float(moved / output_power(weight, C).sum().clamp_min(1e-30)))

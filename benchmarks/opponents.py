@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from subject_folders import read_halves
 
 from cntlora_core.calibration.calibrate import calibrate
-from cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
-from cntlora_core.data.dataset import read_subject
+from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.data.encoded import EncodedImages
 from cntlora_core.data.importance import Importance
 from cntlora_core.defaults import MINI_SD
@@ -39,8 +39,6 @@ from cntlora_core.training.validation import validation_loss
 
 COSTS = (10, 15, 20, 30, 45, 60, 90, 120)
 STEP = 4  # pictures that are one step of cost
-
-PROMPT_ALONE = DataConfig(use_captions=False)  # the folders hold captions for pre-training
 
 
 @dataclass(frozen=True)
@@ -218,12 +216,8 @@ def _run_all(args: argparse.Namespace) -> None:
     model = load_checkpoint(args.model)
     for seed in args.seeds:
         for folder in args.subjects:
-            facts = (folder / "train" / "metadata.jsonl").read_text(encoding="utf-8")
-            prompt = json.loads(facts.splitlines()[0])["prompt"]
-            subject = read_subject(model, folder / "train", prompt, PROMPT_ALONE)
-            validate = validation_loss(
-                model, read_subject(model, folder / "heldout", prompt, PROMPT_ALONE), 8
-            )
+            subject, held_out = read_halves(model, folder)
+            validate = validation_loss(model, held_out, 8)
             for name in args.methods:
                 for rate in METHODS[name].rates:
                     key = [args.rank, folder.name, name, rate, seed]

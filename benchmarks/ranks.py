@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from subject_folders import read_halves
 
 from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.calibration.ranks import budget_of, data_ranks
-from cntlora_core.config import CalibrationConfig, DataConfig
-from cntlora_core.data.dataset import read_subject
+from cntlora_core.config import CalibrationConfig
 from cntlora_core.defaults import MINI_SD
 from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.lora.targets import Projection, find_projections, targets_for
@@ -33,7 +33,6 @@ from cntlora_core.training.validation import validation_loss
 
 SHUFFLES = 5
 STUDENT = {4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 11: 2.201, 15: 2.131}
-PROMPT_ALONE = DataConfig(use_captions=False)  # the folders hold captions for pre-training
 
 Ranks = dict[str, int]
 
@@ -99,13 +98,8 @@ class Runs:
     """Calibrations on one subject, and the results file that they end in."""
 
     def __init__(self, model: StableDiffusion, folder: Path, output: Path) -> None:
-        facts = (folder / "train" / "metadata.jsonl").read_text(encoding="utf-8")
-        prompt = json.loads(facts.splitlines()[0])["prompt"]
         self.model, self.name, self.output = model, folder.name, output
-        self.subject, held_out = (
-            read_subject(model, folder / part, prompt, PROMPT_ALONE)
-            for part in ("train", "heldout")
-        )
+        self.subject, held_out = read_halves(model, folder)
         self.validate = validation_loss(model, held_out, 8)
         self.base = self.validate()
 

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
-from cntlora_core.data.dataset import read_subject
+from subject_folders import read_halves
+
+from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.defaults import MINI_SD, resolve
 from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.lora.averaging import RunningAverage
@@ -38,14 +39,10 @@ PATIENCES = (3, 5, 8)
 EVERY = 10  # steps between validations
 STEPS = 200  # twice what is chosen for the embedded model
 
-PROMPT_ALONE = DataConfig(use_captions=False)  # the folders hold captions for pre-training
-
 
 def run(model: StableDiffusion, folder: Path, method: str, seed: int) -> dict[str, Any]:
     """The held-out losses at every look, of each decay."""
-    row = json.loads((folder / "train" / "metadata.jsonl").read_text("utf-8").splitlines()[0])
-    subject = read_subject(model, folder / "train", row["prompt"], PROMPT_ALONE)
-    held_out = read_subject(model, folder / "heldout", row["prompt"], PROMPT_ALONE)
+    subject, held_out = read_halves(model, folder)
     validate = validation_loss(model, held_out, 8)
     config = METHODS[method]
     with convolutions_as_matmul(model.unet):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,8 @@ from cntlora_core.model.loader import StableDiffusion, load_checkpoint
 from cntlora_core.training.validation import validation_loss
 
 SHUFFLES = 5
-STUDENT = {4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 11: 2.201, 15: 2.131}
+# Of the 95 % interval, from 1 degree of freedom on.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 
 Ranks = dict[str, int]
 
@@ -67,8 +69,10 @@ def contestants(
 
 def interval(ratios: Sequence[float]) -> tuple[float, float]:
     """Mean and half the 95 % interval, Student's."""
+    if len(ratios) < 2:
+        return statistics.mean(ratios), math.inf
     spread = statistics.stdev(ratios) / len(ratios) ** 0.5
-    return statistics.mean(ratios), STUDENT.get(len(ratios) - 1, 1.96) * spread
+    return statistics.mean(ratios), STUDENT[min(len(ratios) - 1, len(STUDENT)) - 1] * spread
 
 
 def report(rows: Sequence[Mapping[str, Any]], rank: int) -> str:

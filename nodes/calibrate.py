@@ -17,7 +17,7 @@ from ..cntlora_core.run.runs import run_calibration
 from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io
-from .reporter import Reporter
+from .reporter import Reporter, shown
 from .types import (
     CalibratedStart,
     LoRAInit,
@@ -94,12 +94,13 @@ class CalibrateLoRA(io.ComfyNode):
                 params=parameter_count(start.lora),
             )
         made_from = f"{encoded.digest} {encoded.captions} {prior and prior.digest}"
-        lora = lora_model(start.lora, sd_model, encoded, config)
+        lora, runs = lora_model(start.lora, sd_model, encoded, config), (report.made,)
+        lora.runs = runs
         return io.NodeOutput(
-            CalibratedStart(start, config, made_from=made_from),
+            CalibratedStart(start, config, made_from=made_from, runs=runs),
             lora,
             to_image([picture]),
-            ui=report.shown(),
+            ui=shown(*runs),
         )
 
 

@@ -59,6 +59,11 @@ class End(Event):
     text: str
 
 
+def shown(*runs: dict[str, str]) -> dict[str, Any]:
+    """The `ui` of a node: which runs made its outputs, also when the cache gives them again."""
+    return {"cntlora_run": list(runs)}
+
+
 class Reporter:
     """An observer for one node. Raises on Cancel, so a run stops within one step.
 
@@ -142,9 +147,10 @@ class Reporter:
         """The weights given out are those after `step` steps."""
         self.note(Kept(step))
 
-    def shown(self) -> dict[str, Any]:
-        """The node's `ui`: which run made its outputs, also when the cache gives them again."""
-        return {"cntlora_run": [{**self._source, "run": self.run}]}
+    @property
+    def made(self) -> dict[str, str]:
+        """This run, as what comes of it names it."""
+        return {**self._source, "run": self.run}
 
     @property
     def _source(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ from ..cntlora_core.events import Event, Notice
 from ..cntlora_core.files import DISK, free_name
 from . import host
 from .host import io
+from .reporter import shown
 from .types import LoRAModel
 from .widgets import widgets_of
 
@@ -74,4 +75,5 @@ class SaveLoRA(io.ComfyNode):
 
         path = free_name(host.lora_path(name))
         saved = host.lora_name(lora.write(path, DTYPES[save_precision], note, cls.disk))
-        return io.NodeOutput(saved, ui={"text": (" ".join([f"Saved as {saved}", *said]),)})
+        text = " ".join([f"Saved as {saved}", *said])
+        return io.NodeOutput(saved, ui={"text": (text,), **shown(*lora.runs)})

@@ -15,7 +15,7 @@ from ..cntlora_core.run.runs import run_training
 from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io
-from .reporter import Reporter
+from .reporter import Reporter, shown
 from .sampler import Sampler, Wanted, more_sample_widgets, sample_widgets
 from .train_inputs import Keeper, TrainInputs, encoded, without_effect
 from .types import (
@@ -132,7 +132,9 @@ class TrainLoRA(io.ComfyNode):
             checkpoints.remove()
         images = to_image(sampler.pictures)
         losses = {"loss": run.losses or [loss for _, loss in run.validations]}
-        return io.NodeOutput(inputs.finished(run), losses, images, ui=report.shown())
+        lora = inputs.finished(run)
+        lora.runs = (report.made, *start.runs)
+        return io.NodeOutput(lora, losses, images, ui=shown(*lora.runs))
 
 
 def _wires() -> list[Any]:

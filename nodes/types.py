@@ -34,6 +34,7 @@ from ..cntlora_core.training.state_size import parameters_of
 from . import host
 from .host import io
 
+Runs = tuple[dict[str, str], ...]  # of nodes with a panel: `Reporter.made`
 SDModel = io.Custom("CNTLORA_SD_MODEL")
 SubjectPictures = io.Custom("CNTLORA_SUBJECT")
 Prior = io.Custom("CNTLORA_PRIOR")
@@ -101,14 +102,16 @@ class CalibratedStart:
     config: CalibrationConfig
     source: Source | None = None  # the file that it was read from
     made_from: str = ""
+    runs: Runs = ()
 
 
 class LoRAModel(dict[str, Tensor]):
     """ComfyUI's LORA_MODEL, a state dict in kohya's names, that can also write itself with its
-    whole story, and knows the prompt it was trained with."""
+    whole story, and knows the prompt it was trained with and the runs that made it."""
 
     write: Callable[..., Path]
     prompt: str
+    runs: Runs = ()
 
 
 def lora_model(

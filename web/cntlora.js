@@ -31,6 +31,11 @@ function lastRun(node) {
   return readRun({ workflow: workflowId(), node: id, class: node.comfyClass });
 }
 
+function panelOf({ node: id, class: kind }) {
+  const node = nodeOf(root(), id);
+  return node?.comfyClass === kind ? shown.get(node) : undefined;
+}
+
 // `hideInPanel`: the properties panel would take the element out of the node for good.
 function addElement(node, name, display, height) {
   display.root.style.minHeight = `${height}px`; // the Vue renderer asks the element
@@ -103,14 +108,14 @@ function tellRejected() {
 }
 
 const LISTENERS = {
-  "cntlora.event": ({ workflow, node: id, class: kind, events }) => {
-    if (workflow !== workflowId()) return;
-    const node = nodeOf(root(), id);
-    if (node?.comfyClass === kind) shown.get(node)?.take(events);
+  "cntlora.event": ({ workflow, events, ...source }) => {
+    if (workflow === workflowId()) panelOf(source)?.take(events);
   },
-  // Also for what ComfyUI's cache answers: the panel then shows the run that made the result.
+  // Also for what ComfyUI's cache answers: the panels then show the runs that made the result, of
+  // nodes before this one too. (The cache answers a node of ours under its own id only.)
   executed: ({ node, display_node: display, output }) => {
-    shown.get(nodeOf(root(), display ?? node))?.executed(output ?? {});
+    shown.get(nodeOf(root(), display ?? node))?.executed?.(output ?? {});
+    for (const run of output?.cntlora_run ?? []) panelOf(run)?.made(run);
   },
   execution_error: ({ node_id: id, exception_message: text }) => {
     const node = nodeOf(root(), id);

@@ -62,10 +62,10 @@ export class Panel {
     this.#show();
   }
 
-  // The node's output names the run that made it, which may be one of another tab's workflow.
-  async executed({ cntlora_run: [made] = [] }) {
+  // The run that made what an output gave, which may be one of another tab's workflow.
+  async made(made) {
     this.failure = null;
-    if (made && made.run !== this.state.run) {
+    if (made.run !== this.state.run) {
       const state = stateOf(await readRun(made).catch(() => []));
       if (state.run) this.state = state;
     }

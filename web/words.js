@@ -21,7 +21,5 @@ export class Words {
     this.#show(sentence, "cntlora-failed");
   }
 
-  take() {} // no events come from such a node
-
   destroy() {}
 }

@@ -20,7 +20,7 @@ from ..cntlora_core.report.charts import sample_sheet
 from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io, ui
-from .types import SDModel, to_image
+from .types import SDModel, large_enough, to_image
 from .widgets import widgets_of
 
 GRID_CELL = 256  # px of a picture in the grid of strengths
@@ -91,8 +91,9 @@ class PreviewLoRA(io.ComfyNode):
                         guidance=how.guidance,
                         observer=observer,
                     )
-        images = to_image([picture for row in rows.values() for picture in row])
-        shown = images
+        pictures = [picture for row in rows.values() for picture in row]
+        images = to_image(pictures)
+        shown = to_image([large_enough(picture) for picture in pictures])
         if how.strength_grid:
             cell = min(sd_model.resolution, GRID_CELL)
             shown = to_image([sample_sheet(list(rows.items()), title=prompt, cell=cell)])

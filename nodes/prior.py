@@ -15,7 +15,7 @@ from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io, ui
 from .reporter import Reporter
-from .types import Pictures, Prior, SDModel, from_batches, to_image
+from .types import Pictures, Prior, SDModel, from_batches, large_enough, to_image
 from .widgets import refusal, widgets_of
 
 
@@ -98,5 +98,5 @@ class PriorImages(io.ComfyNode):
                 given = Pictures(tuple(from_batches([images])), class_prompt, data)
                 prior = given.encode_all(sd_model, report)
             pictures = decode(sd_model, torch.stack(prior.mean))
-        images = to_image(pictures)
-        return io.NodeOutput(prior, images, ui=ui.PreviewImage(images, cls=cls))
+        shown = to_image([large_enough(picture) for picture in pictures])
+        return io.NodeOutput(prior, to_image(pictures), ui=ui.PreviewImage(shown, cls=cls))

@@ -35,6 +35,8 @@ from . import host
 from .host import io
 
 Runs = tuple[dict[str, str], ...]  # of nodes with a panel: `Reporter.made`
+SHOWN_PX = 256  # the miniature's pictures have 64
+
 SDModel = io.Custom("CNTLORA_SD_MODEL")
 SubjectPictures = io.Custom("CNTLORA_SUBJECT")
 Prior = io.Custom("CNTLORA_PRIOR")
@@ -162,6 +164,13 @@ def to_image(pictures: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(
         np.stack([np.asarray(p.convert("RGB"), dtype=np.float32) / 255 for p in pictures])
     )
+
+
+def large_enough(picture: Image.Image) -> Image.Image:
+    """The picture, in a whole multiple of its size where that is too small to be looked at: a page
+    shows none larger than it is."""
+    times = max(1, SHOWN_PX // max(picture.size))
+    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.BICUBIC)
 
 
 def from_image(batch: Tensor) -> list[Image.Image]:

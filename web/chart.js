@@ -14,18 +14,22 @@ function load() {
 function colours(element) {
   const style = getComputedStyle(element);
   const read = (name, fallback) => style.getPropertyValue(name).trim() || fallback;
-  return { text: read("--input-text", "#888"), grid: read("--border-color", "#4444") };
+  const [text, grid] = [read("--input-text", "#888"), read("--border-color", "#4444")];
+  return { text, grid, validation: style.color }; // the one that the style sheet mixed
 }
+
+// Of a distance between ticks, as many for every tick: 0.05 and 0.10.
+const decimals = (step) => String(Number(step.toPrecision(3))).split(".")[1]?.length ?? 0;
 
 function options(size, theme) {
   const axis = {
     stroke: theme.text, grid: { stroke: theme.grid, width: 1 }, ticks: { stroke: theme.grid },
     font: "10px sans-serif", labelFont: "10px sans-serif", labelSize: 13, labelGap: 0, gap: 2,
   };
-  const values = (u, ticks) => ticks.map((v) => v.toPrecision(2));
+  const values = (u, ticks, axis, space, step) => ticks.map((v) => v.toFixed(decimals(step)));
   const line = (label, stroke, more = {}) => (
     { label, stroke, spanGaps: true, points: { show: false }, ...more });
-  const point = { show: true, size: 9, fill: "#e69f00", stroke: "#e69f00" };
+  const point = { show: true, size: 9, fill: "#e69f00", stroke: theme.text };
   return {
     ...size,
     cursor: { y: false, points: { show: false } },
@@ -37,9 +41,9 @@ function options(size, theme) {
     ],
     series: [
       {},
-      line("loss", "#8a8f9855", { width: 1 }),
-      line("smoothed", "#8a8f98", { width: 1.5 }),
-      line("validation", "#3b9ddd", { width: 2 }),
+      line("loss", theme.text, { width: 1, alpha: 0.3 }),
+      line("smoothed", theme.text, { width: 1.5, alpha: 0.75 }),
+      line("validation", theme.validation, { width: 2 }),
       line("best", "#e69f00", { width: 0, points: point }),
       line("base", theme.text, { width: 1, dash: [4, 4] }),
     ],

@@ -1,7 +1,7 @@
 // One node's panel: words, numbers, and the loss chart with samples or the map of the ranks.
 import { pictureAddress, readRun } from "./api_client.js";
 import { Chart } from "./chart.js";
-import { make } from "./dom.js";
+import { make, scrolls } from "./dom.js";
 import { RankMap } from "./rank_map.js";
 import { accept, emptyState, headline, lossText, numbers } from "./run_state.js";
 import { say } from "./say.js";
@@ -26,7 +26,9 @@ export class Panel {
     Object.assign(this, { kind, read, state: emptyState(), failure: null, parts: [] });
     this.headline = make("div", "cntlora-headline", { role: "status", "aria-live": "polite" });
     this.numbers = make("div", "cntlora-numbers");
-    this.root = make("div", "cntlora-panel", {}, this.headline, this.numbers);
+    this.notices = make("div", "cntlora-notices", { role: "status", tabindex: 0 });
+    scrolls(this.notices);
+    this.root = make("div", "cntlora-panel", {}, this.headline, this.numbers, this.notices);
     if (kind === "train") this.#withChart();
     else this.#add(new RankMap());
     this.#show();
@@ -84,11 +86,18 @@ export class Panel {
     this.headline.title = this.headline.textContent;
     this.headline.classList.toggle("cntlora-failed", failed);
     this.headline.classList.toggle("cntlora-hint", !failed && !state.run);
-    const notes = state.notices.length ? ` · ${state.notices.at(-1)}` : "";
-    this.numbers.textContent = numbers(state) + notes;
-    this.numbers.title = this.numbers.textContent;
+    this.numbers.textContent = this.numbers.title = numbers(state);
+    this.#showNotices(state.notices);
     if (this.legend) this.legend.hidden = !lossText(state);
     for (const part of this.parts) part.show(state);
+  }
+
+  #showNotices(said) {
+    const key = said.join("\n");
+    if (key === this.said) return; // one who reads there has scrolled
+    this.said = key;
+    this.notices.hidden = !key;
+    this.notices.replaceChildren(...said.map((text) => make("div", "cntlora-notice", {}, text)));
   }
 
   destroy() {

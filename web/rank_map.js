@@ -1,6 +1,6 @@
 // The ranks that calibration chose: a row per transformer block, a cell per projection. The shade
 // is the energy its components hold, in decades.
-import { make } from "./dom.js";
+import { make, scrolls } from "./dom.js";
 import { rankRows } from "./run_state.js";
 import { say } from "./say.js";
 
@@ -16,7 +16,7 @@ export class RankMap {
     this.drawn = null;
     const said = { role: "region", "aria-label": say("Rank of every layer"), tabindex: 0 };
     this.root = make("div", "cntlora-map", said);
-    this.root.addEventListener("wheel", (e) => e.stopPropagation());
+    scrolls(this.root);
   }
 
   show({ calibrated }) {

@@ -1,6 +1,6 @@
 // The samples of a run, a row for each step in their order, so that equal seeds stand below each
 // other; a click shows a row large.
-import { make } from "./dom.js";
+import { make, scrolls } from "./dom.js";
 import { say } from "./say.js";
 
 const what = ({ step, kept }) => (
@@ -11,8 +11,7 @@ export class Strip {
   constructor(address) {
     Object.assign(this, { address, abort: new AbortController(), drawn: "" });
     this.root = make("div", "cntlora-strip", { role: "group", "aria-label": say("Samples") });
-    const { signal } = this.abort;
-    this.root.addEventListener("wheel", (e) => e.stopPropagation(), { signal });
+    scrolls(this.root);
   }
 
   show({ folder, samples, kept }) {

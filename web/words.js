@@ -1,10 +1,11 @@
 // A node's own sentence: what it found or wrote, or what was wrong.
-import { make } from "./dom.js";
+import { make, scrolls } from "./dom.js";
 
 export class Words {
   constructor(before) {
     this.text = make("div", "cntlora-text", { role: "status", "aria-live": "polite" });
     this.root = make("div", "cntlora-panel cntlora-words", {}, this.text);
+    scrolls(this.text);
     this.#show(before, "cntlora-hint");
   }
 

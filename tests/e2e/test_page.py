@@ -61,6 +61,28 @@ def test_the_panel_lives_and_survives_a_reload(page):
     page.shot("after")
 
 
+def test_every_warning_of_a_run_can_be_read(page):
+    page.open_example("train_a_subject")
+    said = ["No captions were found.", "A prior is connected for nothing. " * 9, "One picture."]
+    page.evaluate(
+        """(said) => {
+            const { graph, api } = window.app;
+            const train = graph.nodes.find((n) => n.comfyClass === 'CNTLoRATrain');
+            const run = { run: 'a', seq: 1, type: 'run', folder: '', steps: 9, started: 1 };
+            const events = said.map((text, n) => ({ run: 'a', seq: n + 2, type: 'warning', text }));
+            const source = { workflow: graph.id ?? '', node: train.id, class: train.comfyClass };
+            const detail = { ...source, events: [run, ...events] };
+            api.dispatchEvent(new CustomEvent('cntlora.event', { detail }));
+        }""",
+        said,
+    )
+    assert page.texts("notice") == said
+    notices = page.page.locator(".cntlora-notices").filter(has_text="One picture.")
+    notices.evaluate("(e) => e.scrollTo(0, e.scrollHeight)")
+    assert notices.evaluate("(e) => e.scrollTop > 0 && e.clientHeight > 40")
+    page.shot("warnings")
+
+
 def test_two_train_nodes_each_show_their_own_run(page):
     page.open_example("compare_starts")
     page.run(**SHORT)

@@ -73,6 +73,14 @@ def test_the_grid_of_strengths_has_a_row_for_each(pack, model, subject, drawn, m
     assert drawn == [(["a sks cat"] * 2, [5, 6], (64, 64), None)] * 5
     assert out.values[0].shape == (10, 64, 64, 3)
 
+    on_the_page = []  # which shows no picture larger than it is
+    monkeypatch.setattr(
+        pack.preview.ui, "PreviewImage", lambda images, cls: on_the_page.append(images.shape)
+    )
+    out = pack.run(pack.PreviewLoRA, sd_model=model, lora=lora, **PREVIEW)
+    assert out.values[0].shape == (2, 64, 64, 3)
+    assert on_the_page == [(2, 256, 256, 3)]
+
 
 def test_strengths_differ_in_the_grid(pack, model, subject):
     lora = train(pack, model, subject, sample_every=0, learning_rate=0.05)[0]

@@ -21,6 +21,7 @@ SHOWN = {
     "CNTLoRASaveLoRA": (270, 150),
 }
 HEAD = 30  # a node's title lies above its position
+SMALLEST_ZOOM = 0.6  # below, the canvas draws no text
 
 of_every_template = pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
 
@@ -35,6 +36,7 @@ def test_a_note_says_what_to_change_and_groups_say_what_belongs_together(path):
     (note,) = [n for n in template["nodes"] if n["type"] == "MarkdownNote"]
     assert note["widgets_values"][0].startswith("# ")
     assert len(template["groups"]) >= 3
+    assert template["extra"]["ds"]["scale"] >= SMALLEST_ZOOM
 
 
 @of_every_template

@@ -42,16 +42,32 @@ def rule(selector):
     return re.search(rf"^{re.escape(selector)} {{(.*?)}}", CSS, re.M | re.S).group(1)
 
 
+def mixed(name, text):
+    """A colour of the style sheet's own, mixed with the palette's text."""
+    color, share = re.search(
+        rf"--cntlora-{name}: color-mix\(in srgb, (#\w+) (\d+)%, var\(--input-text", CSS
+    ).groups()
+    return mix(rgb(color), text, int(share) / 100)
+
+
 @pytest.mark.parametrize("palette", PALETTES)
 def test_words_can_be_read(palette):
     text, ground = map(rgb, PALETTES[palette])
-    faint = [float(value) for value in re.findall(r"opacity: ([\d.]+)", CSS)]
+    words = re.sub(r"^.*::before.*$", "", CSS, flags=re.M)  # those are marks
+    faint = [float(value) for value in re.findall(r"opacity: ([\d.]+)", words)]
     assert len(faint) >= 4
     assert contrast(mix(text, ground, min(faint)), ground) >= 4.5
-    red, share = re.search(
-        r"--cntlora-error: color-mix\(in srgb, (#\w+) (\d+)%, var\(--input-text", CSS
-    ).groups()
-    assert contrast(mix(rgb(red), text, int(share) / 100), ground) >= 4.5
+    assert contrast(mixed("error", text), ground) >= 4.5
+
+
+@pytest.mark.parametrize("palette", PALETTES)
+def test_lines_of_the_chart_can_be_seen(palette):
+    text, ground = map(rgb, PALETTES[palette])
+    assert contrast(mixed("validation", text), ground) >= 3
+    (smoothed,) = re.findall(
+        r"border-top: 2px solid currentColor; .*opacity: ([\d.]+)", rule(".cntlora-key::before")
+    )
+    assert contrast(mix(text, ground, float(smoothed)), ground) >= 3
 
 
 def test_ranks_can_be_read_on_every_shade():

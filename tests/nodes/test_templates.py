@@ -16,7 +16,7 @@ BLUEPRINT = ROOT / "subgraphs/Train a LoRA.json"
 SHOWN = {
     "CNTLoRACalibrate": (380, 440),
     "CNTLoRATrain": (420, 560),
-    "CNTLoRASubjectImages": (320, 560),
+    "CNTLoRASubjectImages": (320, 600),
     "CNTLoRAPreviewLoRA": (320, 430),
     "CNTLoRASaveLoRA": (270, 150),
 }

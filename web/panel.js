@@ -26,7 +26,8 @@ export class Panel {
     Object.assign(this, { kind, read, state: emptyState(), failure: null, parts: [] });
     this.headline = make("div", "cntlora-headline", { role: "status", "aria-live": "polite" });
     this.numbers = make("div", "cntlora-numbers");
-    this.notices = make("div", "cntlora-notices", { role: "status", tabindex: 0 });
+    const warnings = { role: "log", "aria-label": say("Warnings"), tabindex: 0 };
+    this.notices = make("div", "cntlora-notices", warnings);
     scrolls(this.notices);
     this.root = make("div", "cntlora-panel", {}, this.headline, this.numbers, this.notices);
     if (kind === "train") this.#withChart();

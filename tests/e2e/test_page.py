@@ -77,7 +77,7 @@ def test_every_warning_of_a_run_can_be_read(page):
         said,
     )
     assert page.texts("notice") == said
-    notices = page.page.locator(".cntlora-notices").filter(has_text="One picture.")
+    notices = page.page.get_by_role("log", name="Warnings").filter(has_text="One picture.")
     notices.evaluate("(e) => e.scrollTo(0, e.scrollHeight)")
     assert notices.evaluate("(e) => e.scrollTop > 0 && e.clientHeight > 40")
     page.shot("warnings")

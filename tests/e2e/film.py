@@ -25,7 +25,7 @@ FRAMES, FRAME_MS, LAST_MS = 40, 300, 3000
 WIDTH, QUALITY = 900, 55  # px; of WebP
 LARGEST = 1_500_000  # bytes
 # Zoom and offset at which both panels fill the screen, and at which the whole graph does.
-PANELS, WHOLE = (0.92, [-722, 10]), (0.78, [68, 75])
+PANELS, WHOLE = (0.95, [-541, 3]), (0.88, [75, 63])
 LOOK_AT = """([scale, offset]) => {
     const { ds } = window.app.canvas;
     Object.assign(ds, { scale, offset });

@@ -21,7 +21,9 @@ SHOWN = {
     "CNTLoRASaveLoRA": (270, 150),
 }
 HEAD = 30  # a node's title lies above its position
-SMALLEST_ZOOM = 0.6  # below, the canvas draws no text
+SMALLEST_ZOOM = 8 / 14  # below, the canvas draws no text
+# ComfyUI fits a template that it opens into three quarters of the page, the groups and all.
+FITTED = 0.75 * 1920, 0.75 * 1080
 
 of_every_template = pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
 
@@ -37,6 +39,17 @@ def test_a_note_says_what_to_change_and_groups_say_what_belongs_together(path):
     assert note["widgets_values"][0].startswith("# ")
     assert len(template["groups"]) >= 3
     assert template["extra"]["ds"]["scale"] >= SMALLEST_ZOOM
+
+
+@of_every_template
+def test_a_page_of_usual_size_shows_the_words_of_all_nodes(path):
+    template = json.loads(path.read_text(encoding="utf-8"))
+    boxes = [group["bounding"] for group in template["groups"]]
+    boxes += [[*node["pos"], *node["size"]] for node in template["nodes"]]
+    for axis, room in enumerate(FITTED):
+        first = min(box[axis] for box in boxes)
+        last = max(box[axis] + box[axis + 2] for box in boxes)
+        assert (last - first) * SMALLEST_ZOOM <= room
 
 
 @of_every_template

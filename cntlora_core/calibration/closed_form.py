@@ -140,10 +140,14 @@ def unit_response(up: Tensor, down: Tensor, C: SecondMoment) -> tuple[Tensor, Te
 
     It makes one learning rate mean the same in every layer and at every rank.
     """
-    answer = output_power(down, C)
+    scale = response(down, C)
+    return up * scale, down / scale[:, None]
+
+
+def response(down: Tensor, C: SecondMoment) -> Tensor:
+    """Root mean square of each row's answer to the subject, `(a^T C a)^1/2` `[r]`, above 0."""
     floor = 1e-12 * down.square().sum(1) * C.diagonal().mean() + torch.finfo(down.dtype).tiny
-    response = answer.clamp_min(floor).sqrt()
-    return up * response, down / response[:, None]
+    return output_power(down, C).clamp_min(floor).sqrt()
 
 
 def factor_steps(

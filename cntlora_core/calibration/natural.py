@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed import ALONE, Group
-from ..lora.adapter import Adapters
+from ..lora.adapter import Adapters, LoRA
 from ..lora.targets import Projection
 from .closed_form import factor_steps
 from .constraints import Metric
@@ -45,13 +45,21 @@ LENGTH_GROWTH = 2.0  # lengths count in that mean as so many times it at most
 @dataclass(frozen=True)
 class NaturalStart:
     """What calibration hands to the steps that follow: the `projections` that have an adapter, the
-    `metric` of all `moments` so far, the sweep's `step` size, and how many steps were `made`."""
+    `metric` of all `moments` so far, the sweep's `step` size, and how many steps were `made`.
+
+    The LoRA is the running mean over those; `live` are the weights that the next one starts from
+    (None: the LoRA's). `lengths` and `tokens` are the optimiser's: without the usual lengths the
+    steps after a `quick` calibration ended half a percent higher.
+    """
 
     projections: Sequence[Projection]
     metric: Metric
     moments: Moments
     step: float
     made: int = 0
+    live: LoRA | None = None
+    lengths: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self.moments = start.moments.on(device)
         self.groups = _by_shape(start.projections, adapters)
         self.seen, self.pictures = Seen(), 1
-        self.tokens: dict[str, float] = {}  # of a picture, by projection
-        self.lengths: dict[str, Tensor] = {}
+        self.tokens = dict(start.tokens)  # of a picture, by projection
+        self.lengths = {key: value.to(device) for key, value in start.lengths.items()}
         self.metrics: list[_Metrics] = []
 
     @property
@@ -205,9 +213,14 @@ class NaturalGradient(torch.optim.Optimizer):
     def reached(self) -> NaturalStart:
         """What further steps would start from, in all that was seen."""
         (settings,) = self.param_groups
-        moments = self.moments.on(torch.device("cpu"))
         return NaturalStart(
-            self.projections, self.metric, moments, settings["step"], settings["made"]
+            self.projections,
+            self.metric,
+            self.moments.on(torch.device("cpu")),
+            settings["step"],
+            settings["made"],
+            lengths={key: value.cpu() for key, value in self.lengths.items()},
+            tokens=dict(self.tokens),
         )
 
     # --- to a file and back --------------------------------------------------------------------

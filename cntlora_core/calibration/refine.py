@@ -9,6 +9,7 @@ up.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +17,10 @@ import torch
 from ..data.batches import Batch
 from ..distributed import Group
 from ..events import Observer, Progress
-from ..lora.adapter import Factors, LoRA, attached_lora
+from ..lora.adapter import LoRA, attached_lora
 from ..lora.averaging import RunningAverage
 from ..model.gradient_checkpointing import recomputing_activations
-from .closed_form import unit_response
+from .closed_form import response
 from .measure import gradient_scale
 from .natural import NaturalGradient, NaturalStart
 
@@ -41,7 +42,8 @@ def refine(
     """`lora` after a natural-gradient step for each of `count` batches, this process's parts of
     them, averaged over the steps; and what further steps start from.
 
-    Stops where the gradient is not a number. Rows of A leave with unit response.
+    Stops where the gradient is not a number. Rows of A leave with unit response, those of the live
+    weights at the same scale.
     """
     scale = gradient_scale(model.dtype)
     with (
@@ -62,13 +64,12 @@ def refine(
             natural.step()
             average.add(flat.detach())
             observer(Progress("refining", done + 1, count))
+        live = adapters.factors()
         flat.detach().copy_(average.value)
-        refined = adapters.factors()
+        mean = adapters.factors()
     reached = natural.reached()
-    moments = reached.moments
-    unit = {
-        p.name: Factors(*unit_response(f.up, f.down, moments.C(p)))
-        for p in start.projections
-        for f in (refined[p.name],)
+    scales = {
+        p.name: response(mean[p.name].down, reached.moments.C(p)) for p in start.projections
     }
-    return unit, reached
+    unit, live = ({k: f.rescaled(scales[k]) for k, f in lora.items()} for lora in (mean, live))
+    return unit, replace(reached, live=live)

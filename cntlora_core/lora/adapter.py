@@ -33,6 +33,10 @@ class Factors:
     def scaled(self, step: float) -> Factors:
         return Factors(self.up * step, self.down)
 
+    def rescaled(self, scale: Tensor) -> Factors:
+        """The same update; rows of `down` divided by `scale` `[r]`."""
+        return Factors(self.up * scale, self.down / scale[:, None])
+
     def delta(self) -> Tensor:
         return self.up @ self.down
 
@@ -145,6 +149,11 @@ class Adapters:
         ):
             parameter.data = part.view_as(parameter)
         return nn.Parameter(flat)
+
+    def flat_of(self, lora: Mapping[str, Factors]) -> Tensor:
+        """The weights of a LoRA with the same names and ranks, in the order of `flatten`."""
+        parts = [half for name in self.layers for half in (lora[name].down, lora[name].up)]
+        return torch.cat([part.flatten() for part in parts])
 
     def gradient(self) -> Tensor:
         """Of the factors, as one `flat` tensor; theirs are dropped."""

@@ -173,14 +173,18 @@ def start_state(
         if natural
         else _optimizer([flat], config)
     )
+    live, average = flat.detach().clone(), RunningAverage(flat.detach(), config.averaging)
+    if natural and natural.live:
+        live.copy_(adapters.flat_of(natural.live))
+        average.count = natural.made
     return TrainState(
         adapters,
         flat,
         optimizer,
         LossScale.start(moving=model.dtype == torch.float16),
         torch.Generator().manual_seed(config.seed),
-        flat.detach().clone(),
-        RunningAverage(flat.detach(), config.averaging),
+        live,
+        average,
         importance=importance,
     )
 

@@ -5,9 +5,13 @@ import torch
 
 from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.calibration.natural import FRESH, REFRESH, STEP_SHARE, NaturalGradient
-from cntlora_core.config import CalibrationConfig
+from cntlora_core.calibration.refine import refine
+from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.data.batches import draw_batch
+from cntlora_core.distributed import ALONE
+from cntlora_core.events import ignore
 from cntlora_core.lora.adapter import attached_lora
+from cntlora_core.training.state import start_state
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +98,36 @@ def test_its_state_goes_through_a_dictionary(mini_sd, subject, start):
     assert again["param_groups"] == state["param_groups"]
     assert again["state"][0].keys() == state["state"][0].keys()
     assert all(torch.equal(again["state"][0][k], v) for k, v in state["state"][0].items())
+
+
+def test_training_goes_on_as_if_the_calibration_had(mini_sd, subject, start, monkeypatch):
+    """Five batches of a calibration, or three of them and two of a training."""
+    monkeypatch.setattr("cntlora_core.calibration.natural.FRESH", 1)
+    generator = torch.Generator().manual_seed(3)
+    batches = [
+        draw_batch(subject, torch.tensor([0, 1]), 1000, generator, start.importance)
+        for _ in range(5)
+    ]
+
+    def refined(batches):
+        begun = replace(start.natural, made=0, live=None, lengths={}, tokens={})
+        return refine(
+            mini_sd, start.lora, begun, batches, len(batches),
+            gradient_checkpointing=False, observer=ignore, group=ALONE,
+        )  # fmt: skip
+
+    whole, _ = refined(batches)
+    half, reached = refined(batches[:3])
+    config = TrainConfig(steps=2, learning_rate=1.0)
+    with attached_lora(mini_sd.unet, half, trainable=True) as adapters:
+        state = start_state(mini_sd, adapters, config, reached, start.importance)
+        for batch in batches[3:]:
+            state.begin_step()
+            with state.recording(mini_sd, 2):
+                batch.loss(mini_sd).mean().backward()
+            state.gather_gradient()
+            state.optimise(0.0, finite=True)
+            state.end_step()
+        found = adapters.factors()
+    apart = [(found[name].delta() - f.delta()).norm() / f.delta().norm() for name, f in whole.items()]
+    assert max(apart) < 0.01

@@ -94,13 +94,13 @@ class CalibrateLoRA(io.ComfyNode):
                 params=parameter_count(start.lora),
             )
         made_from = f"{encoded.digest} {encoded.captions} {prior and prior.digest}"
-        lora, runs = lora_model(start.lora, sd_model, encoded, config), (report.made,)
-        lora.runs = runs
+        lora = lora_model(start.lora, sd_model, encoded, config)
+        lora.traces = (report.trace, *subject.traces)
         return io.NodeOutput(
-            CalibratedStart(start, config, made_from=made_from, runs=runs),
+            CalibratedStart(start, config, made_from=made_from, traces=lora.traces),
             lora,
             to_image([picture]),
-            ui=shown(*runs),
+            ui=shown(*lora.traces),
         )
 
 

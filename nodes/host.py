@@ -192,6 +192,10 @@ class Identity:
             "cntlora/" + re.sub(r"[^A-Za-z0-9-]", "_", name)[:100]
         )  # both parts may be a stranger's
 
+    def source(self, kind: str) -> dict[str, str]:
+        """The node, of class `kind`, as the page finds it."""
+        return {"workflow": self.workflow, "node": self.node, "class": kind}
+
     @property
     def path(self) -> Path:
         return Path(folder_paths.get_temp_directory(), self.folder)

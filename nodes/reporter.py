@@ -59,9 +59,10 @@ class End(Event):
     text: str
 
 
-def shown(*runs: dict[str, str]) -> dict[str, Any]:
-    """The `ui` of a node: which runs made its outputs, also when the cache gives them again."""
-    return {"cntlora_run": list(runs)}
+def shown(*traces: dict[str, str]) -> dict[str, Any]:
+    """The `ui` of a node: what it and the nodes before show, also when the cache answers for
+    them."""
+    return {"cntlora_shown": list(traces)}
 
 
 class Reporter:
@@ -148,10 +149,10 @@ class Reporter:
         self.note(Kept(step))
 
     @property
-    def made(self) -> dict[str, str]:
+    def trace(self) -> dict[str, str]:
         """This run, as what comes of it names it."""
         return {**self._source, "run": self.run}
 
     @property
     def _source(self) -> dict[str, str]:
-        return {"workflow": self.node.workflow, "node": self.node.node, "class": self.kind}
+        return self.node.source(self.kind)

@@ -76,4 +76,4 @@ class SaveLoRA(io.ComfyNode):
         path = free_name(host.lora_path(name))
         saved = host.lora_name(lora.write(path, DTYPES[save_precision], note, cls.disk))
         text = " ".join([f"Saved as {saved}", *said])
-        return io.NodeOutput(saved, ui={"text": (text,), **shown(*lora.runs)})
+        return io.NodeOutput(saved, ui={"text": (text,), **shown(*lora.traces)})

@@ -57,6 +57,7 @@ class SubjectImages(io.ComfyNode):
                     tooltip="What was found, with names, to check by eye.",
                 ),
             ],
+            hidden=host.IDENTITY,
             is_input_list=True,
             has_intermediate_output=True,
         )
@@ -130,7 +131,9 @@ class SubjectImages(io.ComfyNode):
         text = "\n".join([text, *_table(pictures, readings)])
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (text,)}
         others = (and_subject, *and_subject.others) if and_subject else ()
-        subject = Pictures(tuple(pictures), prompt, data, trigger.strip(), others, preset)
+        trace = {**host.identity(cls).source("CNTLoRASubjectImages"), "text": text}
+        traces = (trace, *(and_subject.traces if and_subject else ()))
+        subject = Pictures(tuple(pictures), prompt, data, trigger.strip(), others, preset, traces)
         return io.NodeOutput(subject, sheet, ui=shown)
 
 

@@ -133,8 +133,9 @@ class TrainLoRA(io.ComfyNode):
         images = to_image(sampler.pictures)
         losses = {"loss": run.losses or [loss for _, loss in run.validations]}
         lora = inputs.finished(run)
-        lora.runs = (report.made, *start.runs)
-        return io.NodeOutput(lora, losses, images, ui=shown(*lora.runs))
+        before = (start, subject, *([validation] if validation else []))
+        lora.traces = (report.trace, *(trace for part in before for trace in part.traces))
+        return io.NodeOutput(lora, losses, images, ui=shown(*lora.traces))
 
 
 def _wires() -> list[Any]:

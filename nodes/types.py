@@ -34,7 +34,7 @@ from ..cntlora_core.training.state_size import parameters_of
 from . import host
 from .host import io
 
-Runs = tuple[dict[str, str], ...]  # of nodes with a panel: `Reporter.made`
+Traces = tuple[dict[str, str], ...]  # what nodes before show of themselves: a run, or words
 SHOWN_PX = 256  # the miniature's pictures have 64
 
 SDModel = io.Custom("CNTLORA_SD_MODEL")
@@ -55,6 +55,7 @@ class Pictures:
     trigger: str = ""
     others: tuple[Pictures, ...] = ()
     preset: str = NONE
+    traces: Traces = ()
 
     def encode(
         self, model: StableDiffusion, observer: Observer
@@ -104,16 +105,16 @@ class CalibratedStart:
     config: CalibrationConfig
     source: Source | None = None  # the file that it was read from
     made_from: str = ""
-    runs: Runs = ()
+    traces: Traces = ()
 
 
 class LoRAModel(dict[str, Tensor]):
     """ComfyUI's LORA_MODEL, a state dict in kohya's names, that can also write itself with its
-    whole story, and knows the prompt it was trained with and the runs that made it."""
+    whole story, and knows the prompt it was trained with and what the nodes before show."""
 
     write: Callable[..., Path]
     prompt: str
-    runs: Runs = ()
+    traces: Traces = ()
 
 
 def lora_model(

@@ -31,7 +31,7 @@ function lastRun(node) {
   return readRun({ workflow: workflowId(), node: id, class: node.comfyClass });
 }
 
-function panelOf({ node: id, class: kind }) {
+function shownOf({ node: id, class: kind }) {
   const node = nodeOf(root(), id);
   return node?.comfyClass === kind ? shown.get(node) : undefined;
 }
@@ -109,13 +109,13 @@ function tellRejected() {
 
 const LISTENERS = {
   "cntlora.event": ({ workflow, events, ...source }) => {
-    if (workflow === workflowId()) panelOf(source)?.take(events);
+    if (workflow === workflowId()) shownOf(source)?.take(events);
   },
-  // Also for what ComfyUI's cache answers: the panels then show the runs that made the result, of
-  // nodes before this one too. (The cache answers a node of ours under its own id only.)
+  // Also for what ComfyUI's cache answers: the nodes then show what made the result, those before
+  // this one too. (The cache answers a node of ours under its own id only.)
   executed: ({ node, display_node: display, output }) => {
     shown.get(nodeOf(root(), display ?? node))?.executed?.(output ?? {});
-    for (const run of output?.cntlora_run ?? []) panelOf(run)?.made(run);
+    for (const trace of output?.cntlora_shown ?? []) shownOf(trace)?.retrace(trace);
   },
   execution_error: ({ node_id: id, exception_message: text }) => {
     const node = nodeOf(root(), id);

@@ -66,10 +66,10 @@ export class Panel {
   }
 
   // The run that made what an output gave, which may be one of another tab's workflow.
-  async made(made) {
+  async retrace(trace) {
     this.failure = null;
-    if (made.run !== this.state.run) {
-      const state = stateOf(await readRun(made).catch(() => []));
+    if (trace.run !== this.state.run) {
+      const state = stateOf(await readRun(trace).catch(() => []));
       if (state.run) this.state = state;
     }
     this.#show();

@@ -18,6 +18,10 @@ export class Words {
     if (output.text) this.#show([output.text].flat().join(" "));
   }
 
+  retrace({ text }) {
+    this.#show(text);
+  }
+
   fail(sentence) {
     this.#show(sentence, "cntlora-failed");
   }

@@ -56,11 +56,6 @@ class GraphPage:
         version = self.evaluate("() => window.__COMFYUI_FRONTEND_VERSION__")
         return tuple(int(part) for part in version.split("."))
 
-    @property
-    def knows_intermediate_outputs(self) -> bool:
-        kind = "CNTLoRASubjectImages"
-        return bool(self.comfyui.get(f"/object_info/{kind}")[kind].get("has_intermediate_output"))
-
     def reload(self) -> None:
         self.page.reload()
         self._ready()

@@ -129,9 +129,7 @@ def test_a_run_belongs_to_its_workflow_and_the_cache_brings_it_to_others(page):
     page.wait_for("headline", "^Done$", 60)
     assert page.page.locator(".cntlora-sample").count() >= 2
     words = " ".join(page.texts("text"))
-    # Hosts that know no intermediate outputs tell nothing of those that the cache answers.
-    if page.knows_intermediate_outputs:
-        assert "6 pictures, shorter sides 64-64 px. Prompt: 'a sks cat face emoji'" in words
+    assert "6 pictures, shorter sides 64-64 px. Prompt: 'a sks cat face emoji'" in words
     assert "Saved as my_subject" in words
     page.shot("cached")
 

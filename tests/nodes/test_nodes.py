@@ -118,11 +118,9 @@ def test_a_run_tells_everything_in_order_and_leaves_the_model_as_it_was(pack, mo
     assert len(losses["loss"]) == 3
     assert images.shape == (4, 64, 64, 3)
     events = last_run(pack)
-    assert out.ui == {
-        "cntlora_run": [
-            {"workflow": "", "node": "12:5", "class": "CNTLoRATrain"} | {"run": events[0]["run"]}
-        ]
-    }
+    assert out.ui["cntlora_shown"][0] == (
+        {"workflow": "", "node": "12:5", "class": "CNTLoRATrain"} | {"run": events[0]["run"]}
+    )
     assert [e["step"] for e in events if e["type"] == "kept"] == [3]
     assert [e["seq"] for e in events] == list(range(1, len(events) + 1))
     assert [e["step"] for e in events if e["type"] == "sample"] == [0, 2, 3]
@@ -278,8 +276,9 @@ def test_training_goes_on_in_the_metric_of_the_calibration(pack, model, pictures
     assert not [text for text in told if "adamw" in text]
     saved = pack.run(pack.SaveLoRA, lora=lora, name="runs/natural", save_precision="fp16")
     (name,) = saved.values
-    # Also the run of the calibration: no host tells the page of it when its cache answers for all.
-    runs = [run["class"] for run in saved.ui["cntlora_run"]]
-    assert runs == ["CNTLoRATrain", "CNTLoRACalibrate"]
+    # Also what is shown by nodes before: no host tells of them when its cache answers for all.
+    traces = {trace["class"]: trace for trace in saved.ui["cntlora_shown"]}
+    assert list(traces) == ["CNTLoRATrain", "CNTLoRACalibrate", "CNTLoRASubjectImages"]
+    assert traces["CNTLoRASubjectImages"]["text"].startswith("6 pictures")
     with safe_open(pack.base / "loras" / name, "pt") as file:
         assert file.metadata()["ss_optimizer"].startswith("cntlora.NaturalGradient")

@@ -68,8 +68,6 @@ def refine(
         flat.detach().copy_(average.value)
         mean = adapters.factors()
     reached = natural.reached()
-    scales = {
-        p.name: response(mean[p.name].down, reached.moments.C(p)) for p in start.projections
-    }
+    scales = {p.name: response(mean[p.name].down, reached.moments.C(p)) for p in start.projections}
     unit, live = ({k: f.rescaled(scales[k]) for k, f in lora.items()} for lora in (mean, live))
     return unit, replace(reached, live=live)

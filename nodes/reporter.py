@@ -60,9 +60,9 @@ class End(Event):
 
 
 def shown(*traces: dict[str, str]) -> dict[str, Any]:
-    """The `ui` of a node: what it and the nodes before show, also when the cache answers for
-    them."""
-    return {"cntlora_shown": list(traces)}
+    """The `ui` of a node: what it and the nodes before show, also when the cache answers for them.
+    As text: the host counts every dictionary in a `ui` as a file that the run gave."""
+    return {"cntlora_shown": [json.dumps(trace) for trace in traces]}
 
 
 class Reporter:

@@ -115,7 +115,10 @@ const LISTENERS = {
   // this one too. (The cache answers a node of ours under its own id only.)
   executed: ({ node, display_node: display, output }) => {
     shown.get(nodeOf(root(), display ?? node))?.executed?.(output ?? {});
-    for (const trace of output?.cntlora_shown ?? []) shownOf(trace)?.retrace(trace);
+    for (const text of output?.cntlora_shown ?? []) {
+      const trace = JSON.parse(text);
+      shownOf(trace)?.retrace(trace);
+    }
   },
   execution_error: ({ node_id: id, exception_message: text }) => {
     const node = nodeOf(root(), id);

@@ -118,7 +118,7 @@ def test_a_run_tells_everything_in_order_and_leaves_the_model_as_it_was(pack, mo
     assert len(losses["loss"]) == 3
     assert images.shape == (4, 64, 64, 3)
     events = last_run(pack)
-    assert out.ui["cntlora_shown"][0] == (
+    assert json.loads(out.ui["cntlora_shown"][0]) == (
         {"workflow": "", "node": "12:5", "class": "CNTLoRATrain"} | {"run": events[0]["run"]}
     )
     assert [e["step"] for e in events if e["type"] == "kept"] == [3]
@@ -277,7 +277,7 @@ def test_training_goes_on_in_the_metric_of_the_calibration(pack, model, pictures
     saved = pack.run(pack.SaveLoRA, lora=lora, name="runs/natural", save_precision="fp16")
     (name,) = saved.values
     # Also what is shown by nodes before: no host tells of them when its cache answers for all.
-    traces = {trace["class"]: trace for trace in saved.ui["cntlora_shown"]}
+    traces = {trace["class"]: trace for trace in map(json.loads, saved.ui["cntlora_shown"])}
     assert list(traces) == ["CNTLoRATrain", "CNTLoRACalibrate", "CNTLoRASubjectImages"]
     assert traces["CNTLoRASubjectImages"]["text"].startswith("6 pictures")
     with safe_open(pack.base / "loras" / name, "pt") as file:

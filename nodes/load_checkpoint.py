@@ -45,7 +45,7 @@ class LoadCheckpoint(io.ComfyNode):
                     default=host.EMBEDDED,
                     tooltip="A .safetensors checkpoint from models/checkpoints. 'mini-sd "
                     "(embedded)' is a tiny model that comes with CNTLoRA: it draws 64 px "
-                    "emoji and trains in seconds, to try the graph.",
+                    "emoji and trains in about a minute, to try the graph.",
                 ),
                 *widgets_of(ModelConfig),
                 *_part_inputs(),

@@ -53,8 +53,8 @@ def running(comfyui):
 def test_the_app_form_trains(page, comfyui):
     page.open_example("train_a_subject")
     command = "(id) => window.app.extensionManager.command.commands.some((c) => c.id === id)"
-    if not page.evaluate(command, "Comfy.ToggleLinear"):
-        pytest.skip("this frontend has no apps")
+    if page.frontend < (1, 36) or not page.evaluate(command, "Comfy.ToggleLinear"):
+        pytest.skip("this frontend has no apps, or none with a form")
     page.evaluate("() => window.app.extensionManager.command.execute('Comfy.ToggleLinear')")
     try:
         page.page.wait_for_timeout(1500)

@@ -42,10 +42,17 @@ NEWER_FIELDS = ("search_aliases", "has_intermediate_output")
 
 
 def advanced(kind: Any) -> Callable[..., Any]:
-    """`kind.Input`, folded away under Advanced where the host can (0.15.0 and later; before, the
-    argument is an error)."""
-    known = "advanced" in inspect.signature(kind.Input.__init__).parameters
-    return partial(kind.Input, advanced=True) if known else kind.Input
+    """`kind.Input`, folded away under Advanced. Hosts before 0.15.0 do not know the argument, but
+    their page does the word, which `extra_dict` hands on."""
+    if "advanced" in inspect.signature(kind.Input.__init__).parameters:
+        return partial(kind.Input, advanced=True)
+
+    def older(*args: Any, **values: Any) -> Any:
+        field = kind.Input(*args, **values)
+        field.extra_dict = {**field.extra_dict, "advanced": True}
+        return field
+
+    return older
 
 
 def schema(**values: Any) -> Any:

@@ -71,7 +71,15 @@ class GraphPage:
         self.page.wait_for_timeout(1500)
 
     def graph(self) -> dict:
-        return self.evaluate("() => window.app.graph.serialize()")
+        # As text: the page's undefined would come as null, which it takes for a broken graph.
+        return json.loads(self.evaluate("() => JSON.stringify(window.app.graph.serialize())"))
+
+    def folded(self) -> list[str]:
+        """Widgets of the graph that are folded away under Advanced."""
+        return self.evaluate(
+            """() => window.app.graph.nodes.flatMap((node) => node.widgets ?? [])
+                .filter((widget) => widget.advanced).map((widget) => widget.name)"""
+        )
 
     def run(self, **values) -> None:
         """Press Run with Calibrate and Train set to `values`."""

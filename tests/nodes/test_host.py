@@ -65,3 +65,12 @@ def test_a_model_is_moved_outside_inference_mode(pack, monkeypatch):
         with pytest.raises(KeyError), pack.host.working(model):
             raise KeyError
     assert model.unet.inside == [False] * 5
+
+
+def test_a_host_that_knows_no_folding_hands_the_word_on(pack):
+    class Input:
+        def __init__(self, id, tooltip=None):
+            self.id, self.tooltip, self.extra_dict = id, tooltip, {}
+
+    field = pack.host.advanced(SimpleNamespace(Input=Input))("rho", tooltip="How far.")
+    assert (field.id, field.tooltip, field.extra_dict) == ("rho", "How far.", {"advanced": True})

@@ -7,7 +7,8 @@ size, counted from shapes: no GPU is needed, nothing is computed.
 Each phase runs on torch's meta device with CUDA's attention kernels, in bf16. Counted are FLOPs,
 bytes that kernels read and write, bytes held beside the weights, kernels, and bytes to and from the
 host. The model of time adds up, for each kernel, what takes longer, its arithmetic or its bytes;
-where launching them all takes longer than that, launching it is. Writes a Markdown table.
+where launching them all takes longer than that, launching it is. Writes a Markdown table, and how
+many training steps of that batch each length of a calibration takes.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from torch.utils.flop_counter import flop_registry
 
 from cntlora_core.calibration.constraints import Metric
 from cntlora_core.calibration.moments import Moments
-from cntlora_core.calibration.natural import FRESH, NaturalStart
+from cntlora_core.calibration.natural import FRESH, REFRESH, NaturalStart
 from cntlora_core.calibration.recording import record
 from cntlora_core.calibration.sketch import Sketches, sketch_width
-from cntlora_core.config import TrainConfig
+from cntlora_core.config import EFFORTS, TrainConfig
 from cntlora_core.lora.adapter import Adapters, attached_lora
 from cntlora_core.lora.targets import Projection, find_projections
 from cntlora_core.model.families import config_of
@@ -226,6 +227,23 @@ def table(family: str, found: list[Counts]) -> str:
     return "\n".join(lines)
 
 
+def lengths(found: Sequence[Counts]) -> str:
+    """Each length of a calibration in training steps of the same batch, on each card. The step's
+    fit and the last check pass a sweep's batches without gradients three times at most."""
+    forward, adamw, new, kept, sweep = found
+    lines = []
+    for effort, (sweeps, steps) in EFFORTS.items():
+        fresh = sum(made < FRESH or made % REFRESH == 0 for made in range(steps))
+        times = ((sweeps, sweep), (fresh, new), (steps - fresh, kept), (3 * sweeps, forward))
+        seconds = [sum(n * c.seconds[i] for n, c in times) for i in range(len(CARDS))]
+        told = (
+            f"{s / adamw.seconds[i]:.1f} steps, {s:.1f} s on {card.name}"
+            for i, (s, card) in enumerate(zip(seconds, CARDS, strict=True))
+        )
+        lines.append(f"{effort}: {'; '.join(told)}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -246,8 +264,10 @@ def main() -> None:
             targets=args.targets,
             gradient_checkpointing=args.gradient_checkpointing,
         )
-        print(json.dumps([asdict(c) for c in found]) if args.json else table(family, found))
-        print(flush=True)
+        if args.json:
+            print(json.dumps([asdict(c) for c in found]))
+        else:
+            print(table(family, found), lengths(found), sep="\n\n", end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -157,12 +157,11 @@ class NaturalGradient(torch.optim.Optimizer):
     def _gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
         """By projection those of B and A, per token, parts of `flat.grad`."""
         assert self.flat.grad is not None
-        parts = iter(self.flat.grad.split([p.numel() for p in self.adapters.parameters()]))
-        found: dict[str, list[Tensor]] = {}
-        for name, layer in self.adapters.layers.items():
-            down, up = next(parts).view_as(layer.down), next(parts).view_as(layer.up)
-            if name in self.tokens:  # else nothing of the loss passes this layer
-                found[name] = [up, down]
+        found = {
+            name: [grads.up, grads.down]
+            for name, grads in self.adapters.split(self.flat.grad).items()
+            if name in self.tokens  # else nothing of the loss passes this layer
+        }
         tokens = [self.tokens[name] for name in found for _ in range(2)]
         each = iter(torch._foreach_div([part for pair in found.values() for part in pair], tokens))
         return {name: (next(each), next(each)) for name in found}
@@ -170,8 +169,8 @@ class NaturalGradient(torch.optim.Optimizer):
     def _move(self, metrics: _Metrics, grads: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """A step of the projections of one shape."""
         names = metrics.names
-        ups = [self.adapters.layers[name].up.detach() for name in names]
-        downs = [self.adapters.layers[name].down.detach() for name in names]
+        ups = [self.adapters.weights[name].up for name in names]
+        downs = [self.adapters.weights[name].down for name in names]
         grad_up = torch.stack([grads[name][0] for name in names])
         grad_down = torch.stack([grads[name][1] for name in names])
         step_up, step_down = factor_steps(
@@ -255,7 +254,6 @@ def _by_shape(projections: Sequence[Projection], adapters: Adapters) -> list[lis
     """Projections whose factors and metrics have one shape."""
     groups: dict[tuple[object, ...], list[Projection]] = {}
     for p in projections:
-        layer = adapters.layers[p.name]
-        shape = layer.up.shape, layer.down.shape, p.diagonal_in, p.diagonal_out
+        shape = *adapters.shapes[p.name], p.diagonal_in, p.diagonal_out
         groups.setdefault(shape, []).append(p)
     return list(groups.values())

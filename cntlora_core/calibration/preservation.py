@@ -44,9 +44,9 @@ class Preservation:
     def loss(self, adapters: Adapters) -> Tensor:
         """Of the adapters as they are, a scalar. Costs products with C_p, none with the model."""
         terms = []
-        for name, layer in adapters.layers.items():
+        for name, own in adapters.split(adapters.flat).items():
             w, C = self.outputs[name], self.inputs[name]
-            up, down = layer.up, layer.down
+            up, down = own.up, own.down
             terms.append((up.T @ (w[:, None] * up) * (down @ C.matmul(down.T))).sum())
         return torch.stack(terms).sum() / 2
 

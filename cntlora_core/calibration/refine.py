@@ -50,18 +50,19 @@ def refine(
         attached_lora(model.unet, lora, trainable=True) as adapters,
         recomputing_activations(model.unet, gradient_checkpointing),
     ):
-        flat = adapters.flatten()
+        flat = adapters.flat
         natural = NaturalGradient(flat, adapters, start, model.device, group)
         average = RunningAverage(flat.detach())
         for done, batch in enumerate(batches):
             pictures = len(batch) * group.size
             with natural.recording(model, pictures, scale), torch.enable_grad():
                 (batch.loss(model).sum() * (scale / pictures)).backward()
-            flat.grad = adapters.gradient().div_(scale)
-            group.sum_([flat.grad])
-            if not torch.isfinite(flat.grad.norm()):
+            gradient = adapters.gradient(scale)
+            group.sum_([gradient])
+            if not torch.isfinite(gradient.norm()):
                 break
             natural.step()
+            natural.zero_grad()
             average.add(flat.detach())
             observer(Progress("refining", done + 1, count))
         live = adapters.factors()

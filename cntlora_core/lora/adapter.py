@@ -86,7 +86,7 @@ class _Adapted(Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
     ) -> Tensor:
-        rows, down, up = x.reshape(-1, x.shape[-1]), down.to(x.dtype), up.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
         inner = rows @ down.T
         ctx.save_for_backward(rows, inner, weight, down, up)
         return F.linear(rows, weight, bias).addmm_(inner, up.T).view(*x.shape[:-1], -1)
@@ -102,92 +102,84 @@ class _Adapted(Function):
             if ctx.needs_input_grad[0]
             else None
         )
-        return to_x, None, None, (back.T @ rows).float(), (delta.T @ inner).float()
+        return to_x, None, None, back.T @ rows, delta.T @ inner
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with an adapter beside it. Factors are fp32 whatever the base's
-    dtype."""
+    """A frozen linear layer with an adapter beside it."""
 
-    def __init__(self, base: nn.Linear, factors: Factors, trainable: bool) -> None:
+    def __init__(self, base: nn.Linear, name: str, adapters: Adapters) -> None:
         super().__init__()
-        device = base.weight.device
-        self.base = base
-        self.bypassed = False
-        self.up = nn.Parameter(_own(factors.up, device), requires_grad=trainable)
-        self.down = nn.Parameter(_own(factors.down, device), requires_grad=trainable)
+        self.base, self.name, self.adapters = base, name, adapters
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bypassed:
+        if self.adapters.off:
             return self.base(x)
-        y: Tensor = _Adapted.apply(x, self.base.weight, self.base.bias, self.down, self.up)
+        own = self.adapters.of_this_pass(x.dtype)[self.name]
+        y: Tensor = _Adapted.apply(x, self.base.weight, self.base.bias, own.down, own.up)
         return y
 
 
-def _own(factor: Tensor, device: torch.device) -> Tensor:
-    """A copy in fp32 and rows: the layout decides how sums are rounded, and a resumed run must
-    round alike."""
-    return factor.detach().to(device, torch.float32).clone(memory_format=torch.contiguous_format)
-
-
 class Adapters:
-    """The adapters attached to a UNet, by projection name."""
+    """The adapters attached to a UNet. Their factors lie one after another in `flat`, fp32 whatever
+    the base's dtype: an optimiser's step, a norm, a copy, a pass's precision are one call each, not
+    hundreds. `weights` are its parts, by projection name."""
 
-    def __init__(self, layers: dict[str, LoRALinear]) -> None:
-        self.layers = layers
+    def __init__(self, lora: Mapping[str, Factors], device: torch.device, trainable: bool) -> None:
+        self.shapes = {name: (f.down.shape, f.up.shape) for name, f in lora.items()}
+        flat = self.flat_of(lora).to(device, torch.float32)
+        self.flat = nn.Parameter(flat, requires_grad=trainable)
+        self.weights = self.split(self.flat.detach())
+        self.off = False
+        self._of_this_pass: LoRA | None = None
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for layer in self.layers.values() for p in (layer.down, layer.up)]
-
-    def flatten(self) -> nn.Parameter:
-        """One parameter of which all factors become parts: an optimiser's step, a norm, a copy are
-        one call each, not hundreds."""
-        parameters = self.parameters()
-        flat = torch.cat([p.detach().flatten() for p in parameters])
-        for parameter, part in zip(
-            parameters, flat.split([p.numel() for p in parameters]), strict=True
-        ):
-            parameter.data = part.view_as(parameter)
-        return nn.Parameter(flat)
+    def split(self, flat: Tensor) -> LoRA:
+        """The parts of a tensor that lies as `flat` does."""
+        shapes = [shape for pair in self.shapes.values() for shape in pair]
+        parts = iter(flat.split([shape.numel() for shape in shapes]))
+        halves = iter([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
+        return {name: Factors(down=next(halves), up=next(halves)) for name in self.shapes}
 
     def flat_of(self, lora: Mapping[str, Factors]) -> Tensor:
-        """The weights of a LoRA with the same names and ranks, in the order of `flatten`."""
-        parts = [half for name in self.layers for half in (lora[name].down, lora[name].up)]
-        return torch.cat([part.flatten() for part in parts])
+        """The weights of a LoRA with the same names and ranks as `flat` has them: in rows, for the
+        layout decides how sums are rounded, and a resumed run must round alike."""
+        parts = [half.detach() for name in self.shapes for half in (lora[name].down, lora[name].up)]
+        return torch.cat([part.flatten() for part in parts]) if parts else torch.empty(0)
 
-    def gradient(self) -> Tensor:
-        """Of the factors, as one `flat` tensor; theirs are dropped."""
-        parameters = self.parameters()
-        gradient = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-        )
-        for parameter in parameters:
-            parameter.grad = None
-        return gradient
+    def begin_pass(self, *_: Any) -> None:
+        """The factors may have changed since the pass before."""
+        self._of_this_pass = None
+
+    def of_this_pass(self, dtype: torch.dtype) -> LoRA:
+        """Differentiable parts of `flat` in the pass's precision."""
+        if self._of_this_pass is None:
+            self._of_this_pass = self.split(self.flat.to(dtype))
+        return self._of_this_pass
+
+    def gradient(self, loss_scale: float) -> Tensor:
+        """That of `flat`, from here on as if the loss had not been scaled."""
+        if self.flat.grad is None:
+            self.flat.grad = torch.zeros_like(self.flat)
+        return self.flat.grad.div_(loss_scale)
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
         """The base model alone while the block runs."""
         try:
-            for layer in self.layers.values():
-                layer.bypassed = True
+            self.off = True
             yield
         finally:
-            for layer in self.layers.values():
-                layer.bypassed = False
+            self.off = False
 
     def load(self, lora: Mapping[str, Factors]) -> None:
         """Take over the weights of a LoRA with the same names and ranks."""
-        with torch.no_grad():
-            for name, layer in self.layers.items():
-                layer.up.copy_(lora[name].up)
-                layer.down.copy_(lora[name].down)
+        self.flat.detach().copy_(self.flat_of(lora))
 
     def factors(self) -> LoRA:
         """A copy of the current weights on the CPU."""
         return {
-            name: Factors(layer.up.detach().cpu().clone(), layer.down.detach().cpu().clone())
-            for name, layer in self.layers.items()
+            name: Factors(own.up.cpu().clone(), own.down.cpu().clone())
+            for name, own in self.weights.items()
         }
 
 
@@ -200,11 +192,16 @@ def attached_lora(
 
     The base weights are never written: before and after they are bit-identical.
     """
+    adapters = Adapters(lora, next(unet.parameters()).device, trainable)
     layers: dict[str, LoRALinear] = {}
-    for name, factors in lora.items():
+    for name in lora:
         base = unet.get_submodule(name)
         if not isinstance(base, nn.Linear):
             raise TypeError(f"{name} is a {type(base).__name__}, not a linear layer")
-        layers[name] = LoRALinear(base, factors, trainable)
-    with swapped_modules(unet, layers):
-        yield Adapters(layers)
+        layers[name] = LoRALinear(base, name, adapters)
+    handle = unet.register_forward_pre_hook(adapters.begin_pass)
+    try:
+        with swapped_modules(unet, layers):
+            yield adapters
+    finally:
+        handle.remove()

@@ -87,19 +87,19 @@ def unet_training_memory(config: Mapping[str, Any], adapted: Adapted) -> MemoryE
     unet = meta_unet(config, adapted.dtype, adapted.device)
     projections = find_projections(unet, adapted.targets)
     inputs = unet_inputs(config, adapted.batch_size, adapted.side, adapted.dtype)
-    with attached_lora(unet, meta_lora(projections, adapted.rank), trainable=True):
+    with attached_lora(unet, meta_lora(projections, adapted.rank), trainable=True) as adapters:
 
         def step() -> None:
             with recomputing_activations(unet, adapted.gradient_checkpointing):
                 (predicted,) = unet(return_dict=False, **inputs)
                 predicted.float().square().mean().backward()
 
-        activations = peak_bytes(step, [*unet.parameters(), *unet.buffers()])
-    per_rank = sum(p.parameters_per_rank for p in projections)
-    adapters = per_rank * adapted.rank * 4 * COPIES_OF_ADAPTERS
+        held = [*unet.parameters(), *unet.buffers(), adapters.flat]
+        activations = peak_bytes(step, held)
+    copies = COPIES_OF_ADAPTERS * adapters.flat.nbytes
     largest = max(p.numel() * p.element_size() for p in unet.parameters())
     workspace = CPU_WEIGHT_COPIES * largest if adapted.device == "cpu" else 0
-    return MemoryEstimate(nbytes(unet), activations, adapters, workspace)
+    return MemoryEstimate(nbytes(unet), activations, copies, workspace)
 
 
 def meta_lora(projections: Sequence[Projection], rank: int) -> LoRA:

@@ -234,7 +234,7 @@ def _pack(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 plain.setdefault(str(n), {})[name] = value
     story = {
         "version": VERSION,
-        "names": list(state.adapters.layers),
+        "names": list(state.adapters.shapes),
         "step": state.step,
         "importance": state.importance and list(state.importance.density),
         "averaged": state.average.count,

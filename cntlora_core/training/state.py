@@ -79,8 +79,7 @@ class TrainState:
 
     def gather_gradient(self) -> Tensor:
         """The adapters' gradients become that of `flat`, as if the loss had not been scaled."""
-        self.flat.grad = self.adapters.gradient().div_(self.scaler.value)
-        return self.flat.grad
+        return self.adapters.gradient(self.scaler.value)
 
     @property
     def natural(self) -> NaturalGradient | None:
@@ -167,7 +166,7 @@ def start_state(
     for name in ("steps", "learning_rate"):
         if not getattr(config, name):
             raise SettingError(f"{name} is auto: training needs a number, from defaults.resolve.")
-    flat = adapters.flatten()
+    flat = adapters.flat
     optimizer = (
         NaturalGradient(flat, adapters, natural, model.device, group)
         if natural

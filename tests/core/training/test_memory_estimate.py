@@ -84,8 +84,8 @@ def test_the_estimate_is_what_a_real_step_holds(mini_sd, subject):
     lora = gaussian_init(projections, ranks, torch.Generator().manual_seed(0))
     latents, t = torch.stack(subject.mean[:2]), torch.tensor([1, 2])
     words = subject.conditioning[:2].unet_kwargs()
-    with attached_lora(mini_sd.unet, lora, trainable=True):
-        held = [*mini_sd.unet.parameters(), *mini_sd.unet.buffers(), latents, t]
+    with attached_lora(mini_sd.unet, lora, trainable=True) as adapters:
+        held = [*mini_sd.unet.parameters(), *mini_sd.unet.buffers(), latents, t, adapters.flat]
 
         def step():
             (out,) = mini_sd.unet(latents, t, return_dict=False, **words)

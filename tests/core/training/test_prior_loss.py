@@ -54,7 +54,7 @@ def test_the_base_prediction_of_an_untrained_lora_is_its_own_target(mini_sd, sub
         others = prior.draw(1, batch, 1000, torch.Generator())
         assert torch.equal(others.conditioning.tokens[0], others.conditioning.tokens[1])
         assert prior.loss(mini_sd, adapters, others).abs().max() < 1e-10
-        assert not any(layer.bypassed for layer in adapters.layers.values())
+        assert not adapters.off
 
 
 def test_what_a_mask_hides_stays_as_the_model_has_it(mini_sd, subject):

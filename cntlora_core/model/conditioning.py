@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Conditioning:
     """n prompts: token embeddings `[n, L, D]`; SDXL adds `pooled` `[n, P]` and `time_ids` `[n, 6]`
-    (original height and width, crop top and left, target height and width, in px)."""
+    (original height and width, crop top and left, target height and width, in px), fp32 whatever
+    the words' precision: half of it knows no 1023."""
 
     tokens: Tensor
     pooled: Tensor | None = None
@@ -30,7 +31,9 @@ class Conditioning:
         return self._each(lambda t: t[rows.to(t.device) if isinstance(rows, Tensor) else rows])
 
     def to(self, device: str | torch.device, dtype: torch.dtype) -> Conditioning:
-        return self._each(lambda t: t.to(device, dtype))
+        sizes = None if self.time_ids is None else self.time_ids.to(device)
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        return Conditioning(self.tokens.to(device, dtype), pooled, sizes)
 
     def with_sizes(self, sizes: Sequence[tuple[int, ...]]) -> Conditioning:
         """The same words with other `time_ids`, a row each; as it is for models that take none."""

@@ -44,7 +44,7 @@ def unet_inputs(
     if config.get("addition_embed_type") == "text_time":
         inputs["added_cond_kwargs"] = {
             "text_embeds": empty(batch, POOLED_FEATURES),
-            "time_ids": empty(batch, 6),
+            "time_ids": torch.empty(batch, 6, device="meta"),
         }
     return inputs
 

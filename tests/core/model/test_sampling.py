@@ -83,3 +83,11 @@ def test_conditioning_rows(mini_sd):
     pooled = Conditioning(both.tokens, torch.zeros(2, 3), torch.zeros(2, 6))
     assert set(pooled[:1].unet_kwargs()["added_cond_kwargs"]) == {"text_embeds", "time_ids"}
     assert len(Conditioning.cat([pooled, pooled]).pooled) == 4
+
+
+def test_sizes_are_told_exactly_whatever_the_precision():
+    """Half precision made 1023 px into 1024."""
+    words = Conditioning(torch.zeros(1, 2, 3), torch.zeros(1, 3), torch.zeros(1, 6))
+    half = words.to("cpu", torch.bfloat16).with_sizes([(1023, 769, 0, 0, 1023, 769)])
+    assert half.tokens.dtype == half.pooled.dtype == torch.bfloat16
+    assert half.time_ids.tolist() == [[1023, 769, 0, 0, 1023, 769]]

@@ -79,7 +79,7 @@ class CalibrateLoRA(io.ComfyNode):
         config = with_preset(read_settings(CalibrationConfig, settings), subject.preset)
         check_room(sd_model, config)
         with (
-            Reporter(host.identity(cls), "CNTLoRACalibrate") as report,
+            Reporter(host.identity(cls), "CNTLoRACalibrate", before=subject.traces) as report,
             host.working(sd_model),
         ):
             for text in _without_effect(config, prior is not None):

@@ -24,13 +24,14 @@ SEND_EVERY = 0.25
 @dataclass(frozen=True)
 class Run(Event):
     """A node began to work. `folder`: where its pictures lie, under ComfyUI's temp folder; `steps`:
-    0 while they are auto; `started`: seconds since 1970."""
+    0 while they are auto; `started`: seconds since 1970; `before`: what nodes before it show."""
 
     type: ClassVar[str] = "run"
     node_class: str
     steps: int
     started: float
     folder: str
+    before: tuple[dict[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,13 @@ class Reporter:
     """
 
     def __init__(
-        self, node: host.Identity, kind: str, steps: int = 0, *, disk: Disk = DISK
+        self,
+        node: host.Identity,
+        kind: str,
+        steps: int = 0,
+        *,
+        before: tuple[dict[str, str], ...] = (),
+        disk: Disk = DISK,
     ) -> None:
         self.node, self.kind, self.steps, self.sequence = node, kind, steps, 0
         self.run = f"{time.time_ns():x}"
@@ -85,7 +92,7 @@ class Reporter:
         self.saved = False
         self.show = host.progress_bar(node.node)
         self.lines = LineFile(self.folder / f"events_{self.run}.jsonl", disk=disk)
-        self.note(Run(kind, steps, time.time(), node.folder))
+        self.note(Run(kind, steps, time.time(), node.folder, before))
 
     def __enter__(self) -> Reporter:
         return self

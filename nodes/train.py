@@ -27,6 +27,7 @@ from .types import (
     SDModel,
     Settings,
     SubjectPictures,
+    Traces,
     check_room,
     to_image,
 )
@@ -101,8 +102,9 @@ class TrainLoRA(io.ComfyNode):
         wanted = Wanted(**{f.name: own.pop(f"sample_{f.name}", f.default) for f in fields(Wanted)})
         config = with_preset(read_settings(TrainConfig, own | more.fields), subject.preset)
         check_room(sd_model, start.config, start.calibration.lora if start.calibration else None)
+        told = {"before": _traces(start, subject, validation), "disk": cls.disk}
         with (
-            Reporter(host.identity(cls), "CNTLoRATrain", config.steps, disk=cls.disk) as report,
+            Reporter(host.identity(cls), "CNTLoRATrain", config.steps, **told) as report,
             host.working(sd_model),
         ):
             for text in without_effect(config, validation, prior, more.prior_loss):
@@ -133,9 +135,14 @@ class TrainLoRA(io.ComfyNode):
         images = to_image(sampler.pictures)
         losses = {"loss": run.losses or [loss for _, loss in run.validations]}
         lora = inputs.finished(run)
-        before = (start, subject, *([validation] if validation else []))
-        lora.traces = (report.trace, *(trace for part in before for trace in part.traces))
+        lora.traces = (report.trace, *told["before"])
         return io.NodeOutput(lora, losses, images, ui=shown(*lora.traces))
+
+
+def _traces(*parts: CalibratedStart | Pictures | None) -> Traces:
+    """Of everything that came in, each once."""
+    told = [trace for part in parts if part for trace in part.traces]
+    return tuple(trace for n, trace in enumerate(told) if trace not in told[:n])
 
 
 def _wires() -> list[Any]:

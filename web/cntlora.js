@@ -25,15 +25,18 @@ const shown = new WeakMap(); // node -> Panel or Words
 const root = () => app.rootGraph ?? app.graph;
 const workflowId = () => root()?.id ?? ""; // tells tabs with the same node ids apart
 
-function lastRun(node) {
-  const id = executionIdOf(root(), node);
-  if (id === null) return [];
-  return readRun({ workflow: workflowId(), node: id, class: node.comfyClass });
-}
-
 function shownOf({ node: id, class: kind }) {
   const node = nodeOf(root(), id);
   return node?.comfyClass === kind ? shown.get(node) : undefined;
+}
+
+// A run also tells what the nodes before had shown: a page that is loaded anew has lost it.
+async function lastRun(node) {
+  const id = executionIdOf(root(), node);
+  if (id === null) return [];
+  const events = await readRun({ workflow: workflowId(), node: id, class: node.comfyClass });
+  for (const trace of events[0]?.before ?? []) shownOf(trace)?.retrace(trace);
+  return events;
 }
 
 // `hideInPanel`: the properties panel would take the element out of the node for good.

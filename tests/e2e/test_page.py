@@ -53,6 +53,7 @@ def test_the_panel_lives_and_survives_a_reload(page):
     page.page.wait_for_selector(".cntlora-chart canvas", timeout=60_000)
     page.page.wait_for_timeout(1000)
     assert "/40" in " ".join(page.texts("numbers"))
+    assert "6 pictures" in " ".join(page.texts("text"))
     page.shot("reloaded")
     page.wait_for("headline", "^Done$", 240)
     steps = page.evaluate(SAMPLED_STEPS)

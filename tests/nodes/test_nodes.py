@@ -280,5 +280,6 @@ def test_training_goes_on_in_the_metric_of_the_calibration(pack, model, pictures
     traces = {trace["class"]: trace for trace in map(json.loads, saved.ui["cntlora_shown"])}
     assert list(traces) == ["CNTLoRATrain", "CNTLoRACalibrate", "CNTLoRASubjectImages"]
     assert traces["CNTLoRASubjectImages"]["text"].startswith("6 pictures")
+    assert last_run(pack)[0]["before"] == list(traces.values())[1:]
     with safe_open(pack.base / "loras" / name, "pt") as file:
         assert file.metadata()["ss_optimizer"].startswith("cntlora.NaturalGradient")

@@ -113,76 +113,88 @@ def load_checkpoint(
         )
     device = torch.device(device)
     first = torch.device("cpu") if eight_bits else device  # it is made smaller before it moves
-    parts = (
-        _of_file(folder, prediction, first, dtype, vae, text_encoders, tokenizer, observer)
-        if folder.is_file()
-        else _of_folder(folder, str(path), prediction, first, dtype, vae, text_encoders)
+    asked = _Asked(
+        folder, str(path), prediction, first, dtype, vae, text_encoders, tokenizer, observer
     )
-    family, scheduler_config, unet, decoder, encoders, tokenizers = parts
-    if warning := distilled(folder.name, str(scheduler_config.get("_class_name"))):
+    found = _of_file(asked) if folder.is_file() else _of_folder(asked)
+    if warning := distilled(folder.name, str(found.scheduler_config.get("_class_name"))):
         observer(Notice(warning))
     name = MINI_SD if str(path) == MINI_SD else folder.stem if folder.is_file() else folder.name
-    check_weights(name, unet, decoder, encoders)
-    for part in (unet, decoder, *encoders):
+    check_weights(name, found.unet, found.vae, found.text_encoders)
+    for part in (found.unet, found.vae, *found.text_encoders):
         part.eval().requires_grad_(False)
     if eight_bits:
-        store_in_eight_bits(unet)
-        unet.to(device)
-    sdxl = family == "sdxl"
+        store_in_eight_bits(found.unet)
+        found.unet.to(device)
+    sdxl = found.family == "sdxl"
     if sdxl and clip_skip > 1:
         observer(Notice("clip_skip is left out: SDXL keeps the layer it was trained on."))
+    skip = None if sdxl else clip_skip
     return StableDiffusion(
-        unet=unet,
-        prompts=CLIPPrompts(encoders, tokenizers, sdxl, None if sdxl else clip_skip, max_tokens),
-        pictures=VAEPictures(decoder),
-        schedule=NoiseSchedule.from_config(scheduler_config),
-        scheduler_config=scheduler_config,
-        family=family,
+        unet=found.unet,
+        prompts=CLIPPrompts(found.text_encoders, found.tokenizers, sdxl, skip, max_tokens),
+        pictures=VAEPictures(found.vae),
+        schedule=NoiseSchedule.from_config(found.scheduler_config),
+        scheduler_config=found.scheduler_config,
+        family=found.family,
         name=name,
         device=device,
         dtype=dtype,
     )
 
 
-# family, scheduler configuration, UNet, VAE, text encoders, tokenizers
-Parts = tuple[str, dict[str, Any], Any, Any, Any, Any]
+@dataclass(frozen=True)
+class _Asked:
+    """What `load_checkpoint` was asked for, `called` so; the UNet comes on `device`."""
+
+    path: Path
+    called: str
+    prediction: str
+    device: torch.device
+    dtype: torch.dtype
+    vae: str | os.PathLike[str] | None
+    text_encoders: Sequence[str | os.PathLike[str]]
+    tokenizer: str | os.PathLike[str] | None
+    observer: Observer
 
 
-def _of_file(
-    file: Path,
-    prediction: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    vae: str | os.PathLike[str] | None,
-    text_encoders: Sequence[str | os.PathLike[str]],
-    tokenizer: str | os.PathLike[str] | None,
-    observer: Observer,
-) -> Parts:
-    source = open_tensors(file)
-    family, scheduler_config = read_kind(source, prediction, observer)
-    tokenizers = load_tokenizers(family, [tokenizer] if tokenizer else beside(file))
-    unet, decoder, encoders = load_single_file(
-        source, family, device=device, dtype=dtype, vae=vae, text_encoders=text_encoders
+@dataclass(frozen=True)
+class _Parts:
+    """What a checkpoint is made of."""
+
+    family: str
+    scheduler_config: dict[str, Any]
+    unet: Any
+    vae: Any
+    text_encoders: tuple[Any, ...]
+    tokenizers: Any
+
+
+def _of_file(asked: _Asked) -> _Parts:
+    source = open_tensors(asked.path)
+    family, scheduler_config = read_kind(source, asked.prediction, asked.observer)
+    tokenizers = load_tokenizers(
+        family, [asked.tokenizer] if asked.tokenizer else beside(asked.path)
     )
-    return family, scheduler_config, unet, decoder, encoders, tokenizers
+    unet, vae, encoders = load_single_file(
+        source,
+        family,
+        device=asked.device,
+        dtype=asked.dtype,
+        vae=asked.vae,
+        text_encoders=asked.text_encoders,
+    )
+    return _Parts(family, scheduler_config, unet, vae, encoders, tokenizers)
 
 
-def _of_folder(
-    folder: Path,
-    called: str,
-    prediction: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    vae: str | os.PathLike[str] | None,
-    text_encoders: Sequence[str | os.PathLike[str]],
-) -> Parts:
-    if text_encoders:
+def _of_folder(asked: _Asked) -> _Parts:
+    if asked.text_encoders:
         raise CheckpointError(
-            f"'{called}' is a folder with text encoders of its own: separate ones go with a "
+            f"'{asked.called}' is a folder with text encoders of its own: separate ones go with a "
             "single file."
         )
-    family, scheduler_config = read_folder_kind(folder, called, prediction)
-    return family, scheduler_config, *load_folder(folder, device, dtype, vae)
+    kind = read_folder_kind(asked.path, asked.called, asked.prediction)
+    return _Parts(*kind, *load_folder(asked.path, asked.device, asked.dtype, asked.vae))
 
 
 def read_kind(

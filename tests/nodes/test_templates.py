@@ -18,7 +18,7 @@ SHOWN = {
     "CNTLoRATrain": (420, 560),
     "CNTLoRASubjectImages": (320, 600),
     "CNTLoRAPreviewLoRA": (320, 430),
-    "CNTLoRASaveLoRA": (270, 150),
+    "CNTLoRASaveLoRA": (270, 190),
 }
 HEAD = 30  # a node's title lies above its position
 SMALLEST_ZOOM = 8 / 14  # below, the canvas draws no text

@@ -27,9 +27,10 @@ from typing import Any
 from convergence_report import report
 from peer_starts import METHODS, without
 from starts import ALL, BATCH, OURS, Stopwatch, make_start, steps_worth
+from subject_folders import PROMPT_ALONE
 from tqdm import tqdm
 
-from cntlora_core.config import DataConfig, TrainConfig
+from cntlora_core.config import TrainConfig
 from cntlora_core.data.dataset import read_subject
 from cntlora_core.data.encoded import EncodedImages
 from cntlora_core.defaults import MINI_SD
@@ -43,8 +44,6 @@ from cntlora_core.training.validation import validation_loss
 QUICK = ["target balanced", "default", "gaussian"]
 FIRST_RATES = {"ours": (1.5e-3, 3e-3, 6e-3), "peft": (3e-3, 6e-3, 1.2e-2)}
 Row = dict[str, Any]
-
-PROMPT_ALONE = DataConfig(use_captions=False)  # the folders hold captions for pre-training
 
 
 def run(

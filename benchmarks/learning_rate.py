@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from subject_folders import PROMPT_ALONE
 
-from cntlora_core.config import CalibrationConfig, DataConfig, Init, TrainConfig
+from cntlora_core.config import CalibrationConfig, Init, TrainConfig
 from cntlora_core.data.dataset import read_subject
 from cntlora_core.defaults import MINI_SD
 from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
@@ -24,8 +25,6 @@ from cntlora_core.run.runs import run_training
 from cntlora_core.training.validation import validation_loss
 
 RATES = (1.5e-3, 3e-3, 6e-3, 1e-2, 2e-2)
-
-PROMPT_ALONE = DataConfig(use_captions=False)  # the folders hold captions for pre-training
 
 
 def main() -> None:

@@ -4,12 +4,13 @@ fidelity.
     python benchmarks/tradeoff.py --subjects subjects/hearts subjects/clocks --data
     mini-sd-build/data --output tradeoff.jsonl
 
-Each contestant is looked at on its way: an ordinary LoRA (gaussian) after so many training steps,
-ours after each effort of calibration and after training that follows. The ordinary LoRA counts up
-to its lowest loss (its highest subject fidelity); where ours is better still, it is compared with
-that. `class` preserves what the model itself draws for the class prompt, `domain` 32 pictures of
-the pre-training domain, of which 48 others measure the forgetting (fidelity.py). Resumable, a line
-for each look.
+Each contestant is looked at on its way, all in batches of 2: an ordinary LoRA (with feed-forward
+layers in the same number of parameters, AdamW, averaged weights) after so many training steps, ours
+after each effort of calibration and after the steps that follow. The ordinary LoRA counts up to its
+lowest loss (its highest subject fidelity); where ours is better still, it is compared with that.
+`class` preserves what the model itself draws for the class prompt, `domain` 32 pictures of the
+pre-training domain, of which 48 others measure the forgetting (fidelity.py). Resumable, a line for
+each look.
 """
 
 from __future__ import annotations
@@ -24,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from fidelity import Domain, Reference, domain, measure, prior_triples, prompts_of, reference
-from starts import BATCH
+from subject_folders import read_halves
 from tqdm import tqdm
 
 from cntlora_core.calibration.calibrate import Calibration, calibrate
-from cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
+from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.data.batches import NoisedSet
 from cntlora_core.data.class_images import class_images, class_noised
-from cntlora_core.data.dataset import read_subject
 from cntlora_core.data.encoded import EncodedImages
 from cntlora_core.data.images import find_pictures
 from cntlora_core.defaults import MINI_SD
@@ -42,12 +42,11 @@ from cntlora_core.training.state import start_state
 from cntlora_core.training.validation import validation_loss
 
 Row = dict[str, Any]
-GAUSSIAN_STEPS = (10, 20, 40, 80, 120)
-OURS_STEPS = (30,)
+ORDINARY = "ordinary"
+ORDINARY_STEPS = (20, 40, 80, 160, 240)
+OURS_STEPS = (60,)
 LOOKS = ("balanced", "thorough")
 PRIORS = ("none", "class", "domain")
-
-PROMPT_ALONE = DataConfig(use_captions=False)  # the folders hold captions for pre-training
 
 
 def trained(
@@ -60,11 +59,11 @@ def trained(
 ) -> Iterator[tuple[int, LoRA]]:
     """The LoRA after each number of steps in `looks`, in one run."""
     config = TrainConfig(
-        steps=max(looks), learning_rate=lr, seed=seed, batch_size=BATCH, validate_every=0
+        steps=max(looks), learning_rate=lr, seed=seed, batch_size=2, validate_every=0
     )
     found: dict[int, LoRA] = {}
     with attached_lora(model.unet, start.lora, trainable=True) as adapters:
-        state = start_state(model, adapters, config)
+        state = start_state(model, adapters, config, start.natural, start.importance)
 
         def keep(_state: Any) -> None:
             if state.step in looks:
@@ -82,11 +81,11 @@ def looks(
     seed: int,
 ) -> Iterator[tuple[str, str, LoRA]]:
     """(contestant, when, LoRA)."""
-    ordinary = calibrate(
-        model, subject, CalibrationConfig(init="gaussian", rank_rule="uniform", seed=seed)
-    )
-    for step, lora in trained(model, subject, ordinary, args.gaussian_lr, seed, GAUSSIAN_STEPS):
-        yield "gaussian", f"step {step}", lora
+    half = CalibrationConfig().rank // 2  # with feed-forward layers twice as many parameters
+    config = CalibrationConfig(init="gaussian", targets="attention+ff", rank=half, seed=seed)
+    ordinary = calibrate(model, subject, config)
+    for step, lora in trained(model, subject, ordinary, args.lr, seed, ORDINARY_STEPS):
+        yield ORDINARY, f"step {step}", lora
     for name, prior in priors.items():
         config = CalibrationConfig(seed=seed)
         for effort in LOOKS:
@@ -117,7 +116,7 @@ def report(rows: list[Row]) -> str:
     loss, or the same fidelity."""
     lines = [
         "| contestant | when | loss | forgetting | subject | class | unrelated | forgetting, share "
-        "of gaussian's at its loss or its best | unrelated, less gaussian's at its subject "
+        "of the ordinary at its loss or its best | unrelated, less the ordinary's at its subject "
         "fidelity or its best |"
     ]
     lines += ["|" + "---|" * 9]
@@ -127,9 +126,7 @@ def report(rows: list[Row]) -> str:
         shares, gains = [], []
         for run in sorted(runs):
             ordinary = [
-                r
-                for r in rows
-                if r["contestant"] == "gaussian" and (r["subject"], r["seed"]) == run
+                r for r in rows if r["contestant"] == ORDINARY and (r["subject"], r["seed"]) == run
             ]
             own = [r for r in mine if (r["subject"], r["seed"]) == run]
             for r in own:
@@ -174,8 +171,7 @@ def main() -> None:
         "--data", type=Path, required=True, help="made by benchmarks/mini_sd/prepare_data.py"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--lr", type=float, default=3e-3, help="of the training after calibration")
-    parser.add_argument("--gaussian-lr", type=float, default=1e-2)
+    parser.add_argument("--lr", type=float, default=3e-3, help="of the ordinary LoRA")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     held = args.output.read_text(encoding="utf-8").splitlines() if args.output.is_file() else []
@@ -194,10 +190,7 @@ def main() -> None:
             [p.image for p in find_pictures(folder / part)] for part in ("train", "heldout")
         ]
         to = reference(model, *pictures, prompt, class_prompt)
-        subject, held_out = (
-            read_subject(model, folder / part, prompt, PROMPT_ALONE)
-            for part in ("train", "heldout")
-        )
+        subject, held_out = read_halves(model, folder)
         validate = validation_loss(model, held_out, 16)
         base = validate()
         priors = {

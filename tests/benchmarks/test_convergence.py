@@ -163,7 +163,7 @@ def test_what_an_ordinary_lora_pays(monkeypatch):
             "class": 1,
             "unrelated": u,
         }
-        for c, x, f, s, u in (("gaussian", 0.8, 1.2, 0.5, 0.7), ("ours", 0.9, 1.02, 0.5, 0.8))
+        for c, x, f, s, u in (("ordinary", 0.8, 1.2, 0.5, 0.7), ("ours", 0.9, 1.02, 0.5, 0.8))
     ]
     assert (
         "| ours | w | 0.900 | 1.020 | 0.500 | 1.000 | 0.800 | 0.20 (1 of 1) | +0.100 (1 of 1) |"

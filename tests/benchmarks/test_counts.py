@@ -5,17 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from cntlora_core.model.families import config_of
-
-SMALL = config_of("sd1")["unet"] | {
-    "block_out_channels": [32, 64],
-    "layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "attention_head_dim": 4,
-    "cross_attention_dim": 32,
-}
+from small_unet import SMALL_UNET
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +18,7 @@ def counts():
 
 
 def test_a_step_is_a_pass_and_what_comes_back(counts):
-    forward, adamw, fresh, kept, sweep = counts.phases(SMALL, side=16)
+    forward, adamw, fresh, kept, sweep = counts.phases(SMALL_UNET, side=16)
     # frozen weights want no gradients, and nothing before the first adapter does
     assert 1.5 * forward.tflop < adamw.tflop < 3 * forward.tflop
     assert adamw.tflop <= kept.tflop < fresh.tflop
@@ -48,7 +38,7 @@ def test_a_step_is_a_pass_and_what_comes_back(counts):
 
 
 def test_checkpointing_computes_the_pass_twice_and_holds_less(counts):
-    forward, plain, *_ = counts.phases(SMALL, side=16)
-    _, again, *_ = counts.phases(SMALL, side=16, gradient_checkpointing=True)
+    forward, plain, *_ = counts.phases(SMALL_UNET, side=16)
+    _, again, *_ = counts.phases(SMALL_UNET, side=16, gradient_checkpointing=True)
     assert again.tflop == pytest.approx(plain.tflop + forward.tflop, rel=0.15)
     assert again.held_gb < plain.held_gb

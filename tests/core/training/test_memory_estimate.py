@@ -3,12 +3,12 @@ import functools
 
 import pytest
 import torch
+from small_unet import SMALL_UNET
 
 from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.lora.adapter import attached_lora, gaussian_init
 from cntlora_core.lora.targets import find_projections
-from cntlora_core.model.families import config_of
 from cntlora_core.model.gradient_checkpointing import recomputing_activations
 from cntlora_core.run.runs import run_training
 from cntlora_core.training.memory_estimate import (
@@ -21,15 +21,6 @@ from cntlora_core.training.memory_estimate import (
 )
 from cntlora_core.training.shapes import peak_bytes
 
-# Two blocks of Stable Diffusion's kind, so that a count takes a moment.
-SMALL = config_of("sd1")["unet"] | {
-    "block_out_channels": [32, 64],
-    "layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "attention_head_dim": 4,
-    "cross_attention_dim": 32,
-}
 SMALL_DEFAULTS = {
     "side": 32,
     "batch_size": 1,
@@ -43,7 +34,7 @@ SMALL_DEFAULTS = {
 
 @functools.cache
 def small(**settings):
-    return unet_training_memory(SMALL, Adapted(**SMALL_DEFAULTS | settings))
+    return unet_training_memory(SMALL_UNET, Adapted(**SMALL_DEFAULTS | settings))
 
 
 def test_the_frozen_weights_are_counted_exactly():
@@ -131,9 +122,9 @@ def test_a_calibration_holds_more_than_a_training_step():
     """Its metric, or the sketches of its sweep and what passes beside them."""
     for checkpointing in (False, True):
         settings = SMALL_DEFAULTS | {"gradient_checkpointing": checkpointing}
-        calibration = unet_calibration_memory(SMALL, Adapted(**settings))
+        calibration = unet_calibration_memory(SMALL_UNET, Adapted(**settings))
         assert calibration.peak > small(gradient_checkpointing=checkpointing).peak
-    many = unet_calibration_memory(SMALL, Adapted(**settings | {"rank": 64}))
+    many = unet_calibration_memory(SMALL_UNET, Adapted(**settings | {"rank": 64}))
     assert many.adapters > 0, "the steps hold more than the sweep"
     assert many.metric > 0
 

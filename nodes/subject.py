@@ -186,8 +186,8 @@ def _words() -> list[Any]:
             "prompt",
             default="a {trigger} {class}",
             optional=True,
-            tooltip="Of every picture without a caption of its own; {trigger} and {class} "
-            "are filled in.",
+            tooltip="Of every picture without a caption of its own; trigger and class in "
+            "braces are filled in.",
         ),
     ]
 

@@ -62,8 +62,8 @@ class DataConfig:
     )
     keep_tags: int = setting(
         1,
-        "Tags at the front that are never shuffled or left out: the trigger. A ||| in a caption "
-        "marks another place.",
+        "Tags at the front that are never shuffled or left out: the trigger. Three bars in a "
+        "caption mark another place.",
         high=75,
         advanced=True,
     )

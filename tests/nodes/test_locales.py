@@ -109,3 +109,14 @@ def test_every_word_of_the_table_is_used_and_has_all_languages(schemas):
             assert text, word
             # the same values stand in the sentence, whatever their order
             assert sorted(re.findall(r"{\w+}", text)) == sorted(re.findall(r"{\w+}", word)), word
+
+
+def test_the_host_takes_every_text_as_it_is():
+    """Its translations have a grammar: braces are filled in, bars part plurals, and what cannot be
+    read stops a whole node from being drawn (Vue nodes of ComfyUI 0.8)."""
+    files = list((ROOT / "locales").glob("*/nodeDefs.json"))
+    assert len(files) == 1 + len(LANGUAGES)
+    for path in files:
+        texts = re.findall(r'": "(.*)"', path.read_text(encoding="utf-8"))
+        assert len(texts) > 80
+        assert [text for text in texts if set(text) & set("{}|@")] == []

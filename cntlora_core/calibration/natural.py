@@ -5,8 +5,8 @@ came in and went out, the length is the sweep's own step, shrinking with the num
 
 The moments of the very batch belong into the metric. Without them the first steps run off along
 directions that the base model's gradients had hardly any of; with them no step can be long where
-the gradient is new. Later a metric is kept for some steps, and each factor's step is held to its
-usual natural length instead.
+the gradient is new. Later a metric is kept for some steps, and each factor's step is held to the
+natural length that was usual in the first ones instead.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ STEP_SHARE = 0.55
 LASTING = 16
 FRESH = 8  # first steps, each of which looks on at its passes and brings the metric up to date
 REFRESH = 8  # steps that a metric is kept after those
-LENGTH_MEMORY = 0.9  # of the running mean of a factor's natural length
-UNUSUAL = 2.0  # times the usual length: half of what comes above it is held back
-LENGTH_GROWTH = 2.0  # lengths count in that mean as so many times it at most
+LENGTH_MEMORY = 0.9  # of the running mean of a factor's natural length over the first steps
+UNUSUAL = 2.0  # times that usual length: half of what comes above it is held back
 
 
 @dataclass(frozen=True)
@@ -194,12 +193,10 @@ class NaturalGradient(torch.optim.Optimizer):
         is.
         """
         (settings,) = self.param_groups
-        found = [self.lengths.get(key) for key in keys]
-        usual = torch.stack([x if y is None else y for x, y in zip(lengths, found, strict=True)])
-        first = settings["made"] < FRESH
-        seen = lengths if first else torch.minimum(lengths, LENGTH_GROWTH * usual)
-        self.lengths.update(zip(keys, usual.lerp(seen, 1 - LENGTH_MEMORY), strict=True))
-        if first:
+        found = [self.lengths.setdefault(*pair) for pair in zip(keys, lengths, strict=True)]
+        usual = torch.stack(found)
+        if settings["made"] < FRESH:
+            self.lengths.update(zip(keys, usual.lerp(lengths, 1 - LENGTH_MEMORY), strict=True))
             return torch.ones_like(lengths)
         excess = (lengths / usual.clamp_min(torch.finfo(lengths.dtype).tiny) / UNUSUAL).square()
         return ((1 + UNUSUAL**-2) / (1 + excess)).clamp_max(1.0)

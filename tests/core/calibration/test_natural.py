@@ -87,6 +87,10 @@ def test_a_kept_metric_does_not_let_a_step_run(mini_sd, subject, start):
             natural.zero_grad()
             lengths.append(float((flat.detach() - before).norm()))
         assert lengths[1] < 2 * lengths[0]
+        assert natural.lengths.keys() == start.natural.lengths.keys() != set()
+        assert all(natural.lengths[k] == v for k, v in start.natural.lengths.items()), (
+            "what is usual is what the first steps showed: later ones could let it grow"
+        )
     assert REFRESH > 1
 
 

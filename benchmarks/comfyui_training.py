@@ -122,18 +122,8 @@ def main() -> None:
         "gradient_checkpointing": False,
         "existing_lora": "[None]",
     }
-    newer = {  # which take every input as a list
-        "quantized_backward": False,
-        "checkpoint_depth": 1,
-        "offloading": False,
-        "bucket_mode": False,
-        "bypass_mode": False,
-    }
     with torch.inference_mode():
-        if hasattr(TrainLoraNode, "execute"):
-            TrainLoraNode.execute(**{k: [value] for k, value in (arguments | newer).items()})
-        else:
-            TrainLoraNode().train(**arguments)
+        TrainLoraNode().train(**arguments)
 
 
 if __name__ == "__main__":

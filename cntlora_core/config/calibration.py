@@ -41,8 +41,9 @@ class CalibrationConfig:
     )
     rank_rule: RankRule = setting(
         "data",
-        "data: layers that matter for this subject get more rank, others less, the file stays the "
-        "same size. uniform: the same rank everywhere.",
+        "data: layers of which the pictures ask more get more rank, others less, the file stays "
+        "the same size; on the embedded model no better than equal ranks in as many parameters. "
+        "uniform: the same rank everywhere.",
     )
     seed: int = common.seed()
     effort: Effort = setting(

@@ -102,9 +102,9 @@ class TrainLoRA(io.ComfyNode):
         wanted = Wanted(**{f.name: own.pop(f"sample_{f.name}", f.default) for f in fields(Wanted)})
         config = with_preset(read_settings(TrainConfig, own | more.fields), subject.preset)
         check_room(sd_model, start.config, start.calibration.lora if start.calibration else None)
-        told = {"before": _traces(start, subject, validation), "disk": cls.disk}
+        before, node = _traces(start, subject, validation), host.identity(cls)
         with (
-            Reporter(host.identity(cls), "CNTLoRATrain", config.steps, **told) as report,
+            Reporter(node, "CNTLoRATrain", config.steps, before=before, disk=cls.disk) as report,
             host.working(sd_model),
         ):
             for text in without_effect(config, validation, prior, more.prior_loss):
@@ -135,7 +135,7 @@ class TrainLoRA(io.ComfyNode):
         images = to_image(sampler.pictures)
         losses = {"loss": run.losses or [loss for _, loss in run.validations]}
         lora = inputs.finished(run)
-        lora.traces = (report.trace, *told["before"])
+        lora.traces = (report.trace, *before)
         return io.NodeOutput(lora, losses, images, ui=shown(*lora.traces))
 
 

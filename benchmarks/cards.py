@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -52,7 +53,7 @@ def start_of(model: Any, config: CalibrationConfig) -> Calibration:
     projections = find_projections(model.unet, targets_for(config))
     attention = [p for p in projections if not p.feed_forward]
     natural = NaturalStart(projections, Metric(config.rho), Moments(), 1.0)
-    return Calibration(**vars(continued(meta_lora(attention, config.rank))) | {"natural": natural})
+    return replace(continued(meta_lora(attention, config.rank)), natural=natural)
 
 
 def sentences(model: Any, card_gb: float, config: CalibrationConfig) -> list[str]:

@@ -27,7 +27,7 @@ from typing import Any
 from convergence_report import report
 from peer_starts import METHODS, without
 from starts import ALL, BATCH, OURS, Stopwatch, make_start, steps_worth
-from subject_folders import PROMPT_ALONE
+from subject_folders import PROMPT_ALONE, prompts_of
 from tqdm import tqdm
 
 from cntlora_core.config import TrainConfig
@@ -143,8 +143,8 @@ class Results:
 def _subject(folder: Path) -> tuple[Path, Path, str]:
     if not (folder / "train").is_dir():
         return folder, folder.parent / "heldout", "a sks cat face emoji"  # the embedded one
-    facts = (folder / "train" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[0]
-    return folder / "train", folder / "heldout", json.loads(facts)["prompt"]
+    prompt, _ = prompts_of(folder)
+    return folder / "train", folder / "heldout", prompt
 
 
 def main() -> None:

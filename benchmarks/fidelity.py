@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from subject_folders import prompts_of
 from torch import Tensor
 
 from cntlora_core.data.batches import NoisedSet, fixed_noised, mean_loss
@@ -241,20 +242,6 @@ def measure(model: StableDiffusion, to: Reference, of: Domain | None = None) -> 
 
 
 # --- a file ---------------------------------------------------------------------------------------
-
-
-def prompts_of(subject: Path) -> tuple[str, str]:
-    """The subject's prompt and its class's, as subjects.py wrote them."""
-    try:
-        about = json.loads(
-            (subject / "train" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[0]
-        )
-        return about["prompt"], about["class_prompt"]
-    except (OSError, LookupError, ValueError) as error:
-        raise SystemExit(
-            f"'{subject}' has no train/metadata.jsonl with prompt and class_prompt ({error!r}). "
-            "Make it with subjects.py."
-        ) from error
 
 
 def main() -> None:

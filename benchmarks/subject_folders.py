@@ -1,4 +1,4 @@
-"""Subjects as mini_sd/prepare_data.py leaves them: `train/`, `heldout/` and their prompt."""
+"""Subjects as mini_sd/prepare_data.py leaves them: `train/`, `heldout/` and their prompts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,23 @@ from cntlora_core.model.loader import StableDiffusion
 PROMPT_ALONE = DataConfig(use_captions=False)  # the folders hold captions for pre-training
 
 
+def prompts_of(subject: Path) -> tuple[str, str]:
+    """The subject's prompt and its class's, as subjects.py wrote them."""
+    try:
+        about = json.loads(
+            (subject / "train" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[0]
+        )
+        return about["prompt"], about["class_prompt"]
+    except (OSError, LookupError, ValueError) as error:
+        raise SystemExit(
+            f"'{subject}' has no train/metadata.jsonl with prompt and class_prompt ({error!r}). "
+            "Make it with subjects.py."
+        ) from error
+
+
 def read_halves(model: StableDiffusion, folder: Path) -> tuple[EncodedImages, EncodedImages]:
     """What is trained on, and what judges, under the subject's own prompt."""
-    facts = (folder / "train" / "metadata.jsonl").read_text(encoding="utf-8")
-    prompt = json.loads(facts.splitlines()[0])["prompt"]
+    prompt, _ = prompts_of(folder)
     train, held_out = (
         read_subject(model, folder / part, prompt, PROMPT_ALONE) for part in ("train", "heldout")
     )

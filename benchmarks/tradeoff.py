@@ -24,8 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fidelity import Domain, Reference, domain, measure, prior_triples, prompts_of, reference
-from subject_folders import read_halves
+from fidelity import Domain, Reference, domain, measure, prior_triples, reference
+from subject_folders import prompts_of, read_halves
 from tqdm import tqdm
 
 from cntlora_core.calibration.calibrate import Calibration, calibrate

@@ -140,7 +140,11 @@ def unit_response(up: Tensor, down: Tensor, C: SecondMoment) -> tuple[Tensor, Te
 
     It makes one learning rate mean the same in every layer and at every rank.
     """
-    scale = response(down, C)
+    return rescaled(up, down, response(down, C))
+
+
+def rescaled(up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The same `up @ down`, rows of `down` divided by `scale` `[r]`."""
     return up * scale, down / scale[:, None]
 
 

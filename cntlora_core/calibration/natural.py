@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..distributed import ALONE, Group
 from ..lora.adapter import Adapters, LoRA
@@ -74,22 +74,16 @@ class _Metrics:
 
 
 class NaturalGradient(torch.optim.Optimizer):
-    """Steps on the adapters whose weights lie in `flat`, in the shape of torch's optimisers.
+    """Steps on the adapters' weights, in the shape of torch's optimisers.
 
     Its state is the metric: the moments that it was made from. Each step wants the passes of its
     batch made inside `recording`.
     """
 
-    def __init__(
-        self,
-        flat: nn.Parameter,
-        adapters: Adapters,
-        start: NaturalStart,
-        device: torch.device,
-        group: Group = ALONE,
-    ) -> None:
-        super().__init__([flat], {"step": start.step, "made": start.made})
-        self.flat, self.adapters, self.projections = flat, adapters, start.projections
+    def __init__(self, adapters: Adapters, start: NaturalStart, group: Group = ALONE) -> None:
+        super().__init__([adapters.flat], {"step": start.step, "made": start.made})
+        self.adapters, self.projections = adapters, start.projections
+        device = adapters.flat.device
         self.metric, self.group = start.metric, group
         self.moments = start.moments.on(device)
         self.groups = _by_shape(start.projections, adapters)
@@ -154,11 +148,11 @@ class NaturalGradient(torch.optim.Optimizer):
         settings["made"] += 1
 
     def _gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """By projection those of B and A, per token, parts of `flat.grad`."""
-        assert self.flat.grad is not None
+        """By projection those of B and A, per token, parts of the flat gradient."""
+        assert self.adapters.flat.grad is not None
         found = {
             name: [grads.up, grads.down]
-            for name, grads in self.adapters.split(self.flat.grad).items()
+            for name, grads in self.adapters.split(self.adapters.flat.grad).items()
             if name in self.tokens  # else nothing of the loss passes this layer
         }
         tokens = [self.tokens[name] for name in found for _ in range(2)]
@@ -233,9 +227,9 @@ class NaturalGradient(torch.optim.Optimizer):
         """Raises KeyError where something is missing."""
         tensors = state_dict["state"][0]
         self.param_groups[0].update(state_dict["param_groups"][0])
-        self.moments = Moments.from_tensors(tensors, "metric.", self.flat.device)
+        self.moments = Moments.from_tensors(tensors, "metric.", self.adapters.flat.device)
         self.lengths = {
-            key.removeprefix("length."): value.to(self.flat.device)
+            key.removeprefix("length."): value.to(self.adapters.flat.device)
             for key, value in tensors.items()
             if key.startswith("length.")
         }

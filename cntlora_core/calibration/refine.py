@@ -17,10 +17,10 @@ import torch
 from ..data.batches import Batch
 from ..distributed import Group
 from ..events import Observer, Progress
-from ..lora.adapter import LoRA, attached_lora
+from ..lora.adapter import Factors, LoRA, attached_lora
 from ..lora.averaging import RunningAverage
 from ..model.gradient_checkpointing import recomputing_activations
-from .closed_form import response
+from .closed_form import rescaled, response
 from .measure import gradient_scale
 from .natural import NaturalGradient, NaturalStart
 
@@ -50,9 +50,9 @@ def refine(
         attached_lora(model.unet, lora, trainable=True) as adapters,
         recomputing_activations(model.unet, gradient_checkpointing),
     ):
-        flat = adapters.flat
-        natural = NaturalGradient(flat, adapters, start, model.device, group)
-        average = RunningAverage(flat.detach())
+        natural = NaturalGradient(adapters, start, group)
+        flat = adapters.flat.detach()
+        average = RunningAverage(flat)
         for done, batch in enumerate(batches):
             pictures = len(batch) * group.size
             with natural.recording(model, pictures, scale), torch.enable_grad():
@@ -63,12 +63,15 @@ def refine(
                 break
             natural.step()
             natural.zero_grad()
-            average.add(flat.detach())
+            average.add(flat)
             observer(Progress("refining", done + 1, count))
         live = adapters.factors()
-        flat.detach().copy_(average.value)
+        flat.copy_(average.value)
         mean = adapters.factors()
     reached = natural.reached()
     scales = {p.name: response(mean[p.name].down, reached.moments.C(p)) for p in start.projections}
-    unit, live = ({k: f.rescaled(scales[k]) for k, f in lora.items()} for lora in (mean, live))
+    unit, live = (
+        {k: Factors(*rescaled(f.up, f.down, scales[k])) for k, f in lora.items()}
+        for lora in (mean, live)
+    )
     return unit, replace(reached, live=live)

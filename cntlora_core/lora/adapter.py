@@ -33,10 +33,6 @@ class Factors:
     def scaled(self, step: float) -> Factors:
         return Factors(self.up * step, self.down)
 
-    def rescaled(self, scale: Tensor) -> Factors:
-        """The same update; rows of `down` divided by `scale` `[r]`."""
-        return Factors(self.up * scale, self.down / scale[:, None])
-
     def delta(self) -> Tensor:
         return self.up @ self.down
 

@@ -46,7 +46,6 @@ class TrainState:
     `importance`: where in the schedule to draw (None: everywhere alike)."""
 
     adapters: Adapters
-    flat: nn.Parameter
     optimizer: torch.optim.Optimizer
     scaler: LossScale
     generator: torch.Generator
@@ -57,6 +56,10 @@ class TrainState:
     validations: list[tuple[int, float]] = field(default_factory=list)
     best: Best | None = None
     importance: Importance | None = None
+
+    @property
+    def flat(self) -> nn.Parameter:
+        return self.adapters.flat
 
     def validated(self, loss: float) -> None:
         """Note a validation at this step, and keep the weights when they are the best."""
@@ -167,18 +170,13 @@ def start_state(
         if not getattr(config, name):
             raise SettingError(f"{name} is auto: training needs a number, from defaults.resolve.")
     flat = adapters.flat
-    optimizer = (
-        NaturalGradient(flat, adapters, natural, model.device, group)
-        if natural
-        else _optimizer([flat], config)
-    )
+    optimizer = NaturalGradient(adapters, natural, group) if natural else _optimizer([flat], config)
     live, average = flat.detach().clone(), RunningAverage(flat.detach(), config.averaging)
     if natural and natural.live:
         live.copy_(adapters.flat_of(natural.live))
         average.count = natural.made
     return TrainState(
         adapters,
-        flat,
         optimizer,
         LossScale.start(moving=model.dtype == torch.float16),
         torch.Generator().manual_seed(config.seed),

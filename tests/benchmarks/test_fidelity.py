@@ -23,7 +23,7 @@ PROMPTS = "a sks cat face emoji", "a cat face emoji"
 def script(monkeypatch):
     """The script under a name of its own; it and its siblings, whose names are common, are
     forgotten afterwards."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
     spec = importlib.util.spec_from_file_location("benchmarks_fidelity", FOLDER / "fidelity.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there

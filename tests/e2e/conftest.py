@@ -6,7 +6,6 @@ renderer, canvas or vue; otherwise every test of the page runs in both.
 
 import importlib.util
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -27,27 +26,20 @@ def load(name):
 
 @pytest.fixture(scope="session")
 def comfyui(tmp_path_factory):
-    path = os.environ.get("COMFYUI_PATH")
-    if not path:
+    if not os.environ.get("COMFYUI_PATH"):
         pytest.skip("COMFYUI_PATH is not set")
-    server = load("server").Server(Path(path), tmp_path_factory.mktemp("comfyui") / "base")
-    try:
-        server.wait()
+    with load("server").running(tmp_path_factory.mktemp("comfyui") / "base") as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="session")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium")
-    if not chromium:
+    pytest.importorskip("playwright.sync_api")
+    graph_page = load("graph_page")
+    if not graph_page.chromium_path():
         pytest.skip("no Chromium: set CHROMIUM_PATH")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with graph_page.open_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session", params=RENDERERS)

@@ -5,19 +5,15 @@ graph after it, from screenshots of the page.
 """
 
 import io
-import os
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parent))
-from graph_page import GraphPage
-from server import Server
+from graph_page import GraphPage, open_browser
+from server import running
 
 IMAGES = Path(__file__).resolve().parents[2] / "docs/images"
 SETTINGS = {"steps": "40", "sample_every": 10}
@@ -90,25 +86,17 @@ def write(frames: list[Image.Image], path: Path) -> None:
 
 
 def main() -> None:
-    chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium")
-    server = Server(Path(os.environ["COMFYUI_PATH"]), Path(tempfile.mkdtemp()) / "base")
-    try:
-        server.wait()
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            page = GraphPage(browser, server, "canvas")
-            page.set("Comfy.Minimap.Visible", False)
-            page.open_example("train_a_subject")
-            look_at(page, PANELS, (980, 860))
-            write(film(page), IMAGES / "run.webp")
-            page.wait_for("text", "Saved as|6 pictures", 300)
-            while server.get("/queue")["queue_running"]:
-                page.page.wait_for_timeout(500)
-            look_at(page, WHOLE, (1760, 900))
-            screenshot(page).save(IMAGES / "graph.png", optimize=True)
-            browser.close()
-    finally:
-        server.stop()
+    with running() as server, open_browser() as browser:
+        page = GraphPage(browser, server, "canvas")
+        page.set("Comfy.Minimap.Visible", False)
+        page.open_example("train_a_subject")
+        look_at(page, PANELS, (980, 860))
+        write(film(page), IMAGES / "run.webp")
+        page.wait_for("text", "Saved as|6 pictures", 300)
+        while server.get("/queue")["queue_running"]:
+            page.page.wait_for_timeout(500)
+        look_at(page, WHOLE, (1760, 900))
+        screenshot(page).save(IMAGES / "graph.png", optimize=True)
 
 
 if __name__ == "__main__":

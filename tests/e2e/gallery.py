@@ -6,17 +6,13 @@ what the console says
 """
 
 import os
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
-
 sys.path.insert(0, str(Path(__file__).parent))
-from graph_page import EXAMPLES, GraphPage
-from server import Server
+from graph_page import EXAMPLES, GraphPage, open_browser
+from server import Server, running
 
 SIZE = {"width": 1800, "height": 1000}  # px
 PALETTES = ("light", "dark")
@@ -62,24 +58,16 @@ def all_templates() -> list[str]:
 def main(folder: str, *templates: str) -> None:
     os.environ["E2E_OUTPUT"] = folder
     Path(folder).mkdir(parents=True, exist_ok=True)
-    chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium")
-    server = Server(Path(os.environ["COMFYUI_PATH"]), Path(tempfile.mkdtemp()) / "base")
-    try:
-        server.wait()
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            for renderer in RENDERERS:
-                page = GraphPage(browser, server, renderer)
-                page.page.set_viewport_size(SIZE)
-                page.set("Comfy.Minimap.Visible", False)
-                for template in templates or all_templates():
-                    shots(page, template, server)
-                said = Path(folder, f"{renderer}_console.txt")
-                said.write_text("\n".join(page.said), encoding="utf-8")
-                page.page.close()
-            browser.close()
-    finally:
-        server.stop()
+    with running() as server, open_browser() as browser:
+        for renderer in RENDERERS:
+            page = GraphPage(browser, server, renderer)
+            page.page.set_viewport_size(SIZE)
+            page.set("Comfy.Minimap.Visible", False)
+            for template in templates or all_templates():
+                shots(page, template, server)
+            said = Path(folder, f"{renderer}_console.txt")
+            said.write_text("\n".join(page.said), encoding="utf-8")
+            page.page.close()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -25,6 +27,20 @@ SET = """([values, preview, seed]) => {
     }
 }"""
 TEXTS = "(part) => [...document.querySelectorAll(`.cntlora-${part}`)].map((e) => e.textContent)"
+
+
+def chromium_path() -> str | None:
+    return os.environ.get("CHROMIUM_PATH") or shutil.which("chromium")
+
+
+@contextmanager
+def open_browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium_path(), args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 class GraphPage:

@@ -9,12 +9,26 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextmanager
+def running(base: Path | None = None) -> Iterator[Server]:
+    """The ComfyUI at COMFYUI_PATH while the block runs, on a folder that is not there yet."""
+    server = Server(Path(os.environ["COMFYUI_PATH"]), base or Path(tempfile.mkdtemp()) / "base")
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
 
 
 class Server:

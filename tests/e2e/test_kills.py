@@ -39,18 +39,13 @@ def graph(number):
 
 @pytest.fixture
 def server(tmp_path):
-    path = os.environ.get("COMFYUI_PATH")
-    if not path:
+    if not os.environ.get("COMFYUI_PATH"):
         pytest.skip("COMFYUI_PATH is not set")
     spec = importlib.util.spec_from_file_location("e2e_server", HERE / "server.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    started = module.Server(Path(path), tmp_path / "base")
-    try:
-        started.wait()
+    with module.running(tmp_path / "base") as started:
         yield started
-    finally:
-        started.stop()
 
 
 def tensors(server, number):

@@ -5,17 +5,15 @@ COMFYUI_PATH=... python tests/e2e/thumbnails.py    writes example_workflows/*.jp
 
 import io
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent))
-from server import Server
+from graph_page import EXAMPLES
+from server import Server, running
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
 WORKFLOWS = Path(__file__).with_name("workflows")
 PREVIEW = "CNTLoRAPreviewLoRA"
 # For each template, rows: what they show, which of its previews, and what is other than there.
@@ -85,10 +83,8 @@ def sheet(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
 
 
 def main() -> None:
-    server = Server(Path(os.environ["COMFYUI_PATH"]), Path(tempfile.mkdtemp()) / "base")
-    try:
-        server.wait()
-        wanted = {name: (name, rows) for name, rows in ROWS.items()} | SAME
+    wanted = {name: (name, rows) for name, rows in ROWS.items()} | SAME
+    with running() as server:
         for name, (source, rows) in wanted.items():  # the first makes what `continue` reads
             graph, nodes = with_rows(source, rows)
             result = server.run(graph, 600)
@@ -96,8 +92,6 @@ def main() -> None:
             shown = [pictures(server, result["outputs"][node]) for node in nodes]
             rows = [(text, images) for (text, *_), images in zip(rows, shown, strict=True)]
             sheet(rows).save(EXAMPLES / f"{name}.jpg", quality=QUALITY)
-    finally:
-        server.stop()
 
 
 if __name__ == "__main__":

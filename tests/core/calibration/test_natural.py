@@ -25,7 +25,7 @@ def steps(model, subject, start, count, scale=1.0, generator=None):
     weights = []
     with attached_lora(model.unet, start.lora, trainable=True) as adapters:
         flat = adapters.flat
-        natural = NaturalGradient(flat, adapters, start.natural, model.device)
+        natural = NaturalGradient(adapters, start.natural)
         for _ in range(count):
             batch = draw_batch(subject, torch.tensor([0, 1]), 1000, generator, start.importance)
             with natural.recording(model, 2, scale), torch.enable_grad():
@@ -73,7 +73,7 @@ def test_a_kept_metric_does_not_let_a_step_run(mini_sd, subject, start):
     far = replace(start.natural, made=FRESH + 1)
     with attached_lora(mini_sd.unet, start.lora, trainable=True) as adapters:
         flat = adapters.flat
-        natural = NaturalGradient(flat, adapters, far, mini_sd.device)
+        natural = NaturalGradient(adapters, far)
         lengths = []
         for factor in (1.0, 1000.0):
             before = flat.detach().clone()
@@ -98,7 +98,7 @@ def test_its_state_goes_through_a_dictionary(mini_sd, subject, start):
     _, natural = steps(mini_sd, subject, start, 3)
     state = natural.state_dict()
     with attached_lora(mini_sd.unet, start.lora, trainable=True) as adapters:
-        other = NaturalGradient(adapters.flat, adapters, start.natural, mini_sd.device)
+        other = NaturalGradient(adapters, start.natural)
         other.load_state_dict(state)
     again = other.state_dict()
     assert again["param_groups"] == state["param_groups"]

@@ -68,6 +68,12 @@ class GraphPage:
         return self.evaluate("() => !!window.LiteGraph.vueNodesMode") == (self.renderer == "vue")
 
     @property
+    def draws_panels(self) -> bool:
+        """The first Vue nodes, a hidden experiment, drew no element of any node: core's own notes
+        are empty there."""
+        return self.renderer == "canvas" or self.frontend >= (1, 29, 1)
+
+    @property
     def frontend(self) -> tuple[int, ...]:
         version = self.evaluate("() => window.__COMFYUI_FRONTEND_VERSION__")
         return tuple(int(part) for part in version.split("."))

@@ -2,7 +2,7 @@
 
 import pytest
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.usefixtures("panels")]
 # The graph that the blueprint stands for: a model in, a LoRA out to Save LoRA.
 AROUND = """async (id) => {
     const { graph } = window.app;

@@ -6,7 +6,7 @@ import re
 import pytest
 from PIL import Image, ImageDraw
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.usefixtures("panels")]
 # Where a widget lies on the screen, in the canvas renderer.
 WIDGET_AT = """([kind, name]) => {
     const node = window.app.graph.nodes.find((n) => n.comfyClass === kind);

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.usefixtures("panels")]
 SHORT = {"steps": 8, "sample_every": 8, "validate_every": 4, "effort": "quick"}
 # The lowest contrast of any words in the panels, and the words. Colours go through a canvas, which
 # knows every notation; a colour is laid over those behind it.

@@ -1,14 +1,10 @@
-"""The page itself, in a real browser and both renderers: the templates open, the panels show a run
-live and again after a reload. Screenshots land in E2E_OUTPUT, when it is set.
+"""The page itself, in a real browser and both renderers: the panels show a run live and again after
+a reload. Screenshots land in E2E_OUTPUT, when it is set.
 """
-
-from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.comfyui
-ROOT = Path(__file__).resolve().parents[2]
-TEMPLATES = sorted(p.stem for p in (ROOT / "example_workflows").glob("*.json"))
+pytestmark = [pytest.mark.comfyui, pytest.mark.usefixtures("panels")]
 PANEL_HEIGHTS = """() => [...document.querySelectorAll('.cntlora-panel')].map((e) =>
     Math.round(e.getBoundingClientRect().height))"""
 SAMPLED_STEPS = (
@@ -23,21 +19,6 @@ PICTURES_OUTSIDE = """() => {
         + images.filter((image) => !image.closest('.cntlora-panel')).length;
 }"""
 SHORT = {"steps": 8, "sample_every": 8, "validate_every": 4, "effort": "quick"}
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_every_template_opens_without_missing_nodes(page, name):
-    page.open_example(name)
-    # A host may mark nodes whose files are not here: core's loaders and Continue LoRA.
-    wrong = page.evaluate(
-        """() => window.app.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type]
-            || (n.has_errors && /^CNTLoRA(?!Continue)/.test(n.type))).map((n) => n.type)"""
-    )
-    assert wrong == []
-    assert page.page.get_by_text("Validation error").count() == 0
-    if name not in ("use_the_lora", "with_comfyui_model"):
-        assert {"vae", "hold_out"} <= set(page.folded())
-    page.shot(f"template_{name}")
 
 
 def test_the_panel_lives_and_survives_a_reload(page):

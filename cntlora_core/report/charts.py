@@ -223,16 +223,22 @@ def sample_sheet(
 
 
 def contact_sheet(
-    images: Iterable[Image.Image], labels: Sequence[str], *, columns: int = 6, cell: int = 128
+    images: Iterable[Image.Image],
+    labels: Sequence[str],
+    *,
+    columns: int | None = None,
+    cell: int = 128,
 ) -> Image.Image:
-    """Thumbnails with a name under each, to check a dataset by eye. Long names lose their middle,
-    not their ending. Of more than 96 pictures the first are drawn (no others are asked for) and
-    the rest is counted.
+    """Thumbnails with a name under each, to check a dataset by eye, about as many rows as columns.
+    Long names lose their middle, not their ending. Of more than 96 pictures the first are drawn
+    (no others are asked for) and the rest is counted.
 
     Raises SettingError when there is not one label per picture, `columns` is below 1 or `cell` is
     not between 16 and 2048.
     """
     _check_cell(cell)
+    if columns is None:  # a node of the graph is no wider than high
+        columns = max(1, math.ceil(min(len(labels), MOST_SHOWN) ** 0.5))
     if columns < 1:
         raise SettingError(f"columns is {columns}: it must be 1 or more.")
     columns, step = max(1, min(columns, len(labels))), cell + 28

@@ -52,6 +52,8 @@ RENDERERS = os.environ.get("E2E_RENDERER", "canvas vue").split()
 
 
 def shots(page: GraphPage, template: str, server: Server) -> None:
+    refresh = "() => window.app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')"
+    page.evaluate(refresh)  # R: the files that runs before have made
     page.open_example(template)
     page.fit()
     in_both(page, f"{template}_1_before")

@@ -13,8 +13,9 @@ AROUND = """async (id) => {
         return node;
     };
     const [model, save] = [add('CNTLoRALoadCheckpoint'), add('CNTLoRASaveLoRA')];
-    model.pos = [-400, 0];
-    save.pos = [blueprint.size[0] + 60, 0];
+    const [x, y] = blueprint.pos;
+    model.pos = [x - 400, y];
+    save.pos = [x + blueprint.size[0] + 60, y];
     model.connect(0, blueprint, blueprint.findInputSlot('sd_model'));
     blueprint.connect(blueprint.findOutputSlot('lora'), save, save.findInputSlot('lora'));
     model.widgets.find((w) => w.name === 'checkpoint').value = 'mini-sd (embedded)';

@@ -121,7 +121,7 @@ def test_the_blueprint_takes_a_model_and_words_and_gives_a_lora(pack):
         assert same["widgets_values"] == template[same["id"]]["widgets_values"]
 
 
-def test_the_first_template_is_an_app_too():
+def test_the_first_template_alone_is_an_app_too():
     """The form asks for what the note says to change, and its outputs are pictures."""
     template = json.loads((ROOT / "example_workflows/train_a_subject.json").read_text("utf-8"))
     nodes = {n["id"]: n for n in template["nodes"]}
@@ -133,6 +133,8 @@ def test_the_first_template_is_an_app_too():
         assert name in [slot["name"] for slot in nodes[node]["inputs"] if "widget" in slot]
     assert [nodes[node]["type"] for node in form["outputs"]] == ["CNTLoRAPreviewLoRA"]
     assert template["extra"]["linearMode"] is False  # it opens as a graph
+    others = [p for p in (ROOT / "example_workflows").glob("*.json") if p.stem != "train_a_subject"]
+    assert not any("linearData" in json.loads(p.read_text("utf-8"))["extra"] for p in others)
 
 
 @of_every_template

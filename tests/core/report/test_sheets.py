@@ -71,6 +71,7 @@ def test_contact_sheets_name_each_picture():
     assert unnamed.size == sheet.size
     assert dark(sheet) > dark(unnamed) + 7 * 100
     assert contact_sheet([RED], ["a"], columns=5).width < 200
+    assert contact_sheet([RED] * 7, [""] * 7).size == unnamed.size  # three rows of three
 
 
 def test_contact_sheets_of_thousands_stay_one_page():
@@ -79,7 +80,7 @@ def test_contact_sheets_of_thousands_stay_one_page():
     sheet = contact_sheet(images, [str(n) for n in range(3000)])
     assert len(asked) == 96
     assert count(sheet, (255, 0, 0)) == 96 * 128 * 128
-    assert sheet.height == 2 * 24 + 16 * 156 + 24
+    assert sheet.height == 2 * 24 + 10 * 156 + 24
     assert margins_are_clean(sheet)
 
 

@@ -18,7 +18,7 @@ from graph_page import EXAMPLES, GraphPage, open_browser
 from make_checkpoint import write as write_checkpoint
 from server import Server, running
 
-SIZE = {"width": 1800, "height": 1000}  # px
+SIZE = {"width": 1920, "height": 1080}  # px; at less the canvas leaves out words of wide graphs
 PALETTES = ("light", "dark")
 FIRST = "train_a_subject"  # makes the LoRA that others read
 # These want ComfyUI's own loader and a file: one of full size with random weights draws noise, and

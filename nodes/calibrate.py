@@ -66,6 +66,7 @@ class CalibrateLoRA(io.ComfyNode):
             ],
             hidden=host.IDENTITY,
             has_intermediate_output=True,
+            not_idempotent=True,  # the cache must not answer with what another node shows
         )
 
     @classmethod

@@ -60,6 +60,7 @@ class SubjectImages(io.ComfyNode):
             hidden=host.IDENTITY,
             is_input_list=True,
             has_intermediate_output=True,
+            not_idempotent=True,  # the cache must not answer with what another node shows
         )
 
     @classmethod

@@ -76,6 +76,7 @@ class TrainLoRA(io.ComfyNode):
             ],
             hidden=host.IDENTITY,
             is_output_node=True,
+            not_idempotent=True,  # the cache must not answer with what another node shows
         )
 
     @classmethod

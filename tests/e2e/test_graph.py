@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import time
 from io import BytesIO
 from pathlib import Path
@@ -108,6 +109,17 @@ def test_unchanged_inputs_are_served_from_the_cache(comfyui):
     messages = comfyui.run(graph)["status"]["messages"]
     cached = next(m[1]["nodes"] for m in messages if m[0] == "execution_cached")
     assert set(cached) == set(graph)
+
+
+def test_what_nodes_show_is_their_own_in_other_graphs_too(comfyui):
+    graph = short()
+    comfyui.run(graph)
+    others = json.loads(re.sub(r'"(\d)"', r'"1\1"', json.dumps(graph)))  # nodes 11, 12, ...
+    outputs = comfyui.run(others)["outputs"]
+    for output in outputs.values():
+        for trace in map(json.loads, output.get("cntlora_shown", [])):
+            assert others[trace["node"]]["class_type"] == trace["class"]
+    assert {"13", "14"} <= {n for n, output in outputs.items() if "cntlora_shown" in output}
 
 
 def test_changed_pictures_run_again_and_nothing_else(comfyui):

@@ -40,6 +40,12 @@ def test_all_nodes_are_here(pack):
     assert [n.define_schema().node_id for n in pack.NODES] == [f"CNTLoRA{name}" for name in IDS]
 
 
+def test_what_a_node_shows_is_its_own(pack):
+    """The cache would give it what another with the same inputs has shown, under that one's id."""
+    for node in (pack.SubjectImages, pack.CalibrateLoRA, pack.TrainLoRA):
+        assert node.define_schema().not_idempotent
+
+
 def test_every_input_and_output_has_a_tooltip(schema):
     for field in [*schema.inputs, *schema.outputs]:
         assert len(field.options["tooltip"]) > 10, field.id

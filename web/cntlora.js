@@ -35,6 +35,7 @@ async function lastRun(node) {
   const id = executionIdOf(root(), node);
   if (id === null) return [];
   const events = await readRun({ workflow: workflowId(), node: id, class: node.comfyClass });
+  if (executionIdOf(root(), node) !== id) return events; // another graph is open by now
   for (const trace of events[0]?.before ?? []) shownOf(trace)?.retrace(trace);
   return events;
 }

@@ -95,20 +95,23 @@ def signed(U: Tensor, sigma: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor
     return U * sign, sigma, Vh * sign.T
 
 
-def target_components(G: Factors, P: SecondMoment, K: SecondMoment, rank: int) -> Components:
+def target_components(
+    G: Factors, P: SecondMoment, K: SecondMoment, rank: int, tokens: int
+) -> Components:
     """`target`: R = -P^-1 G, D = R K^-1, truncated where the predicted loss falls most.
 
     The whitened gradient is H = P^-1/2 G K^-1/2 = U Sigma V^T, and D = -P^-1/2 H K^-1/2: the
     natural gradient under a Kronecker-factored metric. The best rank-r update in that metric keeps
-    the r largest sigma (Eckart-Young); each sigma^2 is its predicted fall of the loss. G is a
-    product of small rank, and the SVD one of its two triangles'.
+    the r largest sigma (Eckart-Young). G is a mean over `tokens`, so along a term the summed loss
+    falls by tokens * sigma^2: of all layers take one step, those that see more tokens move it more.
+    G is a product of small rank, and the SVD one of its two triangles'.
     """
     left, right = P.inverse().root(), K.inverse().root()
     Q, R = linalg.qr(left.matmul(G.up))
     V, T = linalg.qr(right.matmul(G.down.T))
     inner, sigma, outer = linalg.svd(R @ T.T)
     U, sigma, Vh = signed(Q @ inner[:, :rank], sigma[:rank], outer[:rank] @ V.T)
-    return Components(-left.matmul(U), sigma, right.matmul(Vh.T).T, sigma.square())
+    return Components(-left.matmul(U), sigma, right.matmul(Vh.T).T, tokens * sigma.square())
 
 
 def domain_components(

@@ -89,7 +89,7 @@ class Target:
         generator: torch.Generator,
     ) -> Components:
         P = self.metric.P(projection, moments)
-        return target_components(moments.G(projection), P, K, rank)
+        return target_components(moments.G(projection), P, K, rank, moments.passed(projection))
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,7 @@ def solve(
     chosen = [p for p in projections if ranks[p.name]]
     update = {p.name: _factors(p, solved[p.name], moments) for p in chosen}
     energy = {p.name: float(solved[p.name].score.sum()) for p in chosen}
-    # <dL/dW, D> of a component is its sigma^2, for every token
-    slope = -sum(energy[p.name] * moments.passed(p) for p in chosen) if constraint.backward else 0.0
+    slope = -sum(energy.values()) if constraint.backward else 0.0
     first = FIRST_CHANGE / max(_relative_change(model, chosen, update, moments), 1e-12)
     return Solution(chosen, update, first, slope, energy)
 

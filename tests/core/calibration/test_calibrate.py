@@ -12,7 +12,7 @@ from cntlora_core.data.batches import draw_noised, fixed_noised, mean_loss
 from cntlora_core.data.class_images import class_images, class_noised
 from cntlora_core.data.importance import Importance
 from cntlora_core.errors import NonFiniteError
-from cntlora_core.lora.adapter import attached_lora, parameter_count
+from cntlora_core.lora.adapter import Factors, attached_lora, parameter_count
 from cntlora_core.lora.targets import find_projections
 
 QUICK = CalibrationConfig(effort="quick", batch_size=2, seed=1)
@@ -98,6 +98,26 @@ def test_data_ranks_use_the_budget_and_differ(mini_sd, target):
     left = budget - parameter_count(target.lora)
     assert 0 <= left < min(p.parameters_per_rank for p in projections)  # nothing more fits
     assert len(set(target.report.ranks.values())) > 3
+
+
+def test_a_layers_energy_is_what_the_loss_falls_by_along_its_part(mini_sd, subject, monkeypatch):
+    """In one unit for layers that see few tokens and many: the ranks compare them by it."""
+    monkeypatch.setitem(config_module.EFFORTS, "quick", (4, 0))
+    config = dataclasses.replace(QUICK, rank_rule="uniform", targets="attention")
+    start = calibrate(mini_sd, subject, config)
+    generator = torch.Generator().manual_seed(config.seed)
+    triples = draw_noised(subject, 8, 1000, generator, Importance.usual())
+    still = {name: Factors(torch.zeros_like(f.up), f.down) for name, f in start.lora.items()}
+    with attached_lora(mini_sd.unet, still, trainable=True) as adapters, torch.enable_grad():
+        sum(batch.loss(mini_sd).sum() for batch in triples.batches(2)).backward()
+        slopes = adapters.split(adapters.flat.grad)
+    shares = [
+        -float((slopes[name].up * factors.up).sum())
+        / (start.report.step_size * start.report.energy[name])
+        for name, factors in start.lora.items()
+    ]
+    assert min(shares) > 0.7  # a sketch misses a tenth of a gradient, more of a faint one
+    assert max(shares) < 1.4
 
 
 @pytest.mark.parametrize("init", ["target", "domain"])

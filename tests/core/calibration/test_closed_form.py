@@ -103,7 +103,7 @@ def test_closed_form_is_the_least_squares_solution(size, seed, rho):
 def test_target_at_full_rank_is_the_natural_gradient(m, d, seed):
     G = torch.randn(m, d, dtype=torch.float64, generator=generator(seed))
     S, K = spd(m, seed + 1), spd(d, seed + 2)
-    parts = target_components(product(G), whole(S).damped(0.1), whole(K), min(m, d))
+    parts = target_components(product(G), whole(S).damped(0.1), whole(K), min(m, d), 1)
     expected = -torch.linalg.solve(dense(S, 0.1), G) @ torch.linalg.inv(K)
     torch.testing.assert_close(matrix(parts), expected, rtol=1e-7, atol=1e-9)
 
@@ -120,7 +120,7 @@ def test_target_truncation_keeps_the_largest_predicted_fall(m, d, rank, seed):
     def fall(D):
         return -(G * D).sum() - 0.5 * ((metric @ D @ K) * D).sum()
 
-    parts = target_components(product(G), whole(S).damped(0.1), whole(K), min(m, d))
+    parts = target_components(product(G), whole(S).damped(0.1), whole(K), min(m, d), 1)
     best = fall(matrix(parts.truncated(rank)))
     assert best == pytest.approx(float(0.5 * parts.score[:rank].sum()), rel=1e-8)
     up = torch.randn(
@@ -184,6 +184,7 @@ def test_singular_moments_are_damped_not_divided():
         whole(torch.zeros(4, 4).double()).damped(0.1),
         whole(x @ x.T).damped(0.1),
         2,
+        1,
     )
     assert torch.isfinite(matrix(parts)).all()
 

@@ -93,8 +93,7 @@ def main() -> None:
         look_at(page, PANELS, (980, 860))
         write(film(page), IMAGES / "run.webp")
         page.wait_for("text", "Saved as|6 pictures", 300)
-        while server.get("/queue")["queue_running"]:
-            page.page.wait_for_timeout(500)
+        page.wait_until_idle()
         look_at(page, WHOLE, (1760, 900))
         screenshot(page).save(IMAGES / "graph.png", optimize=True)
 

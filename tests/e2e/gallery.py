@@ -32,14 +32,6 @@ OF_FULL_SIZE = {
     },
     "use_the_lora": {"KSampler": {"steps": 2}, "EmptyLatentImage": {"width": 128, "height": 128}},
 }
-SET = """(settings) => {
-    for (const node of window.app.graph.nodes) {
-        for (const widget of node.widgets ?? []) {
-            const { [widget.name]: value } = settings[node.type] ?? {};
-            if (value !== undefined) widget.value = value;
-        }
-    }
-}"""
 # A step's time is known, or layers are measured where nothing is trained.
 DURING = """() => {
     const texts = (part) => [...document.querySelectorAll(`.cntlora-${part}`)]
@@ -57,7 +49,7 @@ def shots(page: GraphPage, template: str, server: Server) -> None:
     page.open_example(template)
     page.fit()
     in_both(page, f"{template}_1_before")
-    page.evaluate(SET, OF_FULL_SIZE.get(template, {}))
+    page.set_widgets(OF_FULL_SIZE.get(template, {}))
     known = set(server.get("/history"))
     page.run_again()
     working = wait(page, server, known, DURING)

@@ -12,15 +12,12 @@ from types import MappingProxyType
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
 READY = "() => window.app?.graph && window.app.extensionManager"
-# Calibrate and Train set to `values`, a short preview, and seeds of their own, so that no cache
-# answers.
-SET = """([values, preview, seed]) => {
-    const settings = {
-        CNTLoRACalibrate: values, CNTLoRATrain: values, CNTLoRAPreviewLoRA: preview,
-    };
+# Widgets of nodes set by class and name; from a `seed` on, those nodes get seeds of their own.
+SET = """([settings, seed]) => {
     const graphs = [window.app.graph, ...(window.app.graph.subgraphs?.values() ?? [])];
     for (const node of graphs.flatMap((graph) => graph.nodes)) {
-        const set = { seed: seed++, ...settings[node.comfyClass] };
+        const own = seed === null ? {} : { seed: seed++ };
+        const set = { ...own, ...settings[node.comfyClass] };
         for (const widget of settings[node.comfyClass] ? node.widgets : []) {
             if (widget.name in set) widget.value = set[widget.name];
         }
@@ -110,10 +107,21 @@ class GraphPage:
 
     def shorten(self, preview=MappingProxyType({"count": 2, "steps": 6}), **values) -> None:
         """Calibrate and Train set to `values`, a short preview, nothing that a cache knows."""
-        self.evaluate(SET, [values, dict(preview), time.time_ns() % 2**31])
+        ours = dict.fromkeys(("CNTLoRACalibrate", "CNTLoRATrain"), values)
+        settings = {**ours, "CNTLoRAPreviewLoRA": dict(preview)}
+        self.set_widgets(settings, time.time_ns() % 2**31)
+
+    def set_widgets(self, settings: dict[str, dict], seed: int | None = None) -> None:
+        """Those of the nodes of each class."""
+        self.evaluate(SET, [settings, seed])
 
     def run_again(self) -> None:
         self.evaluate("() => { window.app.queuePrompt(0) }")
+
+    def wait_until_idle(self) -> None:
+        """Until the host has run all that it was asked for: previews are drawn last."""
+        while self.comfyui.get("/queue")["queue_running"]:
+            self.page.wait_for_timeout(500)
 
     def texts(self, part: str) -> list[str]:
         return self.evaluate(TEXTS, part)

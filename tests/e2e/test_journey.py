@@ -103,8 +103,7 @@ def test_own_pictures_from_an_empty_graph(page, comfyui):
 
     page.wait_for("headline", "^Done$", 180)
     page.wait_for("text", f"^{count} pictures.*zwx apple|^Saved as my_subject", 120)
-    while comfyui.get("/queue")["queue_running"]:  # the preview is drawn last
-        mouse.wait_for_timeout(500)
+    page.wait_until_idle()
     mouse.wait_for_timeout(1500)
     page.shot("journey_after")
     (saved,) = {w for w in page.texts("text") if w.startswith("Saved as")}

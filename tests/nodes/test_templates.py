@@ -133,7 +133,7 @@ def test_the_first_template_alone_is_an_app_too():
         assert name in [slot["name"] for slot in nodes[node]["inputs"] if "widget" in slot]
     assert [nodes[node]["type"] for node in form["outputs"]] == ["CNTLoRAPreviewLoRA"]
     assert template["extra"]["linearMode"] is False  # it opens as a graph
-    others = [p for p in (ROOT / "example_workflows").glob("*.json") if p.stem != "train_a_subject"]
+    others = [path for path in TEMPLATES if path.stem != "train_a_subject"]
     assert not any("linearData" in json.loads(p.read_text("utf-8"))["extra"] for p in others)
 
 

@@ -3,14 +3,17 @@
     python benchmarks/gpu.py --output gpu.json
     python benchmarks/gpu.py --script train_dreambooth_lora.py --comfyui PATH --output gpu.json
 
-SD 1.5 at 512 px and SDXL at 1024 px in bf16, batch 1 and 4: encoding, calibration of each length,
-AdamW and natural-gradient steps, drawing; and a profile of a step. With `--script` and `--comfyui`
-(see throughput.py) diffusers' script and ComfyUI's node train SD 1.5 on the same card in the same
-run. Prints a table for docs/performance.md as it goes and writes JSON with the card's name. Where
-there is no CUDA it runs the same code on the embedded miniature.
+SD 1.5 at 512 px and SDXL at 1024 px in bf16, batch 1, 2 and 4: encoding, calibration of each
+length, AdamW and natural-gradient steps, drawing; and a profile of a step. Then smaller cards: all
+but so many GB of the memory are taken, and a run has to find its way (in bf16, and in int8). With
+`--script` and `--comfyui` (see throughput.py) diffusers' script and ComfyUI's node train SD 1.5 on
+the same card in the same run. Prints a table for docs/performance.md as it goes and writes JSON
+with the card's name. Where there is no CUDA it runs the same code on the embedded miniature.
 
-It takes about 9 GB of disk in the temporary folder, and 16 GB of GPU memory for all rows; a row
-that does not fit says so.
+Peaks are of what tensors hold, and of what the process takes from the card for them. It takes about
+9 GB of disk in the temporary folder (none where `--checkpoints` names a folder with sd1.safetensors
+and sdxl.safetensors made by make_checkpoint.py), and 45 GB of GPU memory for all rows; a row that
+does not fit says so.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +38,41 @@ from PIL import Image
 
 from cntlora_core.config import EFFORTS, CalibrationConfig, DataConfig, TrainConfig
 from cntlora_core.data.dataset import encode_subject
+from cntlora_core.data.encoded import EncodedImages
 from cntlora_core.data.images import Picture
+from cntlora_core.devices import INT8
 from cntlora_core.errors import OutOfMemory
-from cntlora_core.events import Step
+from cntlora_core.events import Notice, Status, Step
 from cntlora_core.model.loader import StableDiffusion, load_checkpoint
 from cntlora_core.model.sampling import sample
 from cntlora_core.run.runs import run_calibration, run_training
 
 REAL = {"sd1": 512, "sdxl": 1024}
+# Smaller cards, GB, and how the weights are stored there.
+CARDS = {"sd1": [(4, "bf16")], "sdxl": [(24, "bf16"), (12, "bf16"), (8, "bf16"), (8, INT8)]}
 SMALL = {"mini-sd": 64}
 PROMPT = "a sks cat"
 PICTURES = 4
 DRAWING_STEPS = 25
+TABLE_HEAD = "| {} | seconds | GB held | GB taken |\n|---|---|---|---|"
 
 
 @dataclass
 class Report:
-    """Rows as they are measured: seconds and peak GB of the device, None where nobody knows."""
+    """Rows as they are measured: seconds, and GB of the device at the peak, held by tensors and
+    taken by the process, None where nobody knows."""
 
     device: torch.device
     rows: list[dict[str, Any]] = field(default_factory=list)
+    apart: int = 0  # bytes that no phase needs
 
-    def add(self, phase: str, seconds: float | None, peak_gb: float | None) -> None:
-        self.rows.append({"phase": phase, "seconds": seconds, "peak_gb": peak_gb})
+    def add(
+        self, phase: str, seconds: float | None, held: float | None, taken: float | None = None
+    ) -> None:
+        row = {"phase": phase, "seconds": seconds, "held_gb": held, "taken_gb": taken}
+        self.rows.append(row)
         cells = ["too large" if seconds is None else f"{seconds:.3f}"]
-        cells.append("-" if peak_gb is None else f"{peak_gb:.2f}")
+        cells += ["-" if gb is None else f"{gb:.2f}" for gb in (held, taken)]
         print("| " + " | ".join([phase, *cells]) + " |", flush=True)
 
     def measure(self, phase: str, run: Callable[[], float | None]) -> Any:
@@ -67,6 +80,7 @@ class Report:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         try:
@@ -77,11 +91,15 @@ class Report:
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started if own is None else own
-        self.add(phase, seconds, torch.cuda.max_memory_allocated() / 1e9 if cuda else None)
+        if not cuda:
+            return self.add(phase, seconds, None)
+        peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        self.add(phase, seconds, *((peak - self.apart) / 1e9 for peak in peaks))
 
 
 class Clock:
-    """An observer that notes when steps end: their loss was read, so the device has done them."""
+    """An observer that notes when steps end: their loss was read, so the device has done them. It
+    prints what the run says of the memory."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -89,6 +107,8 @@ class Clock:
     def __call__(self, event: object) -> None:
         if isinstance(event, Step):
             self.ends.append(time.perf_counter())
+        elif isinstance(event, (Notice, Status)) and "memory free" in event.text:
+            print(event.text, flush=True)
 
     @property
     def seconds(self) -> float:
@@ -104,9 +124,15 @@ def pictures(size_px: int) -> list[Picture]:
 
 
 def run_phases(
-    model: StableDiffusion, size_px: int, report: Report, *, batches: tuple[int, ...], steps: int
-) -> None:
-    """Every phase of a run, largest last."""
+    model: StableDiffusion,
+    size_px: int,
+    report: Report,
+    *,
+    batches: tuple[int, ...],
+    steps: int,
+    efforts: tuple[str, ...] = tuple(EFFORTS),
+) -> EncodedImages | None:
+    """Every phase of a run, largest last. The encoded pictures, where those fit."""
     data, found = DataConfig(resolution=size_px, hold_out=False), {}
 
     def encode() -> None:
@@ -114,36 +140,65 @@ def run_phases(
 
     report.measure(f"encode {PICTURES} pictures", encode)
     report.measure(f"draw a picture, {DRAWING_STEPS} steps", lambda: _draw(model, size_px))
-    for effort in EFFORTS:
-        asked = CalibrationConfig(effort=effort, batch_size=1)
+    if "subject" in found:
+        run_trainings(
+            model, found["subject"], report, batches=batches, steps=steps, efforts=efforts
+        )
+    return found.get("subject")
+
+
+def run_trainings(
+    model: StableDiffusion,
+    subject: EncodedImages,
+    report: Report,
+    *,
+    batches: tuple[int, ...],
+    steps: int,
+    efforts: tuple[str, ...],
+) -> None:
+    """A calibration of each length, and steps of each kind from the last."""
+    found = {}
+    for effort in efforts:
+        asked = CalibrationConfig(effort=effort)
 
         def calibrate(asked: CalibrationConfig = asked) -> None:
-            found["start"] = run_calibration(model, found["subject"], asked)
+            found["start"] = run_calibration(model, subject, asked, observer=Clock())
 
-        report.measure(f"calibrate, {effort}", calibrate)
-    for batch in batches:
-        for optimizer in ("adamw", "natural"):
+        report.measure(f"calibrate, {effort}, batches of {asked.batch_size}", calibrate)
+    if "start" not in found:
+        return
+    for batch, optimizer in product(batches, ("adamw", "natural")):
 
-            def train(batch: int = batch, optimizer: str = optimizer) -> float:
-                clock = Clock()
-                config = TrainConfig(
-                    steps=steps,
-                    learning_rate=1e-4,
-                    batch_size=batch,
-                    optimizer=optimizer,
-                    validate_every=0,
-                )
-                run_training(
-                    model,
-                    found["subject"],
-                    CalibrationConfig(),
-                    config,
-                    start=found["start"],
-                    observer=clock,
-                )
-                return clock.seconds
+        def train(batch: int = batch, optimizer: str = optimizer) -> float:
+            clock = Clock()
+            config = TrainConfig(
+                steps=steps,
+                learning_rate=1e-4,
+                batch_size=batch,
+                optimizer=optimizer,
+                validate_every=0,
+            )
+            start = found["start"]
+            run_training(model, subject, CalibrationConfig(), config, start=start, observer=clock)
+            return clock.seconds
 
-            report.measure(f"{optimizer} step, batch {batch}", train)
+        report.measure(f"{optimizer} step, batch {batch}", train)
+
+
+@contextmanager
+def card_of(gb: float, report: Report) -> Iterator[None]:
+    """All but so many GB of the card are taken while the block runs, what the framework and the
+    model hold counted in."""
+    torch.cuda.empty_cache()
+    rest = max(0, torch.cuda.mem_get_info()[1] - int(gb * 1e9))
+    taken = torch.empty(rest, dtype=torch.uint8, device=report.device)
+    report.apart = rest
+    try:
+        yield
+    finally:
+        report.apart = 0
+        del taken
+        torch.cuda.empty_cache()
 
 
 def _draw(model: StableDiffusion, size_px: int) -> None:
@@ -194,7 +249,7 @@ def measure_peers(args: argparse.Namespace, checkpoint: Path, work: Path, report
     contestants |= {"ComfyUI's node": throughput.comfyui} if args.comfyui else {}
     folder = work / "model"
     throughput.write_folder(checkpoint, folder)
-    for batch in (1, 4):
+    for batch in args.peer_batches:
         data = work / f"peers{batch}"
         data.mkdir()
         throughput.copy_pictures(data / "pictures", batch)
@@ -226,7 +281,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON to send")
     parser.add_argument("--script", type=Path, help="diffusers' train_dreambooth_lora.py")
     parser.add_argument("--comfyui", type=Path, help="a checkout of ComfyUI")
+    parser.add_argument("--families", nargs="*", choices=list(REAL), default=list(REAL))
+    parser.add_argument("--checkpoints", type=Path, help="a folder of make_checkpoint.py's files")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--peer-batches", nargs="+", type=int, default=[1, 4])
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
@@ -237,31 +295,73 @@ def main() -> None:
         "profiles": {},
     }
     with tempfile.TemporaryDirectory() as folder:
-        for family, size_px in (REAL if cuda else SMALL).items():
-            model, checkpoint = _model(family, Path(folder), device)
-            print(f"| {family} {size_px} px | seconds | peak GB |\n|---|---|---|", flush=True)
-            batches = (1, 4) if cuda else (1, 2)
-            run_phases(model, size_px, report, batches=batches, steps=args.steps)
+        place = args.checkpoints or Path(folder)
+        for family in args.families if cuda else SMALL:
+            files, size_px = Files(family, place, device), (REAL | SMALL)[family]
+            model = files.load("bf16")
+            print(TABLE_HEAD.format(f"{family} {size_px} px"), flush=True)
+            run_phases(
+                model, size_px, report, batches=(1, 2, 4) if cuda else (1, 2), steps=args.steps
+            )
             told["profiles"][family] = profile_of_a_step(model, size_px)
-            del model
             if cuda:
+                model = run_cards(files, model, size_px, report, args.steps)
+                del model
                 torch.cuda.empty_cache()
-            if cuda and family == "sd1" and (args.script or args.comfyui):
-                measure_peers(args, checkpoint, Path(folder), report)
-    args.output.write_text(json.dumps(told | {"rows": report.rows}, indent=1), encoding="utf-8")
+            args.output.write_text(json.dumps(told | {"rows": report.rows}, indent=1))
+        if cuda and (args.script or args.comfyui):
+            print(TABLE_HEAD.format(f"sd1 {REAL['sd1']} px"), flush=True)
+            measure_peers(args, Files("sd1", place, device).written(), Path(folder), report)
+    args.output.write_text(json.dumps(told | {"rows": report.rows}, indent=1))
 
 
-def _model(family: str, folder: Path, device: torch.device) -> tuple[StableDiffusion, Path]:
-    if family in SMALL:
-        return load_checkpoint(family), Path(family)
-    from make_checkpoint import clip_vocabulary, write
+def run_cards(
+    files: Files, model: StableDiffusion, size_px: int, report: Report, steps: int
+) -> StableDiffusion:
+    """A short calibration and steps of two pictures on every smaller card. The last model."""
+    held = "bf16"
+    for gb, precision in CARDS[files.family]:
+        if precision != held:
+            model, held = files.load(precision), precision
+        print(TABLE_HEAD.format(f"{files.family} in {precision}, {gb} GB"), flush=True)
+        with card_of(gb, report):
+            run_phases(model, size_px, report, batches=(2,), steps=steps, efforts=("quick",))
+    return model
 
-    path = folder / f"{family}.safetensors"
-    write(path, family)
-    place = folder / "tokenizer"
-    tokenizer = place if place.exists() else clip_vocabulary(folder)
-    model = load_checkpoint(path, device=device, dtype=torch.bfloat16, tokenizer=tokenizer)
-    return model, path
+
+@dataclass(frozen=True)
+class Files:
+    """A family's checkpoint of random weights, written when it is not there."""
+
+    family: str
+    folder: Path
+    device: torch.device
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.family}.safetensors"
+
+    def written(self) -> Path:
+        from make_checkpoint import write
+
+        if not self.path.exists():
+            write(self.path, self.family)
+        return self.path
+
+    def load(self, precision: str) -> StableDiffusion:
+        """With weights stored in bf16 or int8, on the device."""
+        if self.family in SMALL:
+            return load_checkpoint(self.family)
+        from make_checkpoint import clip_vocabulary
+
+        tokenizer = self.folder / "tokenizer"
+        return load_checkpoint(
+            self.written(),
+            device=self.device,
+            dtype=torch.bfloat16,
+            tokenizer=tokenizer if tokenizer.exists() else clip_vocabulary(self.folder),
+            eight_bits=precision == INT8,
+        )
 
 
 if __name__ == "__main__":

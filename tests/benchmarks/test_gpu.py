@@ -18,16 +18,15 @@ def script(name):
 
 def test_every_phase_has_its_row(mini_sd, monkeypatch, capsys):
     gpu = script("gpu")
-    monkeypatch.setattr(gpu, "EFFORTS", ["quick"])
     monkeypatch.setitem(sys.modules["cntlora_core.config"].EFFORTS, "quick", (1, 1))
     monkeypatch.setattr(gpu, "PICTURES", 1)
     monkeypatch.setattr(gpu, "DRAWING_STEPS", 1)
     report = gpu.Report(torch.device("cpu"))
-    gpu.run_phases(mini_sd, 64, report, batches=(1,), steps=2)
+    gpu.run_phases(mini_sd, 64, report, batches=(1,), steps=2, efforts=("quick",))
     assert [row["phase"] for row in report.rows] == [
         "encode 1 pictures",
         "draw a picture, 1 steps",
-        "calibrate, quick",
+        "calibrate, quick, batches of 2",
         "adamw step, batch 1",
         "natural step, batch 1",
     ]
@@ -45,5 +44,6 @@ def test_what_does_not_fit_says_so(capsys):
         raise torch.OutOfMemoryError
 
     report.measure("huge", too_large)
-    assert report.rows == [{"phase": "huge", "seconds": None, "peak_gb": None}]
-    assert capsys.readouterr().out == "| huge | too large | - |\n"
+    row = {"phase": "huge", "seconds": None, "held_gb": None, "taken_gb": None}
+    assert report.rows == [row]
+    assert capsys.readouterr().out == "| huge | too large | - | - |\n"

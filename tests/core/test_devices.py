@@ -1,6 +1,7 @@
 """Every tensor is where its partners are, on whichever device. No accelerator is needed: the
-devices are pretended (tests/support/pretended_device.py)."""
+devices are pretended (tests/support/pretended_device.py). `pytest -m gpu` takes a real one."""
 
+import contextlib
 import dataclasses
 import functools
 import tempfile
@@ -86,12 +87,12 @@ def on_the_cpu(precision, trainings):
         return whole_path(Path(folder), "cpu", precision, trainings)
 
 
-def compare(folder, kind, precision, *trainings):
+def compare(folder, kind, precision, *trainings, device=pretended, rel=1e-4):
     """With the same path on the CPU."""
     expected, same = on_the_cpu(precision, trainings)
-    with pretended(kind):
+    with device(kind):
         losses, picture = whole_path(folder, kind, precision, trainings)
-    assert losses == pytest.approx(expected, rel=1e-4 if precision == "fp32" else 2e-2)
+    assert losses == pytest.approx(expected, rel=rel if precision == "fp32" else 2e-2)
     assert losses[-1] != losses[-2]
     assert np.abs(picture - same).max() <= (2 if precision == "fp32" else 8)
 
@@ -107,13 +108,21 @@ def test_the_whole_path_keeps_to_its_device(brief, tmp_path):
     compare(tmp_path, "mps", "fp32", recomputing)
 
 
+NATURAL = dataclasses.replace(EVERY_OPTION, optimizer="natural")
+ADAMW = dataclasses.replace(EVERY_OPTION, optimizer="adamw", gradient_checkpointing=True)
+
+
 @pytest.mark.pretended
 @pytest.mark.parametrize("kind", NUMBER)
 @pytest.mark.parametrize("precision", [*DTYPES, "int8"])
 def test_every_step_on_every_device(brief, tmp_path, precision, kind):
-    natural = dataclasses.replace(EVERY_OPTION, optimizer="natural")
-    adamw = dataclasses.replace(EVERY_OPTION, optimizer="adamw", gradient_checkpointing=True)
-    compare(tmp_path, kind, precision, natural, adamw)
+    compare(tmp_path, kind, precision, NATURAL, ADAMW)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [*DTYPES, "int8"])
+def test_every_step_on_a_gpu(brief, tmp_path, precision):
+    compare(tmp_path, "cuda", precision, NATURAL, ADAMW, device=contextlib.nullcontext, rel=2e-3)
 
 
 def test_a_training_step_waits_for_the_device_once():

@@ -241,9 +241,11 @@ def watching_the_card(found: list[float]) -> Iterator[None]:
 
 
 def measure_peers(args: argparse.Namespace, checkpoint: Path, work: Path, report: Report) -> None:
-    """Others' trainers as whole processes, ours too, in the manner of throughput.py."""
+    """Others' trainers as whole processes, ours too, in the manner of throughput.py. One that
+    fails says so and has no row."""
     import throughput
 
+    cuda = report.device.type == "cuda"
     contestants: dict[str, Any] = {"CNTLoRA": throughput.ours}
     contestants |= {"diffusers' script": throughput.diffusers} if args.script else {}
     contestants |= {"ComfyUI's node": throughput.comfyui} if args.comfyui else {}
@@ -260,15 +262,21 @@ def measure_peers(args: argparse.Namespace, checkpoint: Path, work: Path, report
             folder=folder,
             resolution=REAL["sd1"],
             batch_size=batch,
-            gpu=True,
+            gpu=cuda,
         )
         for name, command in contestants.items():
             peak: list[float] = []
-            with watching_the_card(peak):
-                few, many = (
-                    throughput.measure(command(asked, n, data), throughput.ROOT, gpu=True).seconds
-                    for n in (2, 42)
-                )
+            try:
+                with watching_the_card(peak):
+                    few, many = (
+                        throughput.measure(
+                            command(asked, n, data), throughput.ROOT, gpu=cuda
+                        ).seconds
+                        for n in (2, 42)
+                    )
+            except SystemExit as failed:
+                print(f"{name}: {failed}", flush=True)
+                continue
             report.add(
                 f"sd1 {name}, step of batch {batch}, whole process", (many - few) / 40, *peak
             )

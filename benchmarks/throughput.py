@@ -8,9 +8,9 @@ node.
 `--script` is diffusers' examples/dreambooth/train_dreambooth_lora.py, run as its users run it;
 `--comfyui` a checkout of ComfyUI. Either may be left out. Every measurement is two whole processes
 that differ in their number of steps, so that loading cancels out; contestants take turns, so that a
-busy machine hurts all alike. Same model, pictures, shapes, batch, rank and fp32 for all. What
-differs by design: ComfyUI's node trains every layer with a weight, the others the attention
-projections.
+busy machine hurts all alike. Same model, pictures, shapes, batch, rank and fp32 for all (bf16 when
+gpu.py runs them on a GPU). What differs by design: ComfyUI's node trains every layer with a weight,
+the others the attention projections.
 
 With `--family sd1` the model has Stable Diffusion 1.5's shapes and random weights
 (`make_checkpoint.py` makes the file); COMFYUI_PATH must name a ComfyUI then, for its tokenizer.
@@ -106,7 +106,8 @@ def diffusers(args: argparse.Namespace, steps: int, work: Path) -> list[str]:
         "--output_dir",
     ]
     command += [str(work / "diffusers"), "--max_train_steps", str(steps), "--learning_rate", "1e-4"]
-    return [*command, "--checkpointing_steps", "100000", "--mixed_precision", "no"]
+    precision = "bf16" if getattr(args, "gpu", False) else "no"
+    return [*command, "--checkpointing_steps", "100000", "--mixed_precision", precision]
 
 
 def comfyui(args: argparse.Namespace, steps: int, work: Path) -> list[str]:

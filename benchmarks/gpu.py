@@ -277,9 +277,8 @@ def measure_peers(args: argparse.Namespace, checkpoint: Path, work: Path, report
             except SystemExit as failed:
                 print(f"{name}: {failed}", flush=True)
                 continue
-            report.add(
-                f"sd1 {name}, step of batch {batch}, whole process", (many - few) / 40, *peak
-            )
+            phase = f"sd1 {name}, step of batch {batch}, whole process"
+            report.add(phase, (many - few) / 40, None, *peak)
 
 
 def main() -> None:

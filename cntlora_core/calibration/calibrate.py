@@ -49,6 +49,7 @@ def calibrate(
     prior: NoisedSet | None = None,
     projections: Sequence[Projection] | None = None,
     ranks: Mapping[str, int] | None = None,
+    at_once: int | None = None,
     observer: Observer = ignore,
     group: Group = ALONE,
 ) -> Calibration:
@@ -66,7 +67,8 @@ def calibrate(
     _tell_clipped(projections, config.rank, observer)
     if config.init in ("gaussian", "default"):
         return _plain_start(projections, config, generator, started)
-    passes, timesteps = Passes(model, config, observer, group), len(model.schedule)
+    passes = Passes(model, config, at_once or config.batch_size, observer, group)
+    timesteps = len(model.schedule)
 
     # measure
     metric = passes.metric(projections, prior)

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Passes:
-    """The passes of a calibration, and their number in single pictures."""
+    """The passes of a calibration, `at_once` pictures each, and their number in single pictures."""
 
     model: StableDiffusion
     config: CalibrationConfig
+    at_once: int
     observer: Observer
     group: Group
     forward: int = 0
@@ -47,7 +48,7 @@ class Passes:
         self.add(len(triples), backward=backward)
         return measure(
             self.model, projections, triples,
-            batch_size=self.config.batch_size, backward=backward, phase=phase,
+            batch_size=self.at_once, backward=backward, phase=phase,
             width=sketch_width(self.config.rank),
             gradient_checkpointing=self.config.gradient_checkpointing,
             observer=self.observer, group=self.group,
@@ -75,14 +76,14 @@ class Passes:
         batches = _batches(subject, config, timesteps, generator, group, importance)
         return refine(
             self.model, lora, start, batches, config.refinements,
-            gradient_checkpointing=config.gradient_checkpointing,
+            at_once=self.at_once, gradient_checkpointing=config.gradient_checkpointing,
             observer=self.observer, group=group,
         )  # fmt: skip
 
     def loss(self, triples: NoisedSet, lora: LoRA) -> float:
         self.add(len(triples), backward=False)
         with attached_lora(self.model.unet, lora):
-            return mean_loss(self.model, triples, self.config.batch_size, self.group)
+            return mean_loss(self.model, triples, self.at_once, self.group)
 
 
 def _batches(

@@ -35,12 +35,13 @@ def refine(
     batches: Iterable[Batch],
     count: int,
     *,
+    at_once: int,
     gradient_checkpointing: bool,
     observer: Observer,
     group: Group,
 ) -> tuple[LoRA, NaturalStart]:
     """`lora` after a natural-gradient step for each of `count` batches, this process's parts of
-    them, averaged over the steps; and what further steps start from.
+    them, `at_once` pictures in a pass, averaged over the steps; and what further steps start from.
 
     Stops where the gradient is not a number. Rows of A leave with unit response, those of the live
     weights at the same scale.
@@ -55,8 +56,9 @@ def refine(
         average = RunningAverage(flat)
         for done, batch in enumerate(batches):
             pictures = len(batch) * group.size
-            with natural.recording(model, pictures, scale), torch.enable_grad():
-                (batch.loss(model).sum() * (scale / pictures)).backward()
+            for part in batch.split(at_once):
+                with natural.recording(model, pictures, scale), torch.enable_grad():
+                    (part.loss(model).sum() * (scale / pictures)).backward()
             gradient = adapters.gradient(scale)
             group.sum_([gradient])
             if not torch.isfinite(gradient.norm()):

@@ -43,10 +43,13 @@ def run_calibration(
     group: Group = ALONE,
 ) -> Calibration:
     """Calibrate, with what a run needs around it. Raises OutOfMemory with what to try next."""
-    config = fitted_calibration(model, config, subject.resolution, observer)
+    config, at_once = fitted_calibration(model, config, subject.resolution, observer)
     observer(Status(f"Calibrating ({config.init}) on {len(subject)} pictures"))
     with run_conditions(model, config, subject.resolution):
-        start = calibrate(model, subject, config, prior=preserve, observer=observer, group=group)
+        start = calibrate(
+            model, subject, config,
+            prior=preserve, at_once=at_once, observer=observer, group=group,
+        )  # fmt: skip
     observer(start.report)
     return start
 

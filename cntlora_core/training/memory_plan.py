@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from ..calibration.moments import moment_bytes
 from ..calibration.sketch import sketch_bytes, sketch_width
@@ -17,8 +17,6 @@ from ..model.families import config_of
 if TYPE_CHECKING:
     from ..calibration.calibrate import Calibration
     from ..model.loader import StableDiffusion
-
-Config = TypeVar("Config", CalibrationConfig, TrainConfig)
 
 # Adapter, gradient, two AdamW moments, last good copy: fp32 each.
 COPIES_OF_ADAPTERS = 5
@@ -73,8 +71,7 @@ class MemoryPlan:
             f"{'on' if self.gradient_checkpointing else 'off'}, batch {batch}, about "
             f"{self.needed / 1e9:.1f} GB beside the model{time}."
         )
-        smaller = "batch_size 1 or " if self.batch_size > 1 else ""
-        advice = f" That may be too little: try {smaller}a lower resolution."
+        advice = " That may be too little: try a lower resolution."
         return text if self.fits else text + advice
 
 
@@ -87,14 +84,13 @@ def plan_memory(
     accumulation: int,
     gradient_checkpointing: bool,
     fixed: int = RESERVE,
-    split: bool = True,
 ) -> MemoryPlan:
     """The first that fits into `free` bytes, else the smallest: as asked; with gradient
-    checkpointing; with the batch cut into accumulated parts, where `split` allows that.
+    checkpointing; with the batch cut into accumulated parts.
 
     `plain` and `checkpointed`: bytes of each picture in a batch; `fixed`: of none.
     """
-    parts = [n for n in range(batch_size, 0, -1) if batch_size % n == 0] if split else [batch_size]
+    parts = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
     ways = [(batch_size, gradient_checkpointing), *((n, True) for n in parts)]
     plans = [
         MemoryPlan(
@@ -111,18 +107,22 @@ def plan_memory(
 
 def fitted_calibration(
     model: StableDiffusion, config: CalibrationConfig, resolution: int, observer: Observer
-) -> CalibrationConfig:
-    """`config` so that the calibration fits into the memory, told in a sentence."""
+) -> tuple[CalibrationConfig, int]:
+    """`config` so that the calibration fits into the memory, and how many pictures of a batch to
+    look at at once; told in a sentence."""
     projections = find_projections(model.unet, targets_for(config))
-    each = picture_bytes(model, resolution)
-    looking = each[2] * config.batch_size if each else 0
     adapters = (
         4 * config.rank * sum(p.parameters_per_rank for p in projections if not p.feed_forward)
     )
-    steps = COPIES_OF_ADAPTERS * adapters + metric_bytes(projections)
-    sweep = sketch_bytes(projections, sketch_width(config.rank)) + looking
-    fixed = max(steps, sweep)
-    return fitted_to_memory(model, config, resolution, fixed=fixed, observer=observer)
+    phases = (
+        _Phase(COPIES_OF_ADAPTERS * adapters + metric_bytes(projections)),
+        _Phase(sketch_bytes(projections, sketch_width(config.rank)), looking=True),
+    )
+    plan = _plan(model, config, resolution, observer, phases)
+    if plan is None:
+        return config, config.batch_size
+    fitted = replace(config, gradient_checkpointing=plan.gradient_checkpointing)
+    return fitted, plan.batch_size
 
 
 def fitted_training(
@@ -133,56 +133,66 @@ def fitted_training(
     observer: Observer,
 ) -> TrainConfig:
     """`config` so that the training fits into the memory, told in a sentence, with the minutes that
-    it takes by those of the calibration."""
+    it takes by those of the calibration. A step sees the same pictures either way."""
     fixed = COPIES_OF_ADAPTERS * sum(f.up.nbytes + f.down.nbytes for f in start.lora.values())
     if start.natural:
         fixed += metric_bytes(start.natural.projections)
     report = start.report
     passes = report.forward_passes + 2 * report.backward_passes
     each = report.seconds / passes if report.backward_passes else None
-    return fitted_to_memory(model, config, resolution, fixed=fixed, seconds=each, observer=observer)
+    plan = _plan(model, config, resolution, observer, (_Phase(fixed),), each)
+    if plan is None:
+        return config
+    return replace(
+        config,
+        gradient_checkpointing=plan.gradient_checkpointing,
+        batch_size=plan.batch_size,
+        accumulation=plan.accumulation,
+    )
 
 
-def fitted_to_memory(
+@dataclass(frozen=True)
+class _Phase:
+    """`fixed`: bytes beside the passes; `looking`: whether the passes are looked on at."""
+
+    fixed: int
+    looking: bool = False
+
+
+def _plan(
     model: StableDiffusion,
-    config: Config,
+    config: CalibrationConfig | TrainConfig,
     resolution: int,
-    *,
-    fixed: int,
     observer: Observer,
+    phases: Sequence[_Phase],
     seconds: float | None = None,
-) -> Config:
-    """`config` so that the run fits; as it was where nothing is known of the device or the model.
-    `fixed`: bytes beside the passes; `seconds`: of one picture's forward pass.
-
-    A step sees the same pictures either way.
-    """
+) -> MemoryPlan | None:
+    """Of the phase that takes most, told in a sentence; None where nothing is known of the device
+    or the model. `seconds`: of one picture's forward pass."""
     free, each = free_memory(model.device), picture_bytes(model, resolution)
     if free is None or each is None:
-        return config
-    training = isinstance(config, TrainConfig)
+        return None
     accumulation = config.accumulation if isinstance(config, TrainConfig) else 1
-    plan = plan_memory(
-        free,
-        *each[:2],
-        batch_size=config.batch_size,
-        accumulation=accumulation,
-        gradient_checkpointing=config.gradient_checkpointing,
-        fixed=RESERVE + fixed,
-        split=training,
-    )
+    plans = [
+        plan_memory(
+            free,
+            *(bytes_ + phase.looking * each[2] for bytes_ in each[:2]),
+            batch_size=config.batch_size,
+            accumulation=accumulation,
+            gradient_checkpointing=config.gradient_checkpointing,
+            fixed=RESERVE + phase.fixed,
+        )
+        for phase in phases
+    ]
+    plan = max(plans, key=lambda p: (p.gradient_checkpointing, p.accumulation, p.needed))
     if seconds and isinstance(config, TrainConfig):
         forwards = 4 if plan.gradient_checkpointing else 3  # a backward pass is as long as two
         pictures = config.steps * config.batch_size * accumulation
         plan = replace(plan, minutes=pictures * forwards * seconds / 60)
-    changes: dict[str, Any] = {
-        "gradient_checkpointing": plan.gradient_checkpointing,
-        "batch_size": plan.batch_size,
-        **({"accumulation": plan.accumulation} if training else {}),
-    }
-    fitted = replace(config, **changes)
-    observer(Notice(str(plan)) if fitted != config or not plan.fits else Status(str(plan)))
-    return fitted
+    asked = config.gradient_checkpointing, config.batch_size
+    changed = (plan.gradient_checkpointing, plan.batch_size) != asked
+    observer(Notice(str(plan)) if changed or not plan.fits else Status(str(plan)))
+    return plan
 
 
 def metric_bytes(projections: Sequence[Projection]) -> int:

@@ -153,6 +153,19 @@ def test_same_seed_same_lora_and_an_untouched_model(mini_sd, subject, target):
     assert all(p.grad is None for p in mini_sd.unet.parameters())
 
 
+def test_pictures_one_by_one_give_what_they_give_together(mini_sd, subject, held_out, target):
+    """But for the metric, which takes in each by itself."""
+    single = calibrate(mini_sd, subject, QUICK, at_once=1)
+    assert single.report.backward_passes == target.report.backward_passes
+    validate = fixed_noised(held_out, 1000)
+    losses = []
+    for start in (single, target):
+        with attached_lora(mini_sd.unet, start.lora):
+            losses.append(mean_loss(mini_sd, validate, 8))
+    base = mean_loss(mini_sd, validate, 8)
+    assert abs(losses[0] - losses[1]) < 0.05 * (base - losses[1])
+
+
 def test_a_prior_takes_the_update_off_the_class(mini_sd, subject):
     """More weight on preservation: less change of the outputs on the prior's activations, relative
     to the subject's."""

@@ -20,7 +20,7 @@ from cntlora_core.training.memory_estimate import (
 from cntlora_core.training.memory_plan import (
     NEEDS,
     describe_needs,
-    fitted_to_memory,
+    fitted_calibration,
     fitted_training,
     picture_bytes,
     plan_memory,
@@ -56,9 +56,18 @@ def test_what_never_fits_is_tried_as_small_as_can_be_and_said():
     )
 
 
-def test_a_calibration_keeps_its_batches():
-    plan = plan_memory(2 * GB, 4 * GB, GB, fixed=GB, split=False, **ASKED)
-    assert (plan.gradient_checkpointing, plan.batch_size, plan.accumulation) == (True, 4, 2)
+def test_a_calibration_that_does_not_fit_looks_at_a_batch_one_by_one(mini_sd, monkeypatch):
+    monkeypatch.setattr(memory_plan, "picture_bytes", lambda model, resolution: (4 * GB, GB, GB))
+    asked = CalibrationConfig(batch_size=2)
+
+    def fitted(free):
+        monkeypatch.setattr(memory_plan, "free_memory", lambda device: free * GB)
+        return fitted_calibration(mini_sd, asked, 64, lambda event: None)
+
+    recomputing = dataclasses.replace(asked, gradient_checkpointing=True)
+    assert fitted(20) == (asked, 2)
+    assert fitted(5) == (recomputing, 2)
+    assert fitted(3) == (recomputing, 1)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -81,7 +90,9 @@ def test_nothing_is_changed_where_nothing_is_known(mini_sd):
     assert picture_bytes(mini_sd, 64) is None  # not of its family's shape
     assert free_memory(torch.device("cpu")) is None
     events, asked = [], TrainConfig()
-    assert fitted_to_memory(mini_sd, asked, 64, fixed=0, observer=events.append) is asked
+    assert fitted_training(mini_sd, asked, continued({}), 64, events.append) is asked
+    start = CalibrationConfig()
+    assert fitted_calibration(mini_sd, start, 64, events.append) == (start, start.batch_size)
     assert not events
 
 

@@ -87,7 +87,7 @@ def on_the_cpu(precision, trainings):
         return whole_path(Path(folder), "cpu", precision, trainings)
 
 
-def compare(folder, kind, precision, *trainings, device=pretended, rel=1e-4):
+def compare(folder, kind, precision, *trainings, device=pretended, rel=3e-4):
     """With the same path on the CPU."""
     expected, same = on_the_cpu(precision, trainings)
     with device(kind):

@@ -119,7 +119,7 @@ def test_training_goes_on_as_if_the_calibration_had(mini_sd, subject, start, mon
         begun = replace(start.natural, made=0, live=None, lengths={}, tokens={})
         return refine(
             mini_sd, start.lora, begun, batches, len(batches),
-            gradient_checkpointing=False, observer=ignore, group=ALONE,
+            at_once=2, gradient_checkpointing=False, observer=ignore, group=ALONE,
         )  # fmt: skip
 
     whole, _ = refined(batches)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 SIZE = 64  # px
@@ -34,16 +34,17 @@ def arguments(
         # Beside another busy process two threads were 20 times slower than one; and sums depend on
         # the number of threads.
         parser.add_argument("--threads", type=int, default=2, help="1 when the machine is shared")
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 
 def start(args: argparse.Namespace) -> None:
-    """Equal seeds and threads give equal weights on one machine: no learning rate reads the
-    clock."""
-    for name in ("steps", "threads"):
+    """Equal seeds and threads give equal weights on one CPU: no learning rate reads the clock."""
+    for name in ("steps", "threads", "batch_size", "copies", "save_every"):
         if (value := getattr(args, name, 1)) < 1:
-            raise SystemExit(f"--{name} is {value}: give at least 1.")
+            raise SystemExit(f"--{name.replace('_', '-')} is {value}: give at least 1.")
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True  # shapes never change
     torch.manual_seed(args.seed)
 
 
@@ -66,27 +67,48 @@ def load(data: Path, name: str) -> tuple[np.ndarray, list[dict]]:
     return images, [json.loads(line) for line in lines]
 
 
-def to_tensor(images: np.ndarray) -> Tensor:
-    """uint8 `[n, h, w, 3]` -> float `[n, 3, h, w]` in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+def load_drawings(data: Path) -> tuple[np.ndarray, list[dict]]:
+    """Everything that the VAE and the UNet learn from: Twitter's, Google's and EmojiOne's
+    drawings."""
+    (images, rows), (more, about) = load(data, "pretrain"), load(data, "emojione")
+    return np.concatenate([images, more]), rows + about
 
 
-def move(x: Tensor, zoom: Tensor, turn: Tensor, shift: Tensor) -> Tensor:
+def to_tensor(images: np.ndarray | Tensor) -> Tensor:
+    """uint8 `[n, h, w, 3]` -> float `[n, 3, h, w]` in [-1, 1], on the same device."""
+    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def cumulative(weights: list[float], device: torch.device | str) -> Tensor:
+    """Weights -> the shares up to each, for `draw`. `[n]`, the last is 1."""
+    sums = torch.tensor(weights, dtype=torch.float64).cumsum(0)
+    return (sums / sums[-1]).to(device)
+
+
+def draw(shares: Tensor, n: int) -> Tensor:
+    """n indices with replacement. Unlike torch.multinomial it never waits for a GPU."""
+    chance = torch.rand(n, dtype=torch.float64, device=shares.device)
+    return torch.searchsorted(shares, chance, right=True)
+
+
+def move(x: Tensor, zoom: Tensor, turn: Tensor, shift: Tensor, mode: str = "bilinear") -> Tensor:
     """Resample pictures `[n, 3, h, w]` on white: `zoom`, `turn` (radians) `[n]`, `shift` `[n, 2]`
-    (half a side is 1)."""
+    (half a side is 1). `mode` "bicubic" keeps them sharper."""
     rows = [zoom * turn.cos(), -zoom * turn.sin(), zoom * turn.sin(), zoom * turn.cos()]
     matrix = torch.cat([torch.stack(rows, 1).view(-1, 2, 2), shift.unsqueeze(2)], 2)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-    return 1 - F.grid_sample(1 - x, grid, padding_mode="zeros", align_corners=False)
+    drawn = F.grid_sample(1 - x, grid, mode, padding_mode="zeros", align_corners=False)
+    return (1 - drawn).clamp(-1, 1)
 
 
-def shade(x: Tensor, darkest: float = 0.4, brightest: float = 1.3) -> Tensor:
-    """Half of the pictures get a smooth light where they are not white, so that not all of them are
-    flat."""
+def shade(x: Tensor, darkest: float = 0.4, brightest: float = 1.3, share: float = 0.5) -> Tensor:
+    """A share of the pictures gets a smooth light where they are not white, so that not all of them
+    are flat."""
     n = len(x)
-    light = torch.rand(n, 1, 3, 3) * (brightest - darkest) + darkest
+    light = torch.rand(n, 1, 3, 3, device=x.device) * (brightest - darkest) + darkest
     light = F.interpolate(light, size=x.shape[-2:], mode="bicubic", align_corners=True)
-    drawn = ((1 - x).amax(1, keepdim=True) > 0.05) & (torch.rand(n, 1, 1, 1) < 0.5)
+    chosen = torch.rand(n, 1, 1, 1, device=x.device) < share
+    drawn = ((1 - x).amax(1, keepdim=True) > 0.05) & chosen
     return torch.where(drawn, ((x + 1) * light - 1).clamp(-1, 1), x)
 
 
@@ -98,26 +120,3 @@ def learning_rate(step: int, steps: int, warm_up: int, peak: float, floor: float
 
 def report_due(step: int, steps: int) -> bool:
     return (step + 1) % 250 == 0 or step + 1 == steps
-
-
-class EMA:
-    """Exponential moving average of a module's parameters."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
-        self.live = list(module.parameters())
-        self.average = [p.detach().clone() for p in self.live]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.live], 1 - decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange live and averaged weights."""
-        for live, average in zip(self.live, self.average, strict=True):
-            held = live.detach().clone()
-            live.copy_(average)
-            average.copy_(held)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import BUILD, load, start
+from common import BUILD, load, start, to_tensor
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from train_vae import encode, psnr
@@ -41,14 +41,15 @@ def epsilon_mse(
     ids = pipe.tokenizer(
         captions, padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids
-    text = pipe.text_encoder(ids)[0]
+    text = pipe.text_encoder(ids.to(pipe.device))[0]
     generator = torch.Generator().manual_seed(seed)
     errors = {}
     for t in TIMESTEPS:
-        level = pipe.scheduler.alphas_cumprod[t]
-        noise = torch.randn(latents.shape, generator=generator)
-        noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
-        predicted = pipe.unet(noisy, torch.full((len(latents),), t), text, return_dict=False)[0]
+        level = float(pipe.scheduler.alphas_cumprod[t])
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        noisy = level**0.5 * latents + (1 - level) ** 0.5 * noise
+        times = torch.full((len(latents),), t, device=latents.device)
+        predicted = pipe.unet(noisy, times, text, return_dict=False)[0]
         errors[t] = (predicted - noise).square().mean().item()
     return errors
 
@@ -61,7 +62,7 @@ def measure(pipe: StableDiffusionPipeline, images: np.ndarray, rows: list[dict],
     gap, errors, scale = {}, {}, pipe.vae.config.scaling_factor
     for vendor in VENDORS:
         index = [c[vendor] for c in chosen]
-        latents = encode(pipe.vae, images[index])[:, 0] * scale
+        latents = encode(pipe.vae, to_tensor(images[index]).to(pipe.device))[:, 0] * scale
         captions = [f"{rows[i]['name']} emoji, {vendor.removesuffix('3d')} style" for i in index]
         right = epsilon_mse(pipe, latents, captions, seed)
         gap[vendor] = round(sum(right.values()) / len(right), 4)
@@ -82,12 +83,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=BUILD / "data", help="made by prepare_data.py")
     parser.add_argument("--seed", type=int, default=0, help="of the emoji and of the noise")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     start(args)
     images, rows = zip(load(args.data, "pretrain"), load(args.data, "fluent"), strict=True)
     pipe = StableDiffusionPipeline.from_pretrained(
         args.pipeline, torch_dtype=torch.float32, local_files_only=True
-    )
+    ).to(args.device)
     print(
         json.dumps(measure(pipe, np.concatenate(images), [*rows[0], *rows[1]], args.seed), indent=1)
     )

@@ -3,8 +3,9 @@ for fine-tuning.
 
     python benchmarks/mini_sd/prepare_data.py --output DIR
 
-Writes data/pretrain.{npz,jsonl} (Twitter and Google drawings), data/fluent.{npz,jsonl} (Microsoft
-Fluent 3D: never used in pre-training) and subjects/<name>/{train,heldout}/*.png with
+Writes data/pretrain.{npz,jsonl} (Twitter and Google drawings), data/emojione.{npz,jsonl} (EmojiOne,
+for the VAE and the UNet only), data/fluent.{npz,jsonl} (Microsoft Fluent 3D: never used in
+pre-training) and subjects/<name>/{train,heldout}/*.png with
 metadata.jsonl.
 """
 
@@ -45,6 +46,11 @@ PACKAGES = {
         "emoji-datasource-google",
         "16.0.0",
         "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+    ),
+    "emojione": Package(
+        "emojione",
+        "2.2.7",
+        "5fe002738e6e276f49ac37783799d2feab99a6131fdedccfa56569d745449ae5",
     ),
     "fluent": Package(
         "@lobehub/fluent-emoji-3d",
@@ -148,6 +154,18 @@ def pretraining(emoji: list[dict], npm: Path) -> Iterator[tuple[np.ndarray, dict
                     yield on_white(raw), facts(entry, vendor, skin)
 
 
+def emojione(emoji: list[dict], npm: Path) -> Iterator[tuple[np.ndarray, dict]]:
+    """Its file names leave joiners and variation selectors out."""
+    files = members(
+        archive(PACKAGES["emojione"], npm),
+        lambda n: n.startswith("package/assets/png/") and n.endswith(".png"),
+    )
+    for entry in emoji:
+        raw = files.get(re.sub("-(fe0f|200d)(?=-|$)", "", entry["unified"].lower()))
+        if raw is not None:
+            yield on_white(raw), facts(entry, "emojione", None)
+
+
 def fluent(emoji: list[dict], npm: Path) -> Iterator[tuple[np.ndarray, dict]]:
     files = members(archive(PACKAGES["fluent"], npm), lambda n: n.endswith(".webp"))
     plain = {key.replace("-fe0f", ""): raw for key, raw in files.items()}
@@ -183,6 +201,7 @@ def main() -> None:
         assert handle is not None
         emoji = [e for e in json.load(handle) if e["subcategory"] not in LEFT_OUT]
     save(pretraining(emoji, npm), data, "pretrain")
+    save(emojione(emoji, npm), data, "emojione")
     save(fluent(emoji, npm), data, "fluent")
     make_subjects(data, args.output / "subjects", SUBJECTS)
 

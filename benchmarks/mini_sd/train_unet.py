@@ -1,30 +1,36 @@
 """Train the text encoder and the UNet together on cached latents; save the averaged weights as a
 diffusers pipeline (fp16).
 
-    python benchmarks/mini_sd/train_unet.py --phase 1 --steps 2848 --output DIR/phase1
-    python benchmarks/mini_sd/train_unet.py --phase 2 --steps 7685 --init DIR/phase1 --output
-    DIR/model
+    python benchmarks/mini_sd/train_unet.py --steps 20000 --output DIR/model
 
 `--width 0.5` gives the UNet half the channels: a second size of model, for what should carry over
-between sizes. With `--vae cntlora_core/mini_sd/model/vae --tokenizer
-cntlora_core/mini_sd/model/tokenizer` it reads the embedded model's latents and words.
+between sizes. With `--vae cntlora_core/mini_sd/model/vae` it reads the embedded model's latents.
 
-Phase 1 weights the loss by min-SNR-5; phase 2 divides the loss of each of 32 timestep strata by its
-running mean, so that every noise level counts alike, and draws rarely the categories of least
-interest.
+The loss of each of 32 timestep strata is divided by its running mean, so that every noise level
+counts alike. Categories of least interest are drawn rarely.
 """
 
 from __future__ import annotations
 
-import random
 import shutil
-import time
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import BUILD, EMA, SIZE, arguments, learning_rate, load, record, report_due, start
+from common import (
+    BUILD,
+    SIZE,
+    arguments,
+    cumulative,
+    draw,
+    load_drawings,
+    move,
+    record,
+    shade,
+    start,
+    to_tensor,
+)
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -32,32 +38,31 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from train_vae import encode
+from training import Plan, Training, add_arguments, bf16, plan
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-BATCH, WARM_UP, WEIGHT_DECAY, EMA_DECAY = 32, 200, 0.01, 0.999
-GAMMA, EMPTY_CAPTIONS, HIDDEN = 5.0, 0.10, 128
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Peak learning rates, and the sampling weights of skin tones and of the `RARE` categories (all
-    others: 1)."""
-
-    lr: float
-    text_lr: float
-    skin_tones: float
-    rare: float
-    min_snr: bool
-
-
-PHASES = {
-    1: Phase(lr=1e-3, text_lr=5e-4, skin_tones=0.05, rare=1.0, min_snr=True),
-    2: Phase(lr=1e-3, text_lr=1e-3, skin_tones=0.03, rare=0.4, min_snr=False),
-}
+BATCH, WARM_UP, WEIGHT_DECAY, EMA_DECAY = 256, 500, 0.01, 0.9995
+UNET_LR, TEXT_LR = 1.5e-3, 1e-3
+STRATA, HIDDEN = 32, 128
+EMBEDDED = Path(__file__).resolve().parents[2] / "cntlora_core" / "mini_sd" / "model"
 RARE = ("Symbols", "People & Body", "Flags")
+SKIN_TONE_WEIGHT, RARE_WEIGHT = 0.03, 0.4
+# Drawings that mean the same in a mirror.
+FLIPPED = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
+# Captions are every combination of a name, an article and a form, drawn by these chances; a tenth
+# of all captions are empty, for guidance.
+EMPTY_CAPTIONS = 0.10
+NAMES = {"name": 0.8, "short": 0.2}
+ARTICLES = {"": 0.8, "a ": 0.2}
+FORMS = {
+    "{} emoji, {vendor} style": 0.60,
+    "{}, {vendor} style": 0.15,
+    "{} emoji": 0.10,
+    "{}": 0.15,
+}
+NO_STYLE = {form: chance if "vendor" not in form else 0.0 for form, chance in FORMS.items()}
 UNET = {
     "sample_size": SIZE // 4,
     "in_channels": 4,
@@ -89,41 +94,85 @@ SCHEDULE = {
 }
 
 
-def caption(row: dict, rng: random.Random) -> str:
-    """One of several ways to say what a drawing shows; a tenth of all captions are empty, for
-    guidance."""
-    if rng.random() < EMPTY_CAPTIONS:
-        return ""
-    text = row["name"] if rng.random() < 0.8 else row["short"]
-    text += f", {row['skin']} skin tone" if row["skin"] else ""
-    text = f"a {text}" if rng.random() < 0.2 else text
-    form = rng.random()
-    if form < 0.60:
-        return f"{text} emoji, {row['vendor']} style"
-    if form < 0.75:
-        return f"{text}, {row['vendor']} style"
-    return f"{text} emoji" if form < 0.85 else text
+def captions(row: dict) -> list[str]:
+    """All ways to say what a drawing shows, in the order of `chances`; the last is empty."""
+    skin = f", {row['skin']} skin tone" if row["skin"] else ""
+    return [
+        form.format(article + row[name] + skin, vendor=row["vendor"])
+        for name, article, form in product(NAMES, ARTICLES, FORMS)
+    ] + [""]
+
+
+def chances(forms: dict[str, float]) -> list[float]:
+    """Of each of `captions`."""
+    said = [a * b * c for a, b, c in product(NAMES.values(), ARTICLES.values(), forms.values())]
+    return [(1 - EMPTY_CAPTIONS) * c / sum(said) for c in said] + [EMPTY_CAPTIONS]
+
+
+def tokenise(tokenizer: CLIPTokenizer, rows: list[dict]) -> Tensor:
+    """Every caption of every drawing, `[rows, captions, tokens]`."""
+    texts = [text for row in rows for text in captions(row)]
+    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return ids.view(len(rows), -1, ids.shape[1])
+
+
+def shaded_copies(copies: int) -> int:
+    """The last third of the copies is shaded, and no caption says that a vendor drew those."""
+    return copies // 3
+
+
+def vary(x: Tensor, mirror: Tensor) -> Tensor:
+    """Drawings a little otherwise: moved by whole pixels, which keeps them sharp, or half of them
+    zoomed, turned and tinted. Those of `mirror` `[n]` may be flipped."""
+    n, device = len(x), x.device
+    flip, still, zoom, turn = torch.rand(4, n, device=device).unbind()
+    x = torch.where((mirror & (flip < 0.5)).view(-1, 1, 1, 1), x.flip(-1), x)
+    whole = (still < 0.5).float()
+    zoom = 1 + (1 - whole) * (0.3 * zoom - 0.05)
+    shift = torch.randint(-2, 3, (n, 2), device=device) * (2 / SIZE)
+    x = move(x, zoom, (1 - whole) * (turn - 0.5) * 0.3, shift, mode="bicubic")
+    tint = 1 + (1 - whole).view(-1, 1, 1, 1) * 0.16 * (torch.rand(n, 3, 1, 1, device=device) - 0.5)
+    drawn = (1 - x).amax(1, keepdim=True) > 0.05  # the paper stays white
+    return torch.where(drawn, ((x + 1) * tint - 1).clamp(-1, 1), x)
+
+
+@torch.no_grad()
+def encode_copies(vae: AutoencoderKL, images: np.ndarray, rows: list[dict], copies: int) -> Tensor:
+    """Scaled latents of the drawings as they are and of copies - 1 variations.
+
+    `[copies, n, 2, 4, 16, 16]`, fp16: mean and standard deviation.
+    """
+    device, found = vae.device, []
+    pictures = torch.as_tensor(images, device=device)
+    mirror = torch.tensor([r["category"] in FLIPPED for r in rows], device=device)
+    for copy in range(copies):
+        parts = []
+        for part, flips in zip(pictures.split(512), mirror.split(512), strict=True):
+            x = to_tensor(part)
+            x = vary(x, flips) if copy else x
+            if copy >= copies - shaded_copies(copies):
+                x = shade(x, 0.5, 1.25, share=1.0)
+            parts.append((encode(vae, x) * vae.config.scaling_factor).half())
+        found.append(torch.cat(parts))
+    return torch.stack(found)
 
 
 class Losses:
-    """Weights of the per-sample losses: min-SNR, or one over the running mean of each stratum."""
+    """Per-sample losses over the running mean of their timestep stratum."""
 
-    def __init__(self, min_snr: bool, alphas_cumprod: Tensor) -> None:
-        snr = alphas_cumprod / (1 - alphas_cumprod)
-        self.min_snr = (snr.clamp(max=GAMMA) / snr).float() if min_snr else None
-        self.mean: Tensor | None = None
-        self.steps = 0
+    def __init__(self, device: torch.device | str) -> None:
+        self.mean = torch.zeros(STRATA, device=device)
+        self.steps = torch.zeros((), device=device)
 
-    def weigh(self, losses: Tensor, t: Tensor) -> Tensor:
-        """`losses` `[32]` in the order of the strata -> the scalar to descend."""
-        if self.min_snr is not None:
-            return (losses * self.min_snr[t]).mean()
-        seen = losses.detach()
-        self.steps += 1
-        self.mean = (
-            seen.clone() if self.mean is None else self.mean.lerp(seen, max(0.01, 1 / self.steps))
-        )
-        return (losses * 0.1 / self.mean).mean()
+    def weigh(self, losses: Tensor) -> Tensor:
+        """`losses` `[n]` in the order of the strata, equally many of each -> the scalar to
+        descend."""
+        losses = losses.view(STRATA, -1).mean(1)
+        with torch.no_grad():
+            self.steps += 1
+            self.mean += (losses - self.mean) * (1 / self.steps).clamp(min=0.01)
+        # A copy, for the next step changes the mean in place.
+        return (losses * 0.1 / self.mean.clone()).mean()
 
 
 def build(
@@ -145,7 +194,9 @@ def build(
         unet = UNet2DConditionModel(**(UNET | {"block_out_channels": channels}))
         text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **ids, **TEXT))
     return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(vae_folder, local_files_only=True),
+        vae=AutoencoderKL.from_pretrained(
+            vae_folder, torch_dtype=torch.float32, local_files_only=True
+        ),
         text_encoder=text.train(),
         tokenizer=tokenizer,
         unet=unet.train(),
@@ -156,9 +207,9 @@ def build(
     )
 
 
-def parameter_groups(pipe: StableDiffusionPipeline, phase: Phase) -> list[dict]:
+def parameter_groups(pipe: StableDiffusionPipeline) -> list[dict]:
     groups: list[dict] = []
-    for module, lr in ((pipe.unet, phase.lr), (pipe.text_encoder, phase.text_lr)):
+    for module, lr in ((pipe.unet, UNET_LR), (pipe.text_encoder, TEXT_LR)):
         matrices = [p for p in module.parameters() if p.ndim > 1]
         others = [p for p in module.parameters() if p.ndim <= 1]
         groups += [{"params": matrices, "peak": lr, "weight_decay": WEIGHT_DECAY}]
@@ -169,82 +220,73 @@ def parameter_groups(pipe: StableDiffusionPipeline, phase: Phase) -> list[dict]:
 def step_losses(
     pipe: StableDiffusionPipeline,
     latents: Tensor,
-    captions: list[str],
+    ids: Tensor,
     t: Tensor,
     alphas_cumprod: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    """Epsilon-MSE of every sample `[n]`, for scaled latents and noise `[n, 4, 16, 16]` and
-    timesteps `[n]`."""
-    ids = pipe.tokenizer(
-        captions, padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
+    """Epsilon-MSE of every sample `[n]`, for scaled latents and noise `[n, 4, 16, 16]`, tokens
+    `[n, 32]` and timesteps `[n]`."""
     level = alphas_cumprod[t].view(-1, 1, 1, 1)
     noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
-    with torch.autocast("cpu", torch.bfloat16):
-        predicted = pipe.unet(noisy, t, pipe.text_encoder(ids)[0], return_dict=False)[0]
+    length = ids.shape[1]
+    # transformers makes the causal mask otherwise while a graph is captured than before: give it.
+    causal = torch.ones(1, 1, length, length, dtype=torch.bool, device=ids.device).tril()
+    with bf16(noisy.device):
+        text = pipe.text_encoder(ids, attention_mask=causal)[0]
+        predicted = pipe.unet(noisy, t, text, return_dict=False)[0]
     return (predicted.float() - noise).square().mean((1, 2, 3))
 
 
-def stratified_timesteps(n: int, generator: torch.Generator) -> Tensor:
+def stratified_timesteps(n: int, device: torch.device | str) -> Tensor:
     """One in each of n equal strata, in order: less noise in the gradient, the same expectation.
     `[n]`."""
-    return (
-        ((torch.arange(n) + torch.rand(n, generator=generator)) * (1000 / n)).long().clamp(max=999)
-    )
+    places = torch.arange(n, device=device) + torch.rand(n, device=device)
+    return (places * (1000 / n)).long().clamp(max=999)
 
 
 def train(
     pipe: StableDiffusionPipeline,
     latents: Tensor,
     rows: list[dict],
-    phase: Phase,
+    plan: Plan,
     *,
-    steps: int,
-    seed: int = 0,
+    batch: int,
 ) -> float:
     """Train the pipeline's UNet and text encoder in place, up to their averaged weights.
 
-    `latents` `[n, 2, 4, 16, 16]`: mean and standard deviation. Returns the mean epsilon-MSE of the
-    last 250 steps.
+    `latents` `[copies, n, 2, 4, 16, 16]` of `encode_copies`; `batch` is a multiple of 32. Returns
+    the mean epsilon-MSE since the last report.
     """
+    if batch % STRATA:
+        raise SystemExit(f"--batch-size is {batch}: give a multiple of {STRATA}.")
+    device, copies = latents.device, len(latents)
     weights = [
-        phase.skin_tones if r["skin"] else phase.rare if r["category"] in RARE else 1.0
+        SKIN_TONE_WEIGHT if r["skin"] else RARE_WEIGHT if r["category"] in RARE else 1.0
         for r in rows
     ]
-    chances = torch.tensor(weights, dtype=torch.float64)
-    alphas_cumprod = DDPMScheduler(**SCHEDULE).alphas_cumprod
-    losses = Losses(phase.min_snr, alphas_cumprod)
+    shares = cumulative(weights, device)
+    ids = tokenise(pipe.tokenizer, rows).to(device)
+    forms = torch.stack([cumulative(chances(f), device) for f in (FORMS, NO_STYLE)])
+    alphas_cumprod = DDPMScheduler(**SCHEDULE).alphas_cumprod.to(device)
+    losses = Losses(device)
+
+    def loss() -> tuple[Tensor, Tensor]:
+        index = draw(shares, batch)
+        copy = torch.randint(copies, (batch,), device=device)
+        shaded = (copy >= copies - shaded_copies(copies)).long()
+        chance = torch.rand(batch, 1, dtype=torch.float64, device=device)
+        said = torch.searchsorted(forms[shaded], chance, right=True).squeeze(1)
+        mean, std = latents[copy, index].float().unbind(1)
+        x = mean + std * torch.randn_like(mean)
+        t = stratified_timesteps(batch, device)
+        noise = torch.randn_like(x)
+        each = step_losses(pipe, x, ids[index, said], t, alphas_cumprod, noise)
+        return losses.weigh(each), each.mean()
+
     modules = nn.ModuleDict({"unet": pipe.unet, "text": pipe.text_encoder})
-    ema = EMA(modules, EMA_DECAY)
-    optimizer = torch.optim.AdamW(parameter_groups(pipe, phase), betas=(0.9, 0.99))
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    started, seen, last = time.monotonic(), [], float("nan")
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, WARM_UP, group["peak"])
-        index = torch.multinomial(chances, BATCH, generator=generator)
-        mean, std = latents[index].float().unbind(1)
-        x = mean + std * torch.randn(mean.shape, generator=generator)
-        t = stratified_timesteps(BATCH, generator)
-        noise = torch.randn(x.shape, generator=generator)
-        each = step_losses(
-            pipe, x, [caption(rows[i], rng) for i in index.tolist()], t, alphas_cumprod, noise
-        )
-        losses.weigh(each, t).backward()
-        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update()
-        seen.append(each.detach().mean().item())
-        if report_due(step, steps):
-            last, seen = sum(seen) / len(seen), []
-            print(
-                f"{time.monotonic() - started:.0f} s, step {step + 1}: epsilon-MSE {last:.4f}",
-                flush=True,
-            )
-    ema.swap()
-    return last
+    running = (losses.mean, losses.steps)
+    return Training(modules, parameter_groups(pipe), loss, plan, running).run()
 
 
 def save(pipe: StableDiffusionPipeline, tokenizer_folder: Path, folder: Path) -> None:
@@ -256,31 +298,23 @@ def save(pipe: StableDiffusionPipeline, tokenizer_folder: Path, folder: Path) ->
         shutil.copy(tokenizer_folder / name, folder / "tokenizer" / name)
 
 
-def read_latents(vae_folder: Path, images: np.ndarray) -> Tensor:
-    """Those that train_vae.py left beside the VAE, or made now. Scaled, `[n, 2, 4, 16, 16]`."""
-    if (file := vae_folder / "latents.safetensors").is_file():
-        return load_file(file)["latents"]
-    vae = AutoencoderKL.from_pretrained(
-        vae_folder, torch_dtype=torch.float32, local_files_only=True
-    )
-    return encode(vae.eval(), images) * vae.config.scaling_factor
-
-
 def main() -> None:
-    parser = arguments(__doc__, BUILD / "model", steps=2848)
+    parser = arguments(__doc__, BUILD / "model", steps=20000)
+    add_arguments(parser, BATCH)
     parser.add_argument(
         "--width", type=float, default=1.0, help="of the UNet, where none is given by --init"
     )
-    parser.add_argument("--phase", type=int, choices=tuple(PHASES), default=1)
-    parser.add_argument("--init", type=Path, help="a saved pipeline to go on from")
-    parser.add_argument("--tokenizer", type=Path, default=BUILD / "tokenizer")
+    parser.add_argument("--copies", type=int, default=24, help="variations of every drawing")
+    parser.add_argument("--init", type=Path, help="a saved pipeline to start from")
+    parser.add_argument("--tokenizer", type=Path, default=EMBEDDED / "tokenizer")
     parser.add_argument("--vae", type=Path, default=BUILD / "vae", help="made by train_vae.py")
     args = parser.parse_args()
     start(args)
-    images, rows = load(args.data, "pretrain")
-    latents = read_latents(args.vae, images)
-    pipe = build(args.tokenizer, args.vae, args.init, args.width)
-    loss = train(pipe, latents, rows, PHASES[args.phase], steps=args.steps, seed=args.seed)
+    images, rows = load_drawings(args.data)
+    pipe = build(args.tokenizer, args.vae, args.init, args.width).to(args.device)
+    latents = encode_copies(pipe.vae, images, rows, args.copies)
+    steps = plan(args, WARM_UP, EMA_DECAY)
+    loss = train(pipe, latents, rows, steps, batch=args.batch_size)
     save(pipe, args.tokenizer, args.output)
     record(args.output, args, epsilon_mse=round(loss, 4))
 

@@ -142,18 +142,27 @@ def test_the_tokenizer_is_the_same_in_every_run(script):
     assert all(again == first for again in others)
 
 
-def test_vae_steps_are_exact(script, data, monkeypatch):
-    module = script("train_vae")
-    monkeypatch.setitem(module.CONFIG, "block_out_channels", (8, 8, 8))
-    monkeypatch.setattr(module, "BATCH", 4)
-    trained = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        trained.append(parameters(module.train(*data, steps=1)))
-    assert torch.isfinite(trained[0]).all()
-    assert torch.equal(*trained)
+def vae_after(script, data, folder, **plan):
+    """Parameters after seeded steps of a narrow VAE."""
+    module, training = script("train_vae"), script("training")
     torch.manual_seed(0)
-    assert not torch.equal(trained[0], parameters(module.AutoencoderKL(**module.CONFIG)))
+    vae = module.AutoencoderKL(**(module.CONFIG | {"block_out_channels": (8, 8, 8)}))
+    steps = training.Plan(warm_up=1, ema_decay=0.9, checkpoint=folder / "training.pt", **plan)
+    return parameters(module.train(vae, *data, steps, batch=4))
+
+
+def test_vae_steps_are_exact_and_go_on_from_a_checkpoint(script, data, tmp_path):
+    whole, again = (vae_after(script, data, tmp_path, steps=3, save_every=2) for _ in range(2))
+    assert torch.isfinite(whole).all()
+    assert torch.equal(whole, again)
+    resumed = vae_after(script, data, tmp_path, steps=3, save_every=9, resume=True)
+    assert torch.equal(whole, resumed)
+    assert not torch.equal(whole, vae_after(script, data, tmp_path, steps=2))
+
+
+def test_nothing_to_resume_is_told(script, data, tmp_path):
+    with pytest.raises(SystemExit, match="there is nothing to resume"):
+        vae_after(script, data, tmp_path, steps=1, resume=True)
 
 
 def test_whitened_latents_have_unit_variance_and_the_same_pictures(script, data):
@@ -164,7 +173,7 @@ def test_whitened_latents_have_unit_variance_and_the_same_pictures(script, data)
     x = module.to_tensor(images)
     with torch.no_grad():
         before = vae.decode(vae.encode(x).latent_dist.mean).sample
-        module.whiten(vae, module.encode(vae, images)[:, 0])
+        module.whiten(vae, module.encode(vae, x)[:, 0])
         latents = vae.encode(x).latent_dist.mean
         after = vae.decode(latents).sample
     torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-3)
@@ -175,14 +184,18 @@ def test_whitened_latents_have_unit_variance_and_the_same_pictures(script, data)
 def test_a_unet_step_trains_saves_and_samples(script, data, tokenizer, tmp_path):
     module = script("train_unet")
     rows = data[1] * 2
-    latents = torch.randn(len(rows), 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    images = np.concatenate([data[0]] * 2)
     script("train_vae").AutoencoderKL(**script("train_vae").CONFIG).save_pretrained(
         tmp_path / "vae"
     )
     torch.manual_seed(0)
     pipe = module.build(tmp_path / "tokenizer", tmp_path / "vae")
     fresh = [parameters(part) for part in (pipe.unet, pipe.text_encoder)]
-    loss = module.train(pipe, latents, rows, module.PHASES[1], steps=1)
+    latents = module.encode_copies(pipe.vae, images, rows, copies=3)
+    assert latents.shape == (3, 48, 2, 4, 16, 16)
+    assert not torch.equal(latents[0], latents[1])
+    plan = script("training").Plan(steps=1, warm_up=1, ema_decay=0.9)
+    loss = module.train(pipe, latents, rows, plan, batch=32)
     assert 0.5 < loss < 2  # it guesses nothing yet, and the noise has variance 1
     module.save(pipe, tmp_path / "tokenizer", tmp_path / "model")
     again = module.build(tmp_path / "tokenizer", tmp_path / "vae", init=tmp_path / "model")
@@ -195,18 +208,40 @@ def test_a_unet_step_trains_saves_and_samples(script, data, tokenizer, tmp_path)
     assert picture.size == (64, 64)
 
 
-def test_captions_and_loss_weights(script):
+def test_captions_and_loss_weights(script, tokenizer):
     module = script("train_unet")
     row = {"name": "cat face", "short": "cat", "vendor": "google", "skin": None}
-    texts = {module.caption(row, random.Random(i)) for i in range(200)}
-    assert "" in texts
-    assert "cat face emoji, google style" in texts
-    alphas_cumprod = torch.linspace(0.999, 0.01, 1000)
-    t = module.stratified_timesteps(32, torch.Generator().manual_seed(0))
-    assert torch.equal(t * 32 // 1000, torch.arange(32))
-    each = torch.linspace(0.3, 0.01, 32)
-    assert float(module.Losses(False, alphas_cumprod).weigh(each, t)) == pytest.approx(0.1)
-    assert float(module.Losses(True, alphas_cumprod).weigh(each, t)) < float(each.mean())
+    texts = module.captions(row)
+    for forms, styled in ((module.FORMS, 0.9 * 0.75), (module.NO_STYLE, 0.0)):
+        share = dict(zip(texts, module.chances(forms), strict=True))
+        assert sum(share.values()) == pytest.approx(1)
+        assert share[""] == pytest.approx(0.1)
+        assert sum(c for t, c in share.items() if "google" in t) == pytest.approx(styled)
+    assert module.tokenise(tokenizer, [row, row]).shape == (2, len(texts), 32)
+    t = module.stratified_timesteps(40, "cpu")
+    assert torch.equal(t // 25, torch.arange(40))
+    each = torch.linspace(0.3, 0.01, 64)
+    assert float(module.Losses("cpu").weigh(each)) == pytest.approx(0.1)
+
+
+def test_drawings_are_chosen_by_their_weights(script):
+    common = script("common")
+    torch.manual_seed(0)
+    chosen = common.draw(common.cumulative([0.0, 1.0, 3.0, 0.0], "cpu"), 4000)
+    assert torch.bincount(chosen, minlength=4).tolist() == pytest.approx([0, 1000, 3000, 0], abs=99)
+
+
+def test_variations_keep_the_paper_white_and_mirror_only_what_may_be(script):
+    module = script("train_unet")
+    torch.manual_seed(0)
+    x = torch.ones(64, 3, 64, 64)
+    x[:, :, 20:40, 10:20] = -1  # in the left half
+    mirror = torch.arange(64) < 32
+    varied = module.vary(x, mirror)
+    assert (varied[:, :, :4] == 1).all()
+    dark = varied[..., 32:].amin((1, 2, 3)) < 0
+    assert dark[mirror].any()
+    assert not dark[~mirror].any()
 
 
 def test_the_encoder_learns_pairs_and_is_stored_small(script, data, tmp_path):

@@ -19,29 +19,28 @@ does not fit says so.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import tempfile
-import threading
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from gpu_report import Report
 from PIL import Image
 
+from cntlora_core.calibration.closed_form import parabola_step
 from cntlora_core.config import EFFORTS, CalibrationConfig, DataConfig, TrainConfig
 from cntlora_core.data.dataset import encode_subject
 from cntlora_core.data.encoded import EncodedImages
 from cntlora_core.data.images import Picture
 from cntlora_core.devices import INT8
-from cntlora_core.errors import OutOfMemory
 from cntlora_core.events import Notice, Status, Step
 from cntlora_core.model.loader import StableDiffusion, load_checkpoint
 from cntlora_core.model.sampling import sample
@@ -55,46 +54,6 @@ PROMPT = "a sks cat"
 PICTURES = 4
 DRAWING_STEPS = 25
 TABLE_HEAD = "| {} | seconds | GB held | GB taken |\n|---|---|---|---|"
-
-
-@dataclass
-class Report:
-    """Rows as they are measured: seconds, and GB of the device at the peak, held by tensors and
-    taken by the process, None where nobody knows."""
-
-    device: torch.device
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    apart: int = 0  # bytes that no phase needs
-
-    def add(
-        self, phase: str, seconds: float | None, held: float | None, taken: float | None = None
-    ) -> None:
-        row = {"phase": phase, "seconds": seconds, "held_gb": held, "taken_gb": taken}
-        self.rows.append(row)
-        cells = ["too large" if seconds is None else f"{seconds:.3f}"]
-        cells += ["-" if gb is None else f"{gb:.2f}" for gb in (held, taken)]
-        print("| " + " | ".join([phase, *cells]) + " |", flush=True)
-
-    def measure(self, phase: str, run: Callable[[], float | None]) -> Any:
-        """`run`'s seconds (those it returns, where it does), with the peak of the device."""
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        try:
-            own = run()
-        except (OutOfMemory, torch.OutOfMemoryError):
-            self.add(phase, None, None)
-            return
-        if cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started if own is None else own
-        if not cuda:
-            return self.add(phase, seconds, None)
-        peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        self.add(phase, seconds, *((peak - self.apart) / 1e9 for peak in peaks))
 
 
 class Clock:
@@ -156,15 +115,18 @@ def run_trainings(
     steps: int,
     efforts: tuple[str, ...],
 ) -> None:
-    """A calibration of each length, and steps of each kind from the last."""
+    """A calibration of each length, the first twice (libraries load), and steps of each kind from
+    the last."""
     found = {}
-    for effort in efforts:
+    for turn, effort in enumerate((efforts[0], *efforts)):
         asked = CalibrationConfig(effort=effort)
 
         def calibrate(asked: CalibrationConfig = asked) -> None:
-            found["start"] = run_calibration(model, subject, asked, observer=Clock())
+            with never_standing_still():
+                found["start"] = run_calibration(model, subject, asked, observer=Clock())
 
-        report.measure(f"calibrate, {effort}, batches of {asked.batch_size}", calibrate)
+        note = "" if turn else ", first in the process"
+        report.measure(f"calibrate, {effort}, batches of {asked.batch_size}{note}", calibrate)
     if "start" not in found:
         return
     for batch, optimizer in product(batches, ("adamw", "natural")):
@@ -183,6 +145,19 @@ def run_trainings(
             return clock.seconds
 
         report.measure(f"{optimizer} step, batch {batch}", train)
+
+
+@contextmanager
+def never_standing_still() -> Iterator[None]:
+    """Random weights have nothing to teach: where no step makes their loss lower, a calibration
+    would end before its small steps, which are to be timed."""
+
+    def moved(*given: Any) -> tuple[float, float]:
+        step, loss = parabola_step(*given)
+        return step or 1e-8, loss
+
+    with patch("cntlora_core.calibration.calibrate.parabola_step", moved):
+        yield
 
 
 @contextmanager
@@ -205,80 +180,33 @@ def _draw(model: StableDiffusion, size_px: int) -> None:
     sample(model, [PROMPT], [0], steps=DRAWING_STEPS, size=(size_px, size_px))
 
 
-def profile_of_a_step(model: StableDiffusion, size_px: int, steps: int = 3) -> str:
-    """Kernels by time."""
+def profiles_of(model: StableDiffusion, size_px: int, steps: int = 3) -> dict[str, str]:
+    """Kernels by time, of AdamW's steps and of a short calibration; on a GPU also the host's."""
+    data = DataConfig(resolution=size_px, hold_out=False)
+    subject = encode_subject(model, pictures(size_px), PROMPT, data)
+    config = TrainConfig(steps=steps, learning_rate=1e-4, batch_size=1, validate_every=0)
+
+    def train() -> None:
+        run_training(model, subject, CalibrationConfig(init="gaussian"), config)
+
+    def calibrate() -> None:
+        with never_standing_still():
+            run_calibration(model, subject, CalibrationConfig(effort="quick"))
+
+    return {"steps": _profile(model, train), "calibration": _profile(model, calibrate)}
+
+
+def _profile(model: StableDiffusion, run: Callable[[], None]) -> str:
     from torch.profiler import ProfilerActivity, profile
 
-    subject = encode_subject(
-        model, pictures(size_px), PROMPT, DataConfig(resolution=size_px, hold_out=False)
-    )
-    config = TrainConfig(steps=steps, learning_rate=1e-4, batch_size=1, validate_every=0)
     cuda = model.device.type == "cuda"
-    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
-    with profile(activities=kinds) as seen:
-        run_training(model, subject, CalibrationConfig(init="gaussian"), config)
-    by = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-    return seen.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60)
-
-
-@contextmanager
-def watching_the_card(found: list[float]) -> Iterator[None]:
-    """The most that all processes held on the card meanwhile, GB, beside what they held before."""
-    before, least, stop = torch.cuda.mem_get_info()[0], [], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.05):
-            least.append(torch.cuda.mem_get_info()[0])
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        found.append((before - min(least, default=before)) / 1e9)
-
-
-def measure_peers(args: argparse.Namespace, checkpoint: Path, work: Path, report: Report) -> None:
-    """Others' trainers as whole processes, ours too, in the manner of throughput.py. One that
-    fails says so and has no row."""
-    import throughput
-
-    cuda = report.device.type == "cuda"
-    contestants: dict[str, Any] = {"CNTLoRA": throughput.ours}
-    contestants |= {"diffusers' script": throughput.diffusers} if args.script else {}
-    contestants |= {"ComfyUI's node": throughput.comfyui} if args.comfyui else {}
-    folder = work / "model"
-    throughput.write_folder(checkpoint, folder)
-    for batch in args.peer_batches:
-        data = work / f"peers{batch}"
-        data.mkdir()
-        throughput.copy_pictures(data / "pictures", batch)
-        asked = Namespace(
-            script=args.script,
-            comfyui=args.comfyui,
-            model=checkpoint,
-            folder=folder,
-            resolution=REAL["sd1"],
-            batch_size=batch,
-            gpu=cuda,
-        )
-        for name, command in contestants.items():
-            peak: list[float] = []
-            try:
-                with watching_the_card(peak):
-                    few, many = (
-                        throughput.measure(
-                            command(asked, n, data), throughput.ROOT, gpu=cuda
-                        ).seconds
-                        for n in (2, 42)
-                    )
-            except SystemExit as failed:
-                print(f"{name}: {failed}", flush=True)
-                continue
-            phase = f"sd1 {name}, step of batch {batch}, whole process"
-            report.add(phase, (many - few) / 40, None, *peak)
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as seen:
+        run()
+    orders = ["self_cpu_time_total", *["self_cuda_time_total"] * cuda]
+    found = seen.key_averages()
+    return "\n".join(
+        found.table(sort_by=by, row_limit=25, max_name_column_width=60) for by in orders
+    )
 
 
 def main() -> None:
@@ -295,12 +223,12 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
-    report = Report(device)
-    told = {
+    told: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
         "torch": torch.__version__,
         "profiles": {},
     }
+    report = Report(device, args.output, told)
     with tempfile.TemporaryDirectory() as folder:
         place = args.checkpoints or Path(folder)
         for family in args.families if cuda else SMALL:
@@ -310,16 +238,17 @@ def main() -> None:
             run_phases(
                 model, size_px, report, batches=(1, 2, 4) if cuda else (1, 2), steps=args.steps
             )
-            told["profiles"][family] = profile_of_a_step(model, size_px)
+            told["profiles"][family] = profiles_of(model, size_px)
             if cuda:
                 model = run_cards(files, model, size_px, report, args.steps)
                 del model
                 torch.cuda.empty_cache()
-            args.output.write_text(json.dumps(told | {"rows": report.rows}, indent=1))
         if cuda and (args.script or args.comfyui):
+            from gpu_peers import measure_peers
+
             print(TABLE_HEAD.format(f"sd1 {REAL['sd1']} px"), flush=True)
             measure_peers(args, Files("sd1", place, device).written(), Path(folder), report)
-    args.output.write_text(json.dumps(told | {"rows": report.rows}, indent=1))
+    report.write()
 
 
 def run_cards(

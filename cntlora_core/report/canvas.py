@@ -1,4 +1,4 @@
-"""A page to draw on with Pillow, and what every picture of `report.py` shares: text that fits,
+"""A page to draw on with Pillow, and what every picture of a run shares: text that fits,
 ticks, colours."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-INK, COLUMN_DAMPING, GRID, PAPER = "#222222", "#6b6b6b", "#e4e4e4", "#ffffff"
+INK, FAINT, GRID, PAPER = "#222222", "#6b6b6b", "#e4e4e4", "#ffffff"
 UNKNOWN = (236, 236, 236)
 MARGIN = 24
 LOG_FROM = 20  # a spread of more than this factor is shown in decades
@@ -195,7 +195,7 @@ class Canvas:
         scaled = [(x * self.scale, y * self.scale) for x, y in points]
         self.draw.line(scaled, fill=fill, width=round(width * self.scale), joint="curve")
 
-    def dashes(self, left: float, right: float, y: float, fill: Colour = COLUMN_DAMPING) -> None:
+    def dashes(self, left: float, right: float, y: float, fill: Colour = FAINT) -> None:
         for k in range(math.ceil((right - left) / 12)):
             self.line([(left + 12 * k, y), (min(left + 12 * k + 7, right), y)], fill, 1.5)
 

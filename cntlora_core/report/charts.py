@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..errors import SettingError
 from .canvas import (
-    COLUMN_DAMPING,
+    FAINT,
     GRID,
     LINES,
     LOG_FROM,
@@ -58,9 +58,9 @@ def loss_chart(
     page.text(MARGIN, 18, title, size=20, room=size[0] - 2 * MARGIN)
     if dropped:
         note = f"{dropped} {'loss' if dropped == 1 else 'losses'} left out: not finite"
-        page.text(MARGIN, size[1] - 18, note, size=11, fill=COLUMN_DAMPING, anchor="ls")
+        page.text(MARGIN, size[1] - 18, note, size=11, fill=FAINT, anchor="ls")
     if not lines:
-        page.text(MARGIN, 56, "No losses were recorded.", size=15, fill=COLUMN_DAMPING)
+        page.text(MARGIN, 56, "No losses were recorded.", size=15, fill=FAINT)
         return page.finish()
     styles = [(LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]) for i in range(len(lines))]
     top = _legend(page, lines, styles, base)
@@ -96,7 +96,7 @@ def _legend(
         if x > MARGIN and x + width > right:
             x, y = MARGIN, y + 21
             if y + 21 > page.height / 3 and i < len(entries) - 1:
-                page.text(x, y, f"and {len(entries) - i} more", fill=COLUMN_DAMPING, anchor="lm")
+                page.text(x, y, f"and {len(entries) - i} more", fill=FAINT, anchor="lm")
                 break
         if style is None:
             page.dashes(x, x + 26, y)
@@ -104,7 +104,7 @@ def _legend(
             page.line([(x, y), (x + 26, y)], style[0], 2.5)
             page.marker(style[1], x + 13, y, style[0], 4.5)
         page.text(x + 34, y, name, anchor="lm")
-        page.text(x + 40 + page.measure(name), y, detail, fill=COLUMN_DAMPING, anchor="lm")
+        page.text(x + 40 + page.measure(name), y, detail, fill=FAINT, anchor="lm")
         x += width + 28
     return y + 8
 
@@ -153,24 +153,24 @@ class _Plot:
             MARGIN,
             self.top - 12,
             y_label + (", log scale" if self.scale.log else ""),
-            fill=COLUMN_DAMPING,
+            fill=FAINT,
             anchor="ls",
         )
         for value, text in zip(self.y_ticks, self.y_labels, strict=True):
             y = self.at(0, value)[1]
             page.line([(self.left, y), (self.right, y)], GRID)
-            page.text(self.left - 8, y, text, fill=COLUMN_DAMPING, anchor="rm")
-        page.line([(self.left, self.bottom), (self.right, self.bottom)], COLUMN_DAMPING)
+            page.text(self.left - 8, y, text, fill=FAINT, anchor="rm")
+        page.line([(self.left, self.bottom), (self.right, self.bottom)], FAINT)
         steps = ticks(0, self.last, count=max(2, min(10, page.width // 90)), smallest=1)
         for step, text in zip(steps, number_labels(steps), strict=True):
             x = self.at(step, self.scale.low)[0]
-            page.line([(x, self.bottom), (x, self.bottom + 4)], COLUMN_DAMPING)
-            page.text(x, self.bottom + 9, text, fill=COLUMN_DAMPING, anchor="ma")
+            page.line([(x, self.bottom), (x, self.bottom + 4)], FAINT)
+            page.text(x, self.bottom + 9, text, fill=FAINT, anchor="ma")
         page.text(
             (self.left + self.right) / 2,
             self.bottom + 32,
             "training steps",
-            fill=COLUMN_DAMPING,
+            fill=FAINT,
             anchor="ma",
         )
 
@@ -205,7 +205,7 @@ def sample_sheet(
     )
     page.text(MARGIN, 18, title, size=20, room=page.width - 2 * MARGIN)
     if not every:
-        page.text(MARGIN, 62, "There are no pictures.", size=15, fill=COLUMN_DAMPING)
+        page.text(MARGIN, 62, "There are no pictures.", size=15, fill=FAINT)
     y = 62
     for (label, pictures), height in zip(every, heights, strict=True):
         page.text(
@@ -256,10 +256,10 @@ def contact_sheet(
         raise SettingError(f"There are {len(labels)} labels: give one per picture.")
     if more > 0:
         text = f"and {more} more pictures"
-        page.text(MARGIN, MARGIN + rows * step, text, size=15, fill=COLUMN_DAMPING)
+        page.text(MARGIN, MARGIN + rows * step, text, size=15, fill=FAINT)
     if not labels:
         page = Canvas(420, 68, scale=1)
-        page.text(MARGIN, MARGIN, "There are no pictures.", size=15, fill=COLUMN_DAMPING)
+        page.text(MARGIN, MARGIN, "There are no pictures.", size=15, fill=FAINT)
     return page.finish()
 
 

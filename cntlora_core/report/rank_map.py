@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from PIL import Image
 
 from .canvas import (
-    COLUMN_DAMPING,
+    FAINT,
     LOG_FROM,
     MARGIN,
     UNKNOWN,
@@ -73,7 +73,7 @@ def rank_map(
     width = max(660, 2 * MARGIN + len(panels) * step, 2 * MARGIN + lists * LISTED)
     page = Canvas(width, bottom + (72 if ranks else 20))
     page.text(MARGIN, 18, title, size=20, room=width - 2 * MARGIN)
-    page.text(MARGIN, 50, _summary(ranks, params), fill=COLUMN_DAMPING)
+    page.text(MARGIN, 50, _summary(ranks, params), fill=FAINT)
     scale = _energy_scale([energy[name] for name in ranks if name in energy])
     levels = {n: None if scale is None else _level(scale, energy.get(n)) for n in ranks}
     for i, panel in enumerate(panels):
@@ -161,7 +161,7 @@ def _panel(
     for n, column in enumerate(columns):
         if n == 0 or columns[n - 1][0] != column[0]:
             x += GAP if n else 0
-            page.text(x, top + 12, GROUPS[column[0]][0], fill=COLUMN_DAMPING, size=12, anchor="ls")
+            page.text(x, top + 12, GROUPS[column[0]][0], fill=FAINT, size=12, anchor="ls")
         places[column] = x
         x += cell[0]
     for (_, kind), x in places.items():
@@ -169,13 +169,13 @@ def _panel(
     tops, _ = _lay_out(rows, cell[1], top + 42)
     deep = any(row[3] for row in rows)
     names = left - (36 if deep else 12)
-    page.text(names, top + 34, "block", size=12, fill=COLUMN_DAMPING, anchor="rs")
+    page.text(names, top + 34, "block", size=12, fill=FAINT, anchor="rs")
     for row, cells in rows.items():
         middle = tops[row] + cell[1] / 2 - 1
         if row[3] == 0 or (*row[:3], row[3] - 1) not in rows:
             page.text(names, middle, _short(row), size=12, anchor="rm")
         if deep:
-            page.text(left - 12, middle, str(row[3]), size=12, fill=COLUMN_DAMPING, anchor="rm")
+            page.text(left - 12, middle, str(row[3]), size=12, fill=FAINT, anchor="rm")
         for column, name in cells.items():
             _cell(page, places[column], tops[row], *cell, ranks[name], levels[name])
 
@@ -227,7 +227,7 @@ def _colour_bar(page: Canvas, left: float, y: float, scale: Scale | None, gaps: 
             y + 14,
             "number: rank of the projection · no energy was measured",
             size=12,
-            fill=COLUMN_DAMPING,
+            fill=FAINT,
         )
         return
     width = 260
@@ -236,13 +236,13 @@ def _colour_bar(page: Canvas, left: float, y: float, scale: Scale | None, gaps: 
     marks = (log_ticks if scale.log else ticks)(scale.low, scale.high, 5)
     for value, text in zip(marks, number_labels(marks), strict=True):
         x = left + (width - 1) * scale.place(value) + 0.5
-        page.line([(x, y + 12), (x, y + 16)], COLUMN_DAMPING)
+        page.line([(x, y + 12), (x, y + 16)], FAINT)
         page.text(
             max(x, left + page.measure(text, 12) / 2),
             y + 19,
             text,
             size=12,
-            fill=COLUMN_DAMPING,
+            fill=FAINT,
             anchor="ma",
         )
     x = left + width + 20
@@ -254,4 +254,4 @@ def _colour_bar(page: Canvas, left: float, y: float, scale: Scale | None, gaps: 
         anchor="lm",
     )
     note = "number: rank of the projection" + (" · grey: no energy measured" if gaps else "")
-    page.text(x, y + 26, note, size=12, fill=COLUMN_DAMPING, anchor="lm")
+    page.text(x, y + 26, note, size=12, fill=FAINT, anchor="lm")

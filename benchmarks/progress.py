@@ -1,0 +1,222 @@
+"""Subject fidelity and prompt fidelity against cost, from step 0: the paper's kind of figure.
+
+    python benchmarks/progress.py --output progress.jsonl --figure progress.png
+
+Drawings under the subject's prompt are compared with held-out pictures of the subject, drawings
+under other prompts with the base model's own (fidelity.py: likeness by the emoji encoder). Cost is
+steps of 4 pictures, every pass counted. Ordinary LoRAs train with AdamW and averaged weights in
+batches of 2, each at one rate that is good on the miniature, in the same number of parameters; ours
+runs as it comes, with and without pictures of the class to preserve. Every look is a line of the
+results file; a run that is there whole is not made again. The figure shows means over seeds, bars
+from the lowest to the highest, and the lines of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from fidelity import EMBEDDED, Reference, measure, reference
+from opponents import STEP, cost_of
+from PIL import Image
+from subject_folders import PROMPT_ALONE, prompts_of
+from tradeoff import trained
+
+from cntlora_core.calibration.calibrate import calibrate
+from cntlora_core.config import CalibrationConfig
+from cntlora_core.data.batches import NoisedSet
+from cntlora_core.data.class_images import class_images, class_noised
+from cntlora_core.data.dataset import read_subject
+from cntlora_core.data.images import find_pictures
+from cntlora_core.defaults import MINI_SD
+from cntlora_core.lora.adapter import LoRA, attached_lora
+from cntlora_core.model.loader import MINI_SD_FOLDER, StableDiffusion, load_checkpoint
+from cntlora_core.report.canvas import (
+    FAINT,
+    GRID,
+    LINES,
+    MARGIN,
+    MARKERS,
+    Canvas,
+    Scale,
+    number_labels,
+    ticks,
+)
+
+COSTS = (10, 20, 30, 45, 60, 90)
+BATCH = 2
+
+
+@dataclass(frozen=True)
+class Method:
+    """A start, and the rate of the steps after it (none of ours is asked for one)."""
+
+    start: CalibrationConfig
+    rate: float = 1.0
+    prior: bool = False
+
+
+METHODS = {
+    "default start, attention": Method(CalibrationConfig(init="default"), 6e-3),
+    "gaussian start, attention": Method(CalibrationConfig(init="gaussian"), 6e-3),
+    "gaussian start, with feed-forward": Method(
+        CalibrationConfig(init="gaussian", targets="attention+ff", rank=2), 3e-3
+    ),
+    "ours": Method(CalibrationConfig(effort="quick")),
+    "ours, with pictures of the class": Method(CalibrationConfig(effort="quick"), prior=True),
+}
+Row = dict[str, Any]
+
+
+def looks(
+    model: StableDiffusion, subject: Any, method: Method, prior: NoisedSet | None, seed: int
+) -> Iterator[tuple[float, LoRA]]:
+    """(cost, LoRA) along a run, its start first."""
+    start = calibrate(model, subject, replace(method.start, seed=seed), prior=prior)
+    spent = cost_of(start.report.forward_passes, start.report.backward_passes)
+    if spent:
+        yield spent, start.lora
+    steps = tuple(round((cost - spent) * STEP / BATCH) for cost in COSTS if cost > spent)
+    for step, lora in trained(model, subject, start, method.rate, seed, steps):
+        yield spent + step * BATCH / STEP, lora
+
+
+def run(model: StableDiffusion, folder: Path | None, seeds: Sequence[int], output: Path) -> None:
+    """What the file lacks."""
+    folders = (MINI_SD_FOLDER / "subject", MINI_SD_FOLDER / "heldout")
+    folders = (folder / "train", folder / "heldout") if folder else folders
+    prompt, class_prompt = prompts_of(folder) if folder else EMBEDDED
+    train, held_out = ([p.image for p in find_pictures(f)] for f in folders)
+    to = reference(model, train, held_out, prompt, class_prompt)
+    subject = read_subject(model, folders[0], prompt, PROMPT_ALONE)
+    prior = class_noised(model, class_images(model, class_prompt, subject.resolution))
+    base = {"cost": 0.0} | _scores(model, {}, to)
+    for seed in seeds:
+        for name, method in METHODS.items():
+            key = {"subject": folder.name if folder else "embedded", "seed": seed, "method": name}
+            done = [row for row in read(output) if key.items() <= row.items()]
+            if any(row["cost"] == COSTS[-1] for row in done):
+                continue
+            found = [base]
+            for cost, lora in looks(model, subject, method, prior if method.prior else None, seed):
+                found.append({"cost": round(cost, 2)} | _scores(model, lora, to))
+            with output.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(key | look) + "\n" for look in found)
+
+
+def _scores(model: StableDiffusion, lora: LoRA, to: Reference) -> dict[str, float]:
+    with attached_lora(model.unet, lora):
+        scores = measure(model, to)
+    return {name: round(scores[name], 4) for name in ("subject", "unrelated")}
+
+
+def read(path: Path) -> list[Row]:
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def table(rows: Sequence[Row], measured: str) -> str:
+    """Markdown: means over the seeds, by method and cost."""
+    costs = sorted({round(row["cost"]) for row in rows})
+    lines = [f"| {measured} | " + " | ".join(f"cost {c}" for c in costs) + " |"]
+    lines.append("|---" * (len(costs) + 1) + "|")
+    for name in METHODS:
+        found = by_cost(rows, name, measured)
+        means = {round(c): statistics.mean(values) for c, values in found.items()}
+        cells = [f"{means[c]:.3f}" if c in means else "" for c in costs]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def by_cost(rows: Sequence[Row], method: str, measured: str) -> Mapping[float, list[float]]:
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        if row["method"] == method:
+            found.setdefault(row["cost"], []).append(row[measured])
+    return dict(sorted(found.items()))
+
+
+def figure(rows: Sequence[Row], size: tuple[int, int] = (1080, 460)) -> Image.Image:
+    """Two panels with the methods' lines, a legend above them."""
+    page = Canvas(*size, scale=3)
+    x, y = float(MARGIN), 22.0
+    styles = dict(zip(METHODS, zip(LINES, MARKERS * 2, strict=False), strict=False))
+    for name, (colour, marker) in styles.items():
+        width = 40 + page.measure(name)
+        if x + width > size[0] - MARGIN:
+            x, y = float(MARGIN), y + 22
+        page.line([(x, y), (x + 26, y)], colour, 2.5)
+        page.marker(marker, x + 13, y, colour, 4.5)
+        page.text(x + 34, y, name, anchor="lm")
+        x += width + 24
+    half, top = size[0] / 2, y + 50
+    titles = {"subject": "likeness to the subject", "unrelated": "likeness of other prompts"}
+    for place, (measured, title) in enumerate(titles.items()):
+        left, right = place * half + MARGIN + 34, (place + 1) * half - MARGIN
+        _panel(page, rows, styles, measured, title, (left, top, right, size[1] - 58.0))
+    return page.finish()
+
+
+def _panel(
+    page: Canvas,
+    rows: Sequence[Row],
+    styles: Mapping[str, tuple[str, str]],
+    measured: str,
+    title: str,
+    field: tuple[float, float, float, float],
+) -> None:
+    left, top, right, bottom = field
+    values = [row[measured] for row in rows]
+    pad = 0.06 * (max(values) - min(values)) or 0.05
+    scale, last = Scale(min(values) - pad, max(values) + pad), max(row["cost"] for row in rows)
+
+    def at(cost: float, value: float) -> tuple[float, float]:
+        across = left + 10 + (right - left - 20) * cost / last
+        return across, bottom - (bottom - top) * scale.place(value)
+
+    page.text(left, top - 14, title, size=15, anchor="ls")
+    marks = ticks(scale.low, scale.high)
+    for value, text in zip(marks, number_labels(marks), strict=True):
+        page.line([(left, at(0, value)[1]), (right, at(0, value)[1])], GRID)
+        page.text(left - 8, at(0, value)[1], text, fill=FAINT, anchor="rm")
+    marks = ticks(0, last, count=7, smallest=1)
+    for cost, text in zip(marks, number_labels(marks), strict=True):
+        page.text(at(cost, scale.low)[0], bottom + 8, text, fill=FAINT, anchor="ma")
+    page.text((left + right) / 2, bottom + 30, "cost, steps of 4 pictures", fill=FAINT, anchor="ma")
+    for name, (colour, marker) in styles.items():
+        found = by_cost(rows, name, measured)
+        means = [at(cost, statistics.mean(values)) for cost, values in found.items()]
+        for cost, values in found.items():
+            page.line([at(cost, min(values)), at(cost, max(values))], colour, 1.2)
+        if len(means) > 1:
+            page.line(means, colour, 2)
+        for point in means:
+            page.marker(marker, *point, colour)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--subject", type=Path, help="train/ and heldout/; else the embedded one")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--model", default=MINI_SD)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--figure", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    run(load_checkpoint(args.model), args.subject, args.seeds, args.output)
+    rows = read(args.output)
+    print("\n\n".join(table(rows, measured) for measured in ("subject", "unrelated")))
+    if args.figure:
+        figure(rows).save(args.figure)
+
+
+if __name__ == "__main__":
+    main()

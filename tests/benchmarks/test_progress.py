@@ -1,0 +1,42 @@
+"""Fidelity along a run: every look has its cost, and the figure shows them all."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def progress(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER), str(FOLDER / "mini_sd")])
+    return importlib.import_module("progress")
+
+
+def test_looks_are_taken_at_their_cost(progress, mini_sd, subject, monkeypatch):
+    monkeypatch.setattr(progress, "COSTS", (4, 5))
+    monkeypatch.setitem(sys.modules["cntlora_core.config"].EFFORTS, "quick", (1, 1))
+    ours = [cost for cost, _ in progress.looks(mini_sd, subject, progress.METHODS["ours"], None, 0)]
+    assert ours[0] < 4  # a sweep of 2 pictures, a step of 2, and what fits the sweep's length
+    assert ours[1:] == pytest.approx([4, 5], abs=0.3)
+    monkeypatch.setattr(progress, "COSTS", (1, 2))
+    plain = progress.METHODS["gaussian start, attention"]
+    assert [cost for cost, _ in progress.looks(mini_sd, subject, plain, None, 0)] == [1, 2]
+
+
+def test_table_and_figure_show_what_was_found(progress):
+    rows = [
+        {"method": name, "seed": seed, "cost": cost, "subject": value + seed / 10, "unrelated": 0.5}
+        for name in ("ours", "default start, attention")
+        for seed in (0, 1)
+        for cost, value in ((0.0, 0.2), (10.0, 0.4))
+    ]
+    lines = progress.table(rows, "subject").splitlines()
+    assert lines[0] == "| subject | cost 0 | cost 10 |"
+    assert "| ours | 0.250 | 0.450 |" in lines
+    pixels = np.asarray(progress.figure(rows))
+    assert pixels.shape == (460, 1080, 3)
+    assert pixels.min() < 128

@@ -72,13 +72,16 @@ def encode_subject(
         for v in crops_of(p, resolution, step, data, generator)
     ]
     _tell_sizes([v for _, v in views], resolution, observer)
-    latents = _encode_all(model, [v for _, v in views], cache, observer)
     captions = [v.picture.caption or prompt for _, v in views]
     texts = tag_variants(captions, data)
     _tell_fewer(variant_count(captions, data), data, observer)
     prompts = [in_order(caption) for caption in captions]
     _tell_cut(model, list(dict.fromkeys(prompts)), observer)
-    variants, variant_rows = _variants(model, texts)
+    with model.encoding(max(v.size[0] * v.size[1] for _, v in views)):
+        latents = _encode_all(model, [v for _, v in views], cache, observer)
+        conditioning = _conditioning(model, prompts, [v for _, v in views])
+        empty_prompt = encode_prompts(model, [""], size=(resolution, resolution))
+        variants, variant_rows = _variants(model, texts)
     masked = data.masked and any(p.held_mask is not None for p in pictures)
     return EncodedImages(
         names=tuple(v.picture.name for _, v in views),
@@ -92,8 +95,8 @@ def encode_subject(
         if masked
         else None,
         repeats=tuple(v.picture.repeats for _, v in views),
-        conditioning=_conditioning(model, prompts, [v for _, v in views]),
-        empty_prompt=encode_prompts(model, [""], size=(resolution, resolution)),
+        conditioning=conditioning,
+        empty_prompt=empty_prompt,
         prompt=prompt,
         resolution=resolution,
         digest=_digest(pictures),

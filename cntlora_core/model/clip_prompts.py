@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import CHUNK, ModelConfig
+from ..devices import first_that_fits, memory_sufficing
 from ..errors import SettingError
-from .encoders import temporarily_on
+from .encoders import fp32_bytes, temporarily_on
 
 MAX_TOKENS = ModelConfig().max_tokens
 
@@ -79,17 +80,27 @@ class CLIPPrompts:
         self, which: int, prompts: Sequence[str], device: torch.device
     ) -> list[tuple[Tensor, Tensor | None]]:
         """Of each prompt `[L, D]` and the pooled output of its first chunk, by one encoder."""
-        encoder = self.encoders[which]
         chunked = [self._in_chunks(which, row) for row in self._ids(which, prompts)]
-        ids = torch.tensor([chunk for prompt in chunked for chunk in prompt]).to(device)
+        ids = torch.tensor([chunk for prompt in chunked for chunk in prompt])
+        encoder = self.encoders[which]
+        ways = {device: fp32_bytes(encoder), torch.device("cpu"): 0}
+        with memory_sufficing(device):
+            hidden, pooled = first_that_fits(ways, lambda on: self._read(encoder, ids, on), device)
+        counts = [len(prompt) for prompt in chunked]
+        words = [h.flatten(0, 1) for h in hidden.to(device).split(counts)]
+        if pooled is None:
+            return [(h, None) for h in words]
+        return [(h, p[0]) for h, p in zip(words, pooled.to(device).split(counts), strict=True)]
+
+    def _read(
+        self, encoder: Any, ids: Tensor, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """What an encoder makes of chunks `[n, chunk]` on `device`: `[n, chunk, D]` and pooled."""
         with temporarily_on(encoder, device):
             whole = not self.sdxl and self.clip_skip in (None, 1)
-            out = encoder(ids, output_hidden_states=not whole)
+            out = encoder(ids.to(device), output_hidden_states=not whole)
             hidden = out.last_hidden_state if whole else self._earlier(encoder, out.hidden_states)
-        counts = [len(prompt) for prompt in chunked]
-        pooled = getattr(out, "text_embeds", None)
-        parts = [None] * len(counts) if pooled is None else [p[0] for p in pooled.split(counts)]
-        return [(h.flatten(0, 1), p) for h, p in zip(hidden.split(counts), parts, strict=True)]
+        return hidden, getattr(out, "text_embeds", None)
 
     def _earlier(self, encoder: Any, hidden_states: Sequence[Tensor]) -> Tensor:
         """SDXL was trained on the last layer but one of both encoders, without their final layer

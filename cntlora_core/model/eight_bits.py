@@ -57,6 +57,10 @@ def store_in_eight_bits(network: nn.Module) -> None:
     put_modules(network, {n: s for n, m in network.named_modules() if (s := _stored(m))})
 
 
+def is_in_eight_bits(network: nn.Module) -> bool:
+    return any(isinstance(module, _Stored) for module in network.modules())
+
+
 def _stored(module: nn.Module) -> nn.Module | None:
     if not isinstance(module, (nn.Linear, nn.Conv2d)) or module.weight.numel() < SMALLEST:
         return None

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .vae_tiles import DECODE_BYTES, ENCODE_BYTES, fitting
+from ..devices import first_that_fits, memory_sufficing
+from .vae_tiles import DECODE_BYTES, ENCODE_BYTES, Way, in_tiles, ways
 
 
 class PromptEncoder(Protocol):
@@ -78,6 +79,11 @@ def temporarily_on(module: nn.Module, device: torch.device) -> Iterator[nn.Modul
         nn.Module.to(module, "cpu", stored)
 
 
+def fp32_bytes(module: nn.Module) -> int:
+    """What it takes there."""
+    return 4 * sum(p.numel() for p in module.parameters())
+
+
 @dataclass
 class VAEPictures:
     """A VAE of diffusers."""
@@ -95,26 +101,34 @@ class VAEPictures:
 
     @contextmanager
     def working(self, device: torch.device) -> Iterator[None]:
-        with temporarily_on(self.vae, device):
+        with memory_sufficing(device), temporarily_on(self.vae, device):
             yield
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """As many pictures at once as the memory holds."""
-        size, scale = pixels.shape[2:].numel(), self.vae.config.scaling_factor
-        with fitting(self.vae, size * ENCODE_BYTES, len(pixels)) as many:
-            parts = [
-                self.vae.encode(part.to(self.vae.device, self.vae.dtype)).latent_dist
-                for part in pixels.split(many)
-            ]
-        mean, std = (
-            torch.cat([getattr(p, name) for p in parts]).float() for name in ("mean", "std")
-        )
-        return mean * scale, std * scale
+        """As many pictures at once as the memory holds, one that it does not hold in tiles."""
+        count, _, height, width = pixels.shape
+
+        def run(way: Way) -> tuple[Tensor, Tensor]:
+            with in_tiles(self.vae, way.tile_px):
+                parts = [
+                    self.vae.encode(part.to(self.vae.device, self.vae.dtype)).latent_dist
+                    for part in pixels.split(way.at_once)
+                ]
+            mean, std = (torch.cat([getattr(p, name) for p in parts]) for name in ("mean", "std"))
+            scale = self.vae.config.scaling_factor
+            return mean.float() * scale, std.float() * scale
+
+        return first_that_fits(ways(count, height, width, ENCODE_BYTES), run, self.vae.device)
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Likewise."""
         unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.device, self.vae.dtype)
-        size = latents.shape[2:].numel() * self.scale**2
-        with fitting(self.vae, size * DECODE_BYTES, len(latents)) as many:
-            return torch.cat(
-                [self.vae.decode(part).sample.float() for part in unscaled.split(many)]
-            )
+        count, _, *sides = latents.shape
+        height, width = (side * self.scale for side in sides)
+
+        def run(way: Way) -> Tensor:
+            with in_tiles(self.vae, way.tile_px):
+                parts = unscaled.split(way.at_once)
+                return torch.cat([self.vae.decode(part).sample.float() for part in parts])
+
+        return first_that_fits(ways(count, height, width, DECODE_BYTES), run, self.vae.device)

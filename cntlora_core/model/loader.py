@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from ..defaults import MINI_SD
+from ..devices import room
 from ..errors import CheckpointError
 from ..events import Notice, Observer, ignore
 from .clip_prompts import MAX_TOKENS, CLIPPrompts, check_text_settings
 from .diffusers_folder import check_components, folder_family, load_folder, read_json
 from .eight_bits import store_in_eight_bits
-from .encoders import PictureEncoder, PromptEncoder, VAEPictures
+from .encoders import PictureEncoder, PromptEncoder, VAEPictures, fp32_bytes
 from .families import config_of, detect_family, distilled
 from .finite import check_weights
 from .memo import Memo
@@ -27,6 +28,7 @@ from .prediction import AUTO, EPSILON, check_prediction, detect_prediction, sche
 from .single_file import beside, fill_unet, load_single_file
 from .tensor_file import TensorSource, open_tensors
 from .tokenizers import load_tokenizers
+from .vae_tiles import ENCODE_BYTES
 
 MINI_SD_FOLDER = Path(__file__).parents[1] / "mini_sd"
 
@@ -64,13 +66,36 @@ class StableDiffusion:
         """The UNet on its device while the block runs; otherwise on the host, or without its
         weights where they are lent."""
         try:
-            if self.lender is None:
-                self.unet.to(self.device)
-            else:
-                fill_unet(self.unet, self.lender(), self.device, self.dtype)
+            self._bring()
             yield
         finally:
-            nn.Module.to(self.unet, "cpu" if self.lender is None else "meta")
+            self._put_away()
+
+    @contextmanager
+    def encoding(self, size_px: int) -> Iterator[None]:
+        """Around the encoding of pictures of up to `size_px` px, and of their words. The UNet
+        leaves its device meanwhile where it would make a picture go in tiles, or the words to the
+        host; nothing may be attached to it."""
+        pictures = size_px * ENCODE_BYTES + sum(map(fp32_bytes, self.pictures.modules))
+        needed = max(pictures, *map(fp32_bytes, self.prompts.modules), 0)
+        limit, there = room(self.device), next(self.unet.parameters()).device.type
+        if limit is None or needed <= limit or there != self.device.type:
+            yield
+            return
+        try:
+            self._put_away()
+            yield
+        finally:
+            self._bring()
+
+    def _bring(self) -> None:
+        if self.lender is None:
+            self.unet.to(self.device)
+        else:
+            fill_unet(self.unet, self.lender(), self.device, self.dtype)
+
+    def _put_away(self) -> None:
+        nn.Module.to(self.unet, "cpu" if self.lender is None else "meta")
 
     def drop_encoders(self) -> None:
         """Give the VAE's and text encoders' memory back, once all is encoded. The model can still

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..devices import at_once
+from ..devices import first_that_fits, halved, memory_sufficing
 from ..events import Observer, Progress, ignore
 from .conditioning import Conditioning, encode_prompts
 from .loader import StableDiffusion
@@ -45,20 +45,26 @@ def sample_latents(
     rows = 1 if guidance == 1 else 2  # of a picture in a pass
     places = (height // model.vae_scale) * (width // model.vae_scale)
     each = rows * places * PASS_BYTES * model.dtype.itemsize // 2
-    many = max(1, at_once(model.device, each, len(prompts)))
-    parts = [slice(start, start + many) for start in range(0, len(prompts), many)]
-    drawn = []
-    for n, part in enumerate(parts):
 
-        def tell(done: int, before: int = n * steps) -> None:
-            observer(Progress("drawing", before + done, len(parts) * steps))
+    def draw(many: int) -> Tensor:
+        parts = [slice(start, start + many) for start in range(0, len(prompts), many)]
+        drawn = []
+        for n, part in enumerate(parts):
 
-        drawn.append(
-            _drawn_together(
-                model, prompts[part], seeds[part], steps, guidance, negative, (height, width), tell
-            )
-        )
-    return torch.cat(drawn)
+            def tell(done: int, before: int = n * steps) -> None:
+                observer(Progress("drawing", before + done, len(parts) * steps))
+
+            drawn.append(
+                _drawn_together(
+                    model, prompts[part], seeds[part],
+                    steps, guidance, negative, (height, width), tell,
+                )
+            )  # fmt: skip
+        return torch.cat(drawn)
+
+    ways = {many: many * each for many in halved(len(prompts))}
+    with memory_sufficing(model.device):
+        return first_that_fits(ways, draw, model.device)
 
 
 def _drawn_together(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..config import CalibrationConfig, TrainConfig
-from ..errors import OutOfMemory
+from ..devices import memory_sufficing
 from ..model.cpu_convolutions import convolutions_as_matmul
+from ..training.memory_plan import smaller_precision
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
@@ -22,29 +20,16 @@ def run_conditions(
     model: StableDiffusion, config: CalibrationConfig | TrainConfig, resolution: int
 ) -> Iterator[None]:
     """Convolutions as products on the CPU, and a sentence when memory runs out (OutOfMemory)."""
-    try:
-        with convolutions_as_matmul(model.unet):
-            yield
-    except BaseException as error:
-        if not _out_of_memory(error):
-            raise
-        traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        raise OutOfMemory(
-            f"The memory of {model.device} did not suffice. "
-            f"Next to try: {_next_settings(config, resolution)}."
-        ) from error
+    with (
+        memory_sufficing(model.device, _next_settings(model, config, resolution)),
+        convolutions_as_matmul(model.unet),
+    ):
+        yield
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError)
-        and "can't allocate memory" in str(error)  # how the CPU's allocator says it
-    )
-
-
-def _next_settings(config: CalibrationConfig | TrainConfig, resolution: int) -> str:
+def _next_settings(
+    model: StableDiffusion, config: CalibrationConfig | TrainConfig, resolution: int
+) -> str:
     """The next three settings to try, in the order of what they cost."""
     advice = [] if config.gradient_checkpointing else ["gradient checkpointing on"]
     half = config.batch_size // 2
@@ -53,5 +38,7 @@ def _next_settings(config: CalibrationConfig | TrainConfig, resolution: int) -> 
         advice.append(f"batch size {half} with accumulation {accumulation}")
     elif half:
         advice.append(f"batch size {half}")
-    advice += ["precision bf16", f"a lower resolution than {resolution} px", "a lower rank"]
+    if precision := smaller_precision(model):
+        advice.append(precision)
+    advice += [f"a lower resolution than {resolution} px", "a lower rank"]
     return ", ".join(advice[:3])

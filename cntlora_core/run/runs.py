@@ -14,6 +14,7 @@ from ..config import CalibrationConfig, TrainConfig
 from ..data.batches import NoisedSet
 from ..data.encoded import EncodedImages
 from ..defaults import default_learning_rate
+from ..devices import first_that_fits
 from ..distributed import ALONE, Group
 from ..effects import without_effect_in_training, without_effect_on_natural_steps
 from ..errors import NonFiniteError
@@ -22,7 +23,7 @@ from ..lora.adapter import attached_lora
 from ..lora.targets import ALL, find_projections
 from ..model.gradient_checkpointing import recomputing_activations
 from ..training.loop import train
-from ..training.memory_plan import fitted_calibration, fitted_training
+from ..training.memory_plan import described, fitted_calibration, fitted_training, ways_to_run
 from ..training.prior_loss import PriorLoss
 from ..training.resume import RunSnapshots, SavedState
 from ..training.state import start_state
@@ -42,14 +43,27 @@ def run_calibration(
     observer: Observer = ignore,
     group: Group = ALONE,
 ) -> Calibration:
-    """Calibrate, with what a run needs around it. Raises OutOfMemory with what to try next."""
+    """Calibrate, with what a run needs around it. Where memory runs out it begins again in the next
+    smaller way; raises OutOfMemory with what to try next after the smallest."""
     config, at_once = fitted_calibration(model, config, subject.resolution, observer)
-    observer(Status(f"Calibrating ({config.init}) on {len(subject)} pictures"))
-    with run_conditions(model, config, subject.resolution):
-        start = calibrate(
-            model, subject, config,
+    ways = ways_to_run(at_once, config.gradient_checkpointing)
+    if group.size > 1:  # the others would wait for this one
+        ways = ways[:1]
+
+    def run(way: tuple[int, bool]) -> Calibration:
+        at_once, recomputing = way
+        if way != ways[0]:
+            observer(Notice(f"The memory did not suffice: again, {described(*way)}."))
+        return calibrate(
+            model, subject, replace(config, gradient_checkpointing=recomputing),
             prior=preserve, at_once=at_once, observer=observer, group=group,
         )  # fmt: skip
+
+    observer(Status(f"Calibrating ({config.init}) on {len(subject)} pictures"))
+    smallest, recomputing = ways[-1]
+    tried = replace(config, batch_size=smallest, gradient_checkpointing=recomputing)
+    with run_conditions(model, tried, subject.resolution):
+        start = first_that_fits(dict.fromkeys(ways, 0), run, model.device)
     observer(start.report)
     return start
 

@@ -5,19 +5,21 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
+import weakref
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from pretended_device import NUMBER, pretended
 
-from cntlora_core import config
+from cntlora_core import config, devices
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.data.class_images import class_images, class_noised
 from cntlora_core.data.dataset import read_subject
-from cntlora_core.devices import DTYPES, pick_device
-from cntlora_core.errors import SettingError
+from cntlora_core.devices import DTYPES, first_that_fits, halved, memory_sufficing, pick_device
+from cntlora_core.errors import OutOfMemory, SettingError
 from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.lora.file import load_lora
 from cntlora_core.lora.targets import ALL, find_projections
@@ -162,3 +164,69 @@ def test_a_device_that_is_not_there_is_named():
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(SettingError, match="'nonsense' is not available here"):
         pick_device("nonsense")
+
+
+WAYS = {"large": 3 * 10**9, "middle": 2 * 10**9, "small": 10**9}
+
+
+def tried_until(fits, error=torch.OutOfMemoryError, free=None):
+    """The ways that were tried; those before `fits` raise `error`."""
+    tried = []
+
+    def run(way):
+        tried.append(way)
+        if way != fits:
+            raise error
+        return way
+
+    with patch.object(devices, "free_memory", lambda device: free):
+        assert first_that_fits(WAYS, run, torch.device("cpu")) == fits
+    return tried
+
+
+def test_the_first_way_that_fits_is_taken():
+    assert halved(5) == [5, 2, 1]
+    assert tried_until("large") == ["large"]
+    assert tried_until("small") == list(WAYS)
+    assert tried_until("small", free=3 * 10**9) == ["middle", "small"]
+    assert tried_until("small", free=0) == ["small"], "whatever the estimate says"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.6 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["host", "Linux", "Windows", "MPS", "cuBLAS"],
+)
+def test_want_of_memory_has_many_words(error):
+    assert tried_until("middle", error) == ["large", "middle"]
+    with (
+        pytest.raises(OutOfMemory, match=r"of cpu did not suffice\. Next to try: less\."),
+        memory_sufficing(torch.device("cpu"), "less"),
+    ):
+        raise error
+
+
+def test_other_errors_are_no_want_of_memory():
+    with pytest.raises(RuntimeError, match="shape"):
+        tried_until("small", RuntimeError("shape mismatch"))
+
+
+def test_a_way_that_failed_has_given_its_memory_back():
+    """The traceback's frames would keep the tensors that filled it."""
+    held = []
+
+    def run(way):
+        filling = torch.ones(1)
+        alive = [ref() is not None for ref in held]
+        held.append(weakref.ref(filling))
+        if way != "small":
+            raise torch.OutOfMemoryError
+        return alive
+
+    assert first_that_fits(WAYS, run, torch.device("cpu")) == [False, False]

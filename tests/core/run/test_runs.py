@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.errors import OutOfMemory
-from cntlora_core.events import Progress, Status
-from cntlora_core.run import conditions
+from cntlora_core.events import Notice, Progress, Status
+from cntlora_core.run import conditions, runs
 from cntlora_core.run.runs import run_calibration, run_training
 from cntlora_core.training.state import TrainState
 
@@ -57,9 +58,42 @@ def test_memory_that_runs_out_while_calibrating_is_a_sentence(mini_sd, subject, 
         training = TrainConfig(steps=2, learning_rate=3e-3, validate_every=0)
         return run_training(mini_sd, subject, QUICK, training, observer=observer)
 
-    advice = "gradient checkpointing on, batch size 1, precision bf16"
+    advice = "precision bf16, a lower resolution than 64 px, a lower rank"  # it tried the others
     with pytest.raises(OutOfMemory, match=advice):
         work()
+
+
+def test_a_calibration_that_runs_out_of_memory_begins_again_smaller(mini_sd, subject, monkeypatch):
+    ways, told, plain = [], [], replace(QUICK, init="gaussian")
+
+    def limited(model, subject, config, *, at_once, **options):
+        ways.append((at_once, config.gradient_checkpointing))
+        if at_once > 1:
+            raise torch.OutOfMemoryError
+        return calibrate(model, subject, config, at_once=at_once, **options)
+
+    monkeypatch.setattr(runs, "calibrate", limited)
+    start = run_calibration(mini_sd, subject, plain, observer=told.append)
+    assert told[-1] is start.report
+    assert ways == [(2, False), (2, True), (1, True)]
+    assert [event.text for event in told if isinstance(event, Notice)] == [
+        "The memory did not suffice: again, gradient checkpointing on, batch 2.",
+        "The memory did not suffice: again, gradient checkpointing on, batch 1.",
+    ]
+
+
+def test_one_of_several_processes_does_not_begin_again(mini_sd, subject, monkeypatch):
+    """The others would wait for its numbers."""
+    ways = []
+
+    def failing(model, subject, config, *, at_once, **options):
+        ways.append(at_once)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(runs, "calibrate", failing)
+    with pytest.raises(OutOfMemory, match="gradient checkpointing on, batch size 1"):
+        run_calibration(mini_sd, subject, QUICK, group=SimpleNamespace(rank=0, size=2))
+    assert ways == [2]
 
 
 def test_memory_that_ran_out_is_given_back_before_the_sentence(mini_sd, subject):

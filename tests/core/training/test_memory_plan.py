@@ -1,20 +1,27 @@
 """What a run does about the memory there is."""
 
 import dataclasses
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cntlora_core.calibration.calibrate import continued
 from cntlora_core.config import CalibrationConfig, TrainConfig
-from cntlora_core.devices import free_memory
+from cntlora_core.devices import GROWTH, free_memory
 from cntlora_core.events import Notice, Status
+from cntlora_core.lora.targets import find_projections
 from cntlora_core.model.families import config_of
+from cntlora_core.model.loader import load_checkpoint
+from cntlora_core.model.single_file import empty_unet
+from cntlora_core.model.vae_tiles import DECODE_BYTES, ENCODE_BYTES
 from cntlora_core.run.runs import run_training
 from cntlora_core.training import memory_plan
 from cntlora_core.training.memory_estimate import (
     Adapted,
     estimate_training_memory,
+    meta_lora,
     unet_calibration_memory,
 )
 from cntlora_core.training.memory_plan import (
@@ -45,6 +52,11 @@ def test_the_first_way_that_fits_is_taken(free, expected):
     assert (plan.gradient_checkpointing, plan.batch_size, plan.accumulation) == expected
     assert plan.fits
     assert "too little" not in str(plan)
+
+
+def test_copies_of_weights_are_counted_where_they_stay():
+    plan = plan_memory(17 * GB, 4 * GB, GB, fixed=GB, copies=GB, **ASKED)
+    assert (plan.gradient_checkpointing, plan.needed) == (True, 5 * GB)
 
 
 def test_what_never_fits_is_tried_as_small_as_can_be_and_said():
@@ -180,3 +192,63 @@ def test_the_table_is_what_shapes_say(family, resolution, checkpointing):
     each = needs.checkpointed if checkpointing else needs.plain
     assert needs.weights == estimate.weights
     assert (resolution // 8) ** 2 * each == pytest.approx(estimate.activations, rel=0.03)
+
+
+# What an H100's allocator took at the peak of calibrations (batch 2) and of AdamW steps (by batch),
+# the UNet included, GB; rank 4, bf16.
+TAKEN = {
+    "sd1": (512, (4.17,), {1: 2.78, 2: 3.80, 4: 5.73}),
+    "sdxl": (1024, (20.62, 21.30), {1: 12.41, 2: 19.20}),
+}
+
+
+@pytest.mark.parametrize("family", TAKEN)
+def test_the_plan_is_what_a_card_was_measured_to_take(mini_sd, family, monkeypatch):
+    resolution, calibrations, steps = TAKEN[family]
+    unet, told = empty_unet(config_of(family)["unet"]), []
+    model = dataclasses.replace(
+        mini_sd,
+        family=family,
+        unet=unet,
+        dtype=torch.bfloat16,
+        pictures=SimpleNamespace(scale=8),
+    )
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: 80 * GB)
+
+    def planned():
+        """The allocator knows nothing of the framework's own."""
+        beside = float(re.search(r"([\d.]+) GB beside", told[-1].text)[1])
+        return beside + (NEEDS[family].weights - GROWTH) / GB
+
+    config = CalibrationConfig(rank=4)
+    fitted_calibration(model, config, resolution, told.append)
+    for taken in calibrations:
+        assert planned() == pytest.approx(taken, rel=0.1)
+    attention = find_projections(unet, "attention")
+    start = continued(meta_lora(attention, 4))
+    for batch, taken in steps.items():
+        fitted_training(model, TrainConfig(batch_size=batch), start, resolution, told.append)
+        assert planned() == pytest.approx(taken, rel=0.1)
+
+
+def test_the_vae_is_what_a_card_was_measured_to_hold():
+    """GB at the peak, beside the UNet and the VAE: four pictures encoded, one decoded."""
+    for side, encoding, decoding in ((512, 3.26, 1.33), (1024, 13.05, 5.27)):
+        assert 4 * side**2 * ENCODE_BYTES / GB == pytest.approx(encoding, rel=0.02)
+        assert side**2 * DECODE_BYTES / GB == pytest.approx(decoding, rel=0.02)
+
+
+def test_the_next_thing_to_try_is_a_smaller_precision(mini_sd, monkeypatch):
+    monkeypatch.setattr(memory_plan, "picture_bytes", lambda model, resolution: (4 * GB, GB, GB))
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: GB)
+
+    def advice(model):
+        told = []
+        fitted_calibration(model, CalibrationConfig(), 64, told.append)
+        return told[0].text.split("try ")[1]
+
+    half = dataclasses.replace(mini_sd, dtype=torch.bfloat16)
+    assert advice(mini_sd) == "precision bf16."
+    assert advice(half) == "precision int8."
+    assert advice(dataclasses.replace(half, lender=lambda: None)) == "a lower resolution."
+    assert advice(load_checkpoint("mini-sd", eight_bits=True)) == "a lower resolution."

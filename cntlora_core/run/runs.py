@@ -53,7 +53,8 @@ def run_calibration(
     def run(way: tuple[int, bool]) -> Calibration:
         at_once, recomputing = way
         if way != ways[0]:
-            observer(Notice(f"The memory did not suffice: again, {described(*way)}."))
+            again = f"The calibration begins again with {described(*way)}."
+            observer(Notice(f"The memory did not suffice. {again}"))
         return calibrate(
             model, subject, replace(config, gradient_checkpointing=recomputing),
             prior=preserve, at_once=at_once, observer=observer, group=group,

@@ -12,8 +12,10 @@ from cntlora_core.data.images import find_pictures
 from cntlora_core.errors import OutOfMemory
 from cntlora_core.events import Progress
 from cntlora_core.model import vae_tiles
+from cntlora_core.model.diffusers_folder import weights_files
 from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
 from cntlora_core.model.sampling import sample_latents
+from cntlora_core.model.tensor_file import TensorFiles
 from cntlora_core.model.vae_tiles import Way, in_tiles, ways
 
 CPU = torch.device("cpu")
@@ -178,3 +180,16 @@ def test_the_unet_makes_room_while_pictures_are_encoded(free, memory, meanwhile)
             assert unet() == "cpu"
         assert unet() == "cpu", "it was not there"
     assert set(where) == {meanwhile}
+
+
+def test_a_lent_unet_makes_room_by_giving_its_weights_back(free):
+    free(0)
+    with pretended("cuda"):
+        model = load_checkpoint("mini-sd", device="cuda")
+        model.lender = lambda: TensorFiles(weights_files(MINI_SD_FOLDER / "model" / "unet"))
+        weight = model.unet.conv_in.weight.cpu()
+        with model.at_work():
+            with model.encoding(1):
+                assert model.unet.conv_in.weight.device.type != "cuda"
+            assert model.unet.conv_in.weight.device.type == "cuda"
+            assert torch.equal(model.unet.conv_in.weight.cpu(), weight)

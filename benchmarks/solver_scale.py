@@ -18,14 +18,14 @@ import time
 
 import torch
 from diffusers import UNet2DConditionModel
-from tqdm import tqdm
 
-from cntlora_core.calibration.constraints import Metric, make_constraint
-from cntlora_core.calibration.moments import Moments, moment_bytes
+from cntlora_core.calibration.constraints import Metric, Target
+from cntlora_core.calibration.moments import Moments, alike, moment_bytes
 from cntlora_core.calibration.ranks import MAX_RANK_FACTOR, budget_of, data_ranks
 from cntlora_core.calibration.recording import ROWS, Seen, input_key, output_key
 from cntlora_core.calibration.sketch import Sketches, sketch_bytes, sketch_width
-from cntlora_core.lora.targets import find_projections
+from cntlora_core.calibration.solution import shape_of
+from cntlora_core.lora.targets import Projection, find_projections
 from cntlora_core.model.families import config_of
 
 
@@ -33,6 +33,11 @@ def synthetic(size: int, generator: torch.Generator) -> torch.Tensor:
     """Rows with a falling spectrum, over a tenth of white noise."""
     rows = torch.randn(ROWS, size, generator=generator) * torch.linspace(1, 0.05, size)
     return rows + 0.1 * torch.randn(ROWS, size, generator=generator)
+
+
+def unread(_: Projection) -> torch.Tensor:
+    """A weight: `target` needs none."""
+    raise NotImplementedError
 
 
 def main() -> None:
@@ -49,24 +54,24 @@ def main() -> None:
         unet = UNet2DConditionModel.from_config(config_of(args.family)["unet"])
     projections = find_projections(unet, args.targets)
     generator = torch.Generator().manual_seed(0)
-    metric = Metric(0.5)
-    constraint = make_constraint("target", metric)
+    constraint = Target(Metric(0.5))
     seconds, scores = 0.0, {}
-    for p in tqdm(projections):
-        seen, moments = Seen(), Moments()
-        x, delta = (synthetic(n, generator)[None] for n in (p.in_features, p.out_features))
-        seen.add(input_key(p), x, ROWS, p.diagonal_in)
-        seen.add(output_key(p), delta, ROWS, p.diagonal_out)
-        weight = torch.empty(p.out_features, p.in_features)
-        sketches = moments.gradients = Sketches(sketch_width(args.rank))
-        sketches.add(p.name, delta, x)
+    for _, group in alike(projections, shape_of):
+        seen, sketches = Seen(), Sketches(sketch_width(args.rank))
+        moments = Moments(gradients=sketches)
+        for p in group:
+            x, delta = (synthetic(n, generator)[None] for n in (p.in_features, p.out_features))
+            if input_key(p) not in seen.rows:
+                seen.add(input_key(p), x, ROWS, p.diagonal_in)
+            seen.add(output_key(p), delta, ROWS, p.diagonal_out)
+            sketches.add(p.name, delta, x)
         started = time.perf_counter()
         moments.take_in(seen)
-        parts = constraint.components(
-            p, weight, moments, metric.K(p, moments), MAX_RANK_FACTOR * args.rank, generator
+        solved = constraint.components(
+            group, unread, moments, MAX_RANK_FACTOR * args.rank, generator
         )
         seconds += time.perf_counter() - started
-        scores[p.name] = parts.score
+        scores |= {p.name: parts.score for p, parts in zip(group, solved, strict=True)}
     started = time.perf_counter()
     data_ranks(
         projections, scores, budget_of(projections, args.rank), max_rank=MAX_RANK_FACTOR * args.rank

@@ -79,7 +79,7 @@ def calibrate(
     moments, base = swept.moments, swept.loss
 
     # solve, choose ranks
-    solution = solve(model, projections, constraint, moments, metric, config, ranks, generator)
+    solution = solve(model, projections, constraint, moments, config, ranks, generator)
     projections = solution.projections
 
     # fit the step

@@ -13,15 +13,14 @@ large matrices are never formed: `svd` asks only what they do to a few vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..lora.adapter import Factors
 from . import linalg
-from .second_moment import SecondMoment, shifted, tiny
+from .second_moment import SecondMoment, tiny
 
 # Below this size the exact SVD is as fast as the randomised one.
 EXACT_SVD_SIZE = 512
@@ -76,10 +75,10 @@ def svd(
         probe = torch.randn(
             shape[1], rank + OVERSAMPLING, dtype=like.dtype, generator=generator
         ).to(like.device)
-        basis = linalg.qr(product(probe))[0]
+        basis = linalg.orthonormal(product(probe))
         for _ in range(POWER_ITERATIONS):
-            basis = linalg.qr(adjoint(basis))[0]
-            basis = linalg.qr(product(basis))[0]
+            basis = linalg.orthonormal(adjoint(basis))
+            basis = linalg.orthonormal(product(basis))
         matrix = adjoint(basis).T
     else:
         matrix = product(torch.eye(shape[1], dtype=like.dtype, device=like.device))
@@ -90,28 +89,35 @@ def svd(
 
 def signed(U: Tensor, sigma: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular vectors have no sign of their own: fixed, so that equal runs give equal files."""
-    largest = U.gather(0, U.abs().argmax(0, keepdim=True))
+    largest = U.gather(-2, U.abs().argmax(-2, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
-    return U * sign, sigma, Vh * sign.T
+    return U * sign, sigma, Vh * sign.mT
 
 
 def target_components(
-    G: Factors, P: SecondMoment, K: SecondMoment, rank: int, tokens: int
-) -> Components:
+    up: Tensor, down: Tensor, P: SecondMoment, K: SecondMoment, rank: int, tokens: Sequence[int]
+) -> list[Components]:
     """`target`: R = -P^-1 G, D = R K^-1, truncated where the predicted loss falls most.
 
-    The whitened gradient is H = P^-1/2 G K^-1/2 = U Sigma V^T, and D = -P^-1/2 H K^-1/2: the
-    natural gradient under a Kronecker-factored metric. The best rank-r update in that metric keeps
-    the r largest sigma (Eckart-Young). G is a mean over `tokens`, so along a term the summed loss
-    falls by tokens * sigma^2: of all layers take one step, those that see more tokens move it more.
-    G is a product of small rank, and the SVD one of its two triangles'.
+    Of g layers of one shape at once, G = `up` `[g, m, k]` times `down` `[g, k, d]`. The whitened
+    gradient is H = M^T G N = U Sigma V^T with M M^T = P^-1 and N N^T = K^-1, and D = -M H N^T: the
+    natural gradient under a Kronecker-factored metric, whichever halves M and N are. The best
+    rank-r update in that metric keeps the r largest sigma (Eckart-Young). G is a mean over a
+    layer's `tokens`, so along a term the summed loss falls by tokens * sigma^2: of all layers take
+    one step, those that see more tokens move it more. H is a product of small rank too, and its SVD
+    that of a small matrix between bases of both sides.
     """
-    left, right = P.inverse().root(), K.inverse().root()
-    Q, R = linalg.qr(left.matmul(G.up))
-    V, T = linalg.qr(right.matmul(G.down.T))
-    inner, sigma, outer = linalg.svd(R @ T.T)
-    U, sigma, Vh = signed(Q @ inner[:, :rank], sigma[:rank], outer[:rank] @ V.T)
-    return Components(-left.matmul(U), sigma, right.matmul(Vh.T).T, tokens * sigma.square())
+    M, N = P.inverse_half(), K.inverse_half()
+    left, right = M.mT.matmul(up), N.mT.matmul(down.mT)  # H = left right^T
+    Q, V = linalg.orthonormal(left), linalg.orthonormal(right)
+    inner, sigma, outer = linalg.svd((Q.mT @ left) @ (V.mT @ right).mT)
+    U, sigma = Q @ inner[..., :rank], sigma[..., :rank]
+    Vh = outer[..., :rank, :] @ V.mT
+    up, sigma, down = signed(-M.matmul(U), sigma, N.matmul(Vh.mT).mT)
+    return [
+        Components(B, own, A, count * own.square())
+        for B, own, A, count in zip(up, sigma, down, tokens, strict=True)
+    ]
 
 
 def domain_components(
@@ -191,7 +197,7 @@ def _solved(moments: Tensor, right: Tensor) -> Tensor:
 
 def _batch_damped(moments: Tensor, rho: float) -> Tensor:
     strength = moments.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return shifted(moments, rho * strength + tiny(moments))
+    return linalg.shifted(moments, rho * strength + tiny(moments))
 
 
 def parabola_step(

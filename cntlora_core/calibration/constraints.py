@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,14 +23,13 @@ class Constraint(Protocol):
 
     def components(
         self,
-        projection: Projection,
-        weight: Tensor,
+        projections: Sequence[Projection],
+        weight: Callable[[Projection], Tensor],
         moments: Moments,
-        K: SecondMoment,
         rank: int,
         generator: torch.Generator,
-    ) -> Components:
-        """The leading terms of the update in the metric `K` of the layer's inputs."""
+    ) -> list[Components]:
+        """The leading terms of the updates of projections of one shape."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,6 @@ class Metric:
     def K(self, projection: Projection, moments: Moments) -> SecondMoment:
         """Of the layer's inputs `[d, d]`."""
         return self._of_inputs(moments.C(projection), self._prior(projection))
-
-    def P(self, projection: Projection, moments: Moments) -> SecondMoment:
-        """Of its outputs `[m, m]`."""
-        return moments.S(projection).damped(self.rho)
 
     def of(
         self, projections: Sequence[Projection], moments: Moments
@@ -81,15 +76,15 @@ class Target:
 
     def components(
         self,
-        projection: Projection,
-        weight: Tensor,
+        projections: Sequence[Projection],
+        weight: Callable[[Projection], Tensor],
         moments: Moments,
-        K: SecondMoment,
         rank: int,
         generator: torch.Generator,
-    ) -> Components:
-        P = self.metric.P(projection, moments)
-        return target_components(moments.G(projection), P, K, rank, moments.passed(projection))
+    ) -> list[Components]:
+        P, K = self.metric.of(projections, moments)
+        tokens = [moments.passed(p) for p in projections]
+        return target_components(*moments.G(projections), P, K, rank, tokens)
 
 
 @dataclass(frozen=True)
@@ -97,23 +92,27 @@ class Domain:
     """Amplify (or damp) what the frozen weight already says about the subject: R = W C (forward
     passes only)."""
 
+    metric: Metric
     backward: bool = False
 
     def components(
         self,
-        projection: Projection,
-        weight: Tensor,
+        projections: Sequence[Projection],
+        weight: Callable[[Projection], Tensor],
         moments: Moments,
-        K: SecondMoment,
         rank: int,
         generator: torch.Generator,
-    ) -> Components:
-        return domain_components(weight.float(), moments.C(projection), K, rank, generator)
+    ) -> list[Components]:
+        def one(p: Projection) -> Components:
+            W, K = weight(p).float(), self.metric.K(p, moments)
+            return domain_components(W, moments.C(p), K, rank, generator)
+
+        return [one(p) for p in projections]
 
 
 def make_constraint(init: str, metric: Metric) -> Constraint:
     if init == "domain":
-        return Domain()
+        return Domain(metric)
     if init == "target":
         return Target(metric)
     raise ValueError(f"no constraint belongs to init {init!r}")

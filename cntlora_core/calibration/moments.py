@@ -3,20 +3,22 @@ weights' gradients. Streamed over passes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..lora.adapter import Factors
 from ..lora.targets import Projection
 from .recording import Seen, input_key, output_key
 from .second_moment import RANK, Diagonal, LowRank, Rows, SecondMoment, moved, stack, unstack
 from .sketch import Sketches
 
-TOGETHER = 64  # moments of one shape that are worked on at once
+TOGETHER = 64  # layers of one shape that are worked on at once
+
+Item = TypeVar("Item")
+Kind = TypeVar("Kind")
 
 
 @dataclass
@@ -38,11 +40,14 @@ class Moments:
     def S(self, projection: Projection) -> SecondMoment:
         return self.seconds[output_key(projection)]
 
-    def G(self, projection: Projection) -> Factors:
-        """Of small rank, as a product. Raises RuntimeError where no gradient was measured."""
+    def G(self, projections: Sequence[Projection]) -> tuple[Tensor, Tensor]:
+        """Of projections of one shape, each of small rank, as a product `[g, m, k]`, `[g, k, d]`.
+
+        Raises RuntimeError where no gradient was measured.
+        """
         if self.gradients is None:
             raise RuntimeError("no gradients were measured")
-        return self.gradients.get(projection)
+        return self.gradients.get(projections)
 
     def passed(self, projection: Projection) -> int:
         """Tokens that came back through the projection."""
@@ -51,24 +56,24 @@ class Moments:
     @torch.no_grad()
     def take_in(self, seen: Seen) -> None:
         """Those of one shape and age together."""
-        rows = {key: torch.cat(parts).flatten(0, 1).float() for key, parts in seen.rows.items()}
-        alike: dict[tuple[bool, torch.Size, int, int], list[str]] = {}
-        for key, own in sorted(rows.items()):  # whatever the order of the passes
-            kind = key in seen.diagonal, own.shape, seen.tokens[key], self.tokens.get(key, 0)
-            alike.setdefault(kind, []).append(key)
-        for (diagonal, _, new, before), keys in alike.items():
-            for start in range(0, len(keys), TOGETHER):
-                some = keys[start : start + TOGETHER]
-                these = Rows(torch.stack([rows[key] for key in some]))
-                moment: SecondMoment
-                if before:
-                    old = stack([self.seconds[key] for key in some])
-                    fresh = Diagonal.of(these) if diagonal else these
-                    moment = old.merged(fresh, new / (before + new))
-                else:
-                    moment = Diagonal.of(these) if diagonal else LowRank.of(these)
-                self.seconds |= dict(zip(some, unstack(moment), strict=True))
-                self.tokens |= {key: before + new for key in some}
+
+        def kind(key: str) -> tuple[bool, tuple[torch.Size, ...], int, int]:
+            shapes = tuple(part.shape for part in seen.rows[key])
+            return key in seen.diagonal, shapes, seen.tokens[key], self.tokens.get(key, 0)
+
+        # whatever the order of the passes
+        for (diagonal, _, new, before), keys in alike(sorted(seen.rows), kind):
+            own = [torch.cat(seen.rows[key]).flatten(0, 1) for key in keys]
+            rows = Rows(torch.stack(own).float())
+            moment: SecondMoment
+            if before:
+                old = stack([self.seconds[key] for key in keys])
+                fresh = Diagonal.of(rows) if diagonal else rows
+                moment = old.merged(fresh, new / (before + new))
+            else:
+                moment = Diagonal.of(rows) if diagonal else LowRank.of(rows)
+            self.seconds |= dict(zip(keys, unstack(moment), strict=True))
+            self.tokens |= {key: before + new for key in keys}
 
     def on(self, device: torch.device) -> Moments:
         """Without G, on `device`. What is taken in takes a moment's place and never changes it, so
@@ -103,6 +108,18 @@ class Moments:
             for key, own in parts.items()
         }
         return cls(kinds, tokens)
+
+
+def alike(
+    items: Iterable[Item], kind: Callable[[Item], Kind], most: int = TOGETHER
+) -> Iterator[tuple[Kind, list[Item]]]:
+    """Those of one kind, `most` of them at once."""
+    groups: dict[Kind, list[Item]] = {}
+    for item in items:
+        groups.setdefault(kind(item), []).append(item)
+    for own, group in groups.items():
+        for start in range(0, len(group), most):
+            yield own, group[start : start + most]
 
 
 def moment_bytes(projections: Sequence[Projection]) -> int:

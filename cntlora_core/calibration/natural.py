@@ -24,7 +24,7 @@ from ..lora.adapter import Adapters, LoRA
 from ..lora.targets import Projection
 from .closed_form import factor_steps
 from .constraints import Metric
-from .moments import Moments
+from .moments import Moments, alike
 from .recording import Seen, record
 from .second_moment import SecondMoment
 
@@ -86,11 +86,16 @@ class NaturalGradient(torch.optim.Optimizer):
         device = adapters.flat.device
         self.metric, self.group = start.metric, group
         self.moments = start.moments.on(device)
-        self.groups = _by_shape(start.projections, adapters)
+        every = alike(start.projections, self._shape, most=len(start.projections))
+        self.groups = [group for _, group in every]
         self.seen, self.pictures = Seen(), 1
         self.tokens = dict(start.tokens)  # of a picture, by projection
         self.lengths = {key: value.to(device) for key, value in start.lengths.items()}
         self.metrics: list[_Metrics] = []
+
+    def _shape(self, p: Projection) -> tuple[object, ...]:
+        """Of a projection's factors and metrics."""
+        return *self.adapters.shapes[p.name], p.diagonal_in, p.diagonal_out
 
     @property
     def share(self) -> float:
@@ -239,12 +244,3 @@ class NaturalGradient(torch.optim.Optimizer):
             if key.startswith("tokens.")
         }
         self.metrics = []
-
-
-def _by_shape(projections: Sequence[Projection], adapters: Adapters) -> list[list[Projection]]:
-    """Projections whose factors and metrics have one shape."""
-    groups: dict[tuple[object, ...], list[Projection]] = {}
-    for p in projections:
-        shape = *adapters.shapes[p.name], p.diagonal_in, p.diagonal_out
-        groups.setdefault(shape, []).append(p)
-    return list(groups.values())

@@ -19,9 +19,9 @@ ROWS = 64  # of each picture's tokens that a pass keeps, of a layer's input and 
 GOLDEN, NEXT = 0.618034, 0.754878
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
-# Of a layer's name, the gradients of its outputs and its inputs, both `[n, tokens, features]`: the
-# squared norm of each picture's delta x^T `[n]`.
-Gradient = Callable[[str, Tensor, Tensor], Tensor]
+# Of a layer's name, the gradients of its outputs and its inputs, both `[n, tokens, features]`, and
+# what those gradients were multiplied by: the squared norm of each picture's delta x^T `[n]`.
+Gradient = Callable[[str, Tensor, Tensor, float], Tensor]
 
 
 @dataclass
@@ -142,7 +142,7 @@ class Recording:
     def _meet(self, name: str) -> None:
         if self.gradient is not None and name in self.inputs and name in self.deltas:
             x, delta = _by_picture(self.inputs.pop(name)), _by_picture(self.deltas.pop(name))
-            self.squares.append(self.gradient(name, delta / self.loss_scale, x))
+            self.squares.append(self.gradient(name, delta, x, self.loss_scale))
 
     def _keep(self, key: str, x: Tensor, diagonal: bool, scale: float = 1.0) -> None:
         every = x.reshape(len(x), -1, x.shape[-1])
@@ -198,8 +198,8 @@ def output_key(projection: Projection) -> str:
 
 
 def _by_picture(x: Tensor) -> Tensor:
-    """`[n, tokens, features]`, fp32."""
-    return x.reshape(len(x), -1, x.shape[-1]).float()
+    """`[n, tokens, features]`."""
+    return x.reshape(len(x), -1, x.shape[-1])
 
 
 def _spread(count: int, turn: int, device: torch.device) -> Tensor:

@@ -51,6 +51,13 @@ class SecondMoment(Protocol):
     def root(self) -> SecondMoment:
         """The symmetric square root."""
 
+    def inverse_half(self) -> SecondMoment:
+        """One of the many M with M M^T the inverse, not symmetric itself."""
+
+    @property
+    def mT(self) -> SecondMoment:
+        """Of such a half."""
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -63,11 +70,8 @@ class LowRank:
     @classmethod
     def of(cls, rows: Rows) -> LowRank:
         """The leading directions of the rows' own moment, found from `RANK` of them."""
-        *groups, n, d = rows.rows.shape
-        if d <= RANK:
-            basis = torch.eye(d).to(rows.rows).expand(*groups, d, d)
-        else:
-            basis = linalg.qr(rows.rows[..., torch.arange(RANK) * n // RANK, :].mT)[0]
+        at = torch.arange(RANK, device=rows.rows.device) * rows.rows.shape[-2] // RANK
+        basis = linalg.orthonormal(rows.rows[..., at, :].mT)
         for _ in range(STARTING):
             basis = _power_step(basis, rows.matmul, rows.trace())
         return _within(basis, rows.matmul, rows.trace())
@@ -95,10 +99,10 @@ class LowRank:
 
     def damped(self, rho: float) -> LowRank:
         shift = rho * self.trace() / self.basis.shape[-2] + tiny(self.rest)
-        return LowRank(self.basis, shifted(self.core, shift), self.rest + shift)
+        return LowRank(self.basis, linalg.shifted(self.core, shift), self.rest + shift)
 
     def plus(self, other: LowRank, weight: float) -> LowRank:
-        basis = linalg.qr(torch.cat([self.basis, other.basis], -1))[0]
+        basis = linalg.orthonormal(torch.cat([self.basis, other.basis], -1))
         core = basis.mT @ (self.matmul(basis) + weight * other.matmul(basis))
         return LowRank(basis, _symmetric(core), self.rest + weight * other.rest)
 
@@ -109,6 +113,13 @@ class LowRank:
         values, vectors = linalg.eigh(self.core)
         root = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
         return LowRank(self.basis, root, self.rest.sqrt())
+
+    def inverse_half(self) -> LowRank:
+        return LowRank(self.basis, linalg.inverse_factor(self.core).mT, self.rest.rsqrt())
+
+    @property
+    def mT(self) -> LowRank:
+        return LowRank(self.basis, self.core.mT, self.rest)
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,13 @@ class Diagonal:
     def root(self) -> Diagonal:
         return Diagonal(self.values.sqrt())
 
+    def inverse_half(self) -> Diagonal:
+        return Diagonal(self.values.rsqrt())
+
+    @property
+    def mT(self) -> Diagonal:
+        return self
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -169,10 +187,7 @@ def _power_step(basis: Tensor, matmul: Matmul, trace: Tensor) -> Tensor:
     shift = DAMPING * trace / d + tiny(trace)
     moved = matmul(basis) + shift[..., None, None] * basis
     moved = moved @ _inverse(_symmetric(basis.mT @ moved))
-    for _ in range(2):
-        factor = linalg.cholesky(moved.mT @ moved)
-        moved = linalg.triangular_solve(factor, moved.mT, upper=False).mT
-    return moved
+    return linalg.straightened(linalg.straightened(moved))
 
 
 def _within(basis: Tensor, matmul: Matmul, trace: Tensor) -> LowRank:
@@ -208,12 +223,8 @@ def _symmetric(core: Tensor) -> Tensor:
 
 
 def _inverse(core: Tensor) -> Tensor:
-    return linalg.cholesky_inverse(linalg.cholesky(core))
-
-
-def shifted(core: Tensor, shift: Tensor) -> Tensor:
-    """With `shift` added on the diagonal."""
-    return core + shift[..., None, None] * torch.eye(core.shape[-1]).to(core)
+    half = linalg.inverse_factor(core)
+    return half.mT @ half
 
 
 def tiny(like: Tensor) -> float:

@@ -11,18 +11,18 @@ or moved. Both are linear in G: passes and processes add up.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..distributed import Group
-from ..lora.adapter import Factors
 from ..lora.targets import Projection
 from . import linalg
 
 OVERSAMPLING = 18
+AT_ONCE = 1 << 24  # numbers in fp32, 64 MiB: SDXL's widest layer would be 250 MB for two pictures
 SEED = 0  # of the random vectors; which they are matters little
 
 
@@ -36,21 +36,29 @@ class Sketches:
     tokens: dict[str, int] = field(default_factory=dict)
     probes: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
 
-    def add(self, name: str, delta: Tensor, x: Tensor, counts: bool = True) -> Tensor:
-        """What pictures' gradients `delta` `[n, tokens, m]` and inputs `x` `[n, tokens, d]` bring.
+    def add(
+        self, name: str, delta: Tensor, x: Tensor, scale: float = 1.0, counts: bool = True
+    ) -> Tensor:
+        """What pictures' gradients `delta` `[n, tokens, m]`, which are `scale` times what they
+        should be, and inputs `x` `[n, tokens, d]` bring; of any dtype, taken to fp32 in parts.
 
         Returns the squared norm of each picture's G `[n]` as Omega sees it, right in the mean.
         `counts`: off for what another process adds.
         """
         omega = self._probe(x.shape[-1], self.width, x.device)
         psi = self._probe(delta.shape[-1], 2 * self.width + 1, x.device)
-        each = delta.mT @ (x @ omega)
-        Y, Z = each.sum(0), ((delta @ psi).mT @ x).sum(0)
+        each = x.new_zeros(len(x), delta.shape[-1], omega.shape[-1], dtype=torch.float32)
+        Z = x.new_zeros(psi.shape[-1], x.shape[-1], dtype=torch.float32)
+        for pictures, rows in _parts(x.shape, delta.shape):
+            part, own = delta[pictures, rows].float(), x[pictures, rows].float()
+            each[pictures].baddbmm_(part.mT, own @ omega, alpha=1 / scale)
+            Z.addmm_((part @ psi).flatten(0, 1).T, own.flatten(0, 1), alpha=1 / scale)
+            del part, own  # before the next are made
         if name not in self.sums:
-            self.sums[name], self.tokens[name] = (torch.zeros_like(Y), torch.zeros_like(Z)), 0
+            self.sums[name], self.tokens[name] = (torch.zeros_like(each[0]), torch.zeros_like(Z)), 0
         if counts:
-            for total, part in zip(self.sums[name], (Y, Z), strict=True):
-                total += part
+            for total, more in zip(self.sums[name], (each.sum(0), Z), strict=True):
+                total += more
             self.tokens[name] += delta.shape[:-1].numel()
         return each.square().sum((1, 2))
 
@@ -63,16 +71,21 @@ class Sketches:
             group.sum_([*sums, count])
             self.tokens[name] = int(count)
 
-    def get(self, projection: Projection) -> Factors:
-        """G, of rank k, as a product. Raises RuntimeError when nothing was seen: a hook that never
-        fired is a bug."""
-        if projection.name not in self.sums:
+    def get(self, projections: Sequence[Projection]) -> tuple[Tensor, Tensor]:
+        """G of g projections of one shape, of rank k, as a product: `[g, m, k]` and `[g, k, d]`.
+
+        (Psi Q)^+ comes from its Gram matrix: Gaussian and twice as long as wide, its condition is a
+        handful. Raises RuntimeError when nothing was seen: a hook that never fired is a bug.
+        """
+        names = [p.name for p in projections]
+        if not self.sums.keys() >= set(names):
             raise RuntimeError("no tokens were recorded")
-        Y, Z = (part / self.tokens[projection.name] for part in self.sums[projection.name])
-        Q = linalg.qr(Y)[0]
-        psi = self._probe(len(Y), 2 * self.width + 1, Y.device)
-        q, r = linalg.qr(psi.T @ Q)
-        return Factors(Q, linalg.triangular_solve(r, q.T @ Z, upper=True))
+        Y = torch.stack([self.sums[name][0] for name in names])
+        tokens = [self.tokens[name] for name in names]
+        Z = torch.stack(torch._foreach_div([self.sums[name][1] for name in names], tokens))
+        Q = linalg.orthonormal(Y)
+        seen = self._probe(Y.shape[-2], 2 * self.width + 1, Y.device).T @ Q
+        return Q, linalg.solve(seen.mT @ seen, seen.mT @ Z)
 
     def _probe(self, size: int, count: int, device: torch.device) -> Tensor:
         """`count` random vectors `[size, count]` that keep norms in the mean; all directions where
@@ -81,8 +94,19 @@ class Sketches:
         if key not in self.probes:
             generator = torch.Generator().manual_seed(SEED)
             drawn = torch.randn(size, count, generator=generator) / math.sqrt(count)
-            self.probes[key] = (torch.eye(size) if count >= size else drawn).to(device)
+            self.probes[key] = torch.eye(size, device=device) if count >= size else drawn.to(device)
         return self.probes[key]
+
+
+def _parts(x: torch.Size, delta: torch.Size) -> Iterator[tuple[slice, slice]]:
+    """Pictures and tokens of layers' inputs and gradients `[n, tokens, features]`, `AT_ONCE` fp32
+    numbers of both together: whole pictures if any, else tokens of one."""
+    n, tokens, _ = x
+    most = max(1, AT_ONCE // (x[-1] + delta[-1]))
+    pictures, rows = max(1, most // tokens), min(tokens, most)
+    for first in range(0, n, pictures):
+        for start in range(0, tokens, rows):
+            yield slice(first, first + pictures), slice(start, start + rows)
 
 
 def sketch_bytes(projections: Sequence[Projection], width: int) -> int:

@@ -1,9 +1,10 @@
-"""The sweep's answer, layer by layer: solved, cut to its rank, scaled to unit response."""
+"""The sweep's answer: layers solved, cut to their ranks, scaled to unit response."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +14,10 @@ from ..config import CalibrationConfig
 from ..lora.adapter import Factors, LoRA
 from ..lora.targets import Projection
 from .closed_form import Components, output_power, unit_response
-from .constraints import Constraint, Metric
-from .moments import Moments
+from .constraints import Constraint
+from .moments import Moments, alike
 from .ranks import MAX_RANK_FACTOR, budget_of, data_ranks, uniform_ranks
+from .second_moment import SecondMoment
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
@@ -47,29 +49,32 @@ def solve(
     projections: Sequence[Projection],
     constraint: Constraint,
     moments: Moments,
-    metric: Metric,
     config: CalibrationConfig,
     ranks: Mapping[str, int] | None,
     generator: torch.Generator,
 ) -> Solution:
     """The best update of every projection; `ranks` instead of the rule's."""
     most = config.rank * (MAX_RANK_FACTOR if config.rank_rule == "data" else 1)
-    readers = {p.input_key: p for p in projections}  # those that read one input share its K
-    K = {key: metric.K(p, moments) for key, p in readers.items()}
-    solved = {
-        p.name: constraint.components(
-            p, _weight(model, p), moments, K[p.input_key], most, generator
-        )
-        for p in projections
-    }
-    ranks = ranks or _ranks(projections, solved, config)
-    solved = {name: parts.truncated(ranks[name]) for name, parts in solved.items()}
+    weight = partial(_weight, model)
+    solved: dict[str, Components] = {}
+    for _, group in alike(projections, shape_of):
+        found = constraint.components(group, weight, moments, most, generator)
+        solved |= {p.name: parts for p, parts in zip(group, found, strict=True)}
+    scores = dict(zip(solved, on_host([parts.score for parts in solved.values()]), strict=True))
+    ranks = ranks or _ranks(projections, scores, config)
     chosen = [p for p in projections if ranks[p.name]]
-    update = {p.name: _factors(p, solved[p.name], moments) for p in chosen}
-    energy = {p.name: float(solved[p.name].score.sum()) for p in chosen}
+    energy = {p.name: float(scores[p.name][: ranks[p.name]].sum()) for p in chosen}
     slope = -sum(energy.values()) if constraint.backward else 0.0
-    first = FIRST_CHANGE / max(_relative_change(model, chosen, update, moments), 1e-12)
-    return Solution(chosen, update, first, slope, energy)
+    update = {
+        p.name: _factors(solved[p.name].truncated(ranks[p.name]), moments.C(p)) for p in chosen
+    }
+    first = FIRST_CHANGE / max(_relative_change(chosen, weight, update, moments), 1e-12)
+    return Solution(chosen, _lora_on_host(update), first, slope, energy)
+
+
+def shape_of(p: Projection) -> tuple[int, int, bool, bool]:
+    """Layers of one shape are worked on together."""
+    return p.in_features, p.out_features, p.diagonal_in, p.diagonal_out
 
 
 def _weight(model: StableDiffusion, projection: Projection) -> Tensor:
@@ -77,24 +82,21 @@ def _weight(model: StableDiffusion, projection: Projection) -> Tensor:
 
 
 def _ranks(
-    projections: Sequence[Projection], solved: Mapping[str, Components], config: CalibrationConfig
+    projections: Sequence[Projection], scores: Mapping[str, Tensor], config: CalibrationConfig
 ) -> dict[str, int]:
     if config.rank_rule == "uniform":
         return uniform_ranks(projections, config.rank)
-    scores = {name: components.score for name, components in solved.items()}
     budget = budget_of([p for p in projections if not p.feed_forward], config.rank)
     return data_ranks(projections, scores, budget, max_rank=MAX_RANK_FACTOR * config.rank)
 
 
-def _factors(projection: Projection, components: Components, moments: Moments) -> Factors:
-    up = components.up * components.sigma
-    up, down = unit_response(up, components.down, moments.C(projection))
-    return Factors(up.cpu(), down.cpu())
+def _factors(components: Components, C: SecondMoment) -> Factors:
+    return Factors(*unit_response(components.up * components.sigma, components.down, C))
 
 
 def _relative_change(
-    model: StableDiffusion,
     projections: Sequence[Projection],
+    weight: Callable[[Projection], Tensor],
     update: Mapping[str, Factors],
     moments: Moments,
 ) -> float:
@@ -102,8 +104,19 @@ def _relative_change(
     outputs."""
     squares = []
     for p in projections:
-        C, weight = moments.C(p), _weight(model, p).float()
-        up, down = update[p.name].up.to(weight), update[p.name].down.to(weight)
-        moved = (up.T @ up * (down @ C.matmul(down.T))).sum()
-        squares.append(float(moved / output_power(weight, C).sum().clamp_min(1e-30)))
-    return (sum(squares) / len(squares)) ** 0.5
+        C, own = moments.C(p), update[p.name]
+        moved = (own.up.T @ own.up * (own.down @ C.matmul(own.down.T))).sum()
+        squares.append(moved / output_power(weight(p).float(), C).sum().clamp_min(1e-30))
+    return float(torch.stack(squares).cpu().mean().sqrt())
+
+
+def _lora_on_host(update: Mapping[str, Factors]) -> LoRA:
+    parts = iter(on_host([part for own in update.values() for part in (own.up, own.down)]))
+    return {name: Factors(next(parts), next(parts)) for name in update}
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each its own memory; all of one dtype and device, for which the host waits once."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(own.shape).clone() for part, own in zip(parts, tensors, strict=True)]

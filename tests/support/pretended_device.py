@@ -1,6 +1,6 @@
 """A GPU that is not there: tensors say that they are on CUDA, on Apple's MPS or on Intel's XPU,
 while their numbers stay on the CPU. They refuse to mix with the CPU's as real ones do; they refuse
-float64 and, but on CUDA, the factorisations that MPS lacks.
+float64, the factorisations that MPS lacks, and on CUDA those that it makes one by one.
 
     with pretended("mps") as device:
         load_checkpoint("mini-sd", device="mps")
@@ -32,13 +32,17 @@ WAITS = (
     "aten::nonzero",
 )
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
-FACTORISING = (
+# Of many matrices CUDA makes these one at a time, with a wait of the host for each.
+ONE_BY_ONE = (
     "aten::_linalg_eigh",
-    "aten::_linalg_solve_ex",
     "aten::_linalg_svd",
     "aten::cholesky_inverse",
-    "aten::linalg_cholesky_ex",
     "aten::linalg_qr",
+)
+FACTORISING = (
+    *ONE_BY_ONE,
+    "aten::_linalg_solve_ex",
+    "aten::linalg_cholesky_ex",
     "aten::linalg_solve_triangular",
 )
 
@@ -136,11 +140,12 @@ class _Names(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):
-    """`waits` counts what makes the host wait, copies to it included."""
+    """`waits` counts what makes the host wait, copies to it included; `uploads` copies from it,
+    for which it waits too."""
 
     def __init__(self):
         super().__init__()
-        self.waits = Counter()
+        self.waits, self.uploads = Counter(), Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, out = func._schema.name, _dispatched(func, args, kwargs or {})
@@ -149,6 +154,9 @@ class _Operations(TorchDispatchMode):
         to_host |= name == "aten::copy_" and there[1] and not there[0]
         if to_host or (name in WAITS and any(there)):
             self.waits[name] += 1
+        uploaded = name == "aten::_to_copy" and not there[0] and isinstance(out, OnDevice)
+        if uploaded or (name == "aten::copy_" and there[0] and not there[1]):
+            self.uploads[name] += 1
         return out
 
 
@@ -189,6 +197,8 @@ def _dispatched(func, args, kwargs):
         raise RuntimeError(f"{name}: expected a generator of the device, found one of the CPU")
     if kind != "cuda" and name in FACTORISING:
         raise NotImplementedError(f"{name}: {kind} has none")
+    if kind == "cuda" and name in ONE_BY_ONE:
+        raise NotImplementedError(f"{name}: {kind} makes one at a time")
     for tensor in here:
         if tensor.ndim and (name not in INDEXING or tensor.is_floating_point()):
             raise RuntimeError(f"{name}: expected all tensors on one device")

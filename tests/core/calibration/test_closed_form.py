@@ -16,7 +16,6 @@ from cntlora_core.calibration.closed_form import (
     unit_response,
 )
 from cntlora_core.calibration.second_moment import Diagonal, LowRank, stack
-from cntlora_core.lora.adapter import Factors
 
 sizes = st.tuples(st.integers(2, 12), st.integers(2, 12), st.integers(1, 30))
 seeds = st.integers(0, 2**31)
@@ -41,8 +40,11 @@ def matrix(parts):
     return (parts.up * parts.sigma) @ parts.down
 
 
-def product(G):
-    return Factors(G, torch.eye(G.shape[1]).to(G))
+def target(G, P, K, rank):
+    """Of one layer."""
+    up, down = G[None], torch.eye(G.shape[1]).to(G)[None]
+    (parts,) = target_components(up, down, stack([P]), stack([K]), rank, [1])
+    return parts
 
 
 def generator(seed=0):
@@ -103,7 +105,7 @@ def test_closed_form_is_the_least_squares_solution(size, seed, rho):
 def test_target_at_full_rank_is_the_natural_gradient(m, d, seed):
     G = torch.randn(m, d, dtype=torch.float64, generator=generator(seed))
     S, K = spd(m, seed + 1), spd(d, seed + 2)
-    parts = target_components(product(G), whole(S).damped(0.1), whole(K), min(m, d), 1)
+    parts = target(G, whole(S).damped(0.1), whole(K), min(m, d))
     expected = -torch.linalg.solve(dense(S, 0.1), G) @ torch.linalg.inv(K)
     torch.testing.assert_close(matrix(parts), expected, rtol=1e-7, atol=1e-9)
 
@@ -120,7 +122,7 @@ def test_target_truncation_keeps_the_largest_predicted_fall(m, d, rank, seed):
     def fall(D):
         return -(G * D).sum() - 0.5 * ((metric @ D @ K) * D).sum()
 
-    parts = target_components(product(G), whole(S).damped(0.1), whole(K), min(m, d), 1)
+    parts = target(G, whole(S).damped(0.1), whole(K), min(m, d))
     best = fall(matrix(parts.truncated(rank)))
     assert best == pytest.approx(float(0.5 * parts.score[:rank].sum()), rel=1e-8)
     up = torch.randn(
@@ -179,13 +181,8 @@ def test_unit_response_survives_a_direction_without_energy():
 
 def test_singular_moments_are_damped_not_divided():
     x = torch.ones(6, 1, dtype=torch.float64)
-    parts = target_components(
-        product(torch.ones(4, 6).double()),
-        whole(torch.zeros(4, 4).double()).damped(0.1),
-        whole(x @ x.T).damped(0.1),
-        2,
-        1,
-    )
+    nothing = whole(torch.zeros(4, 4).double()).damped(0.1)
+    parts = target(torch.ones(4, 6).double(), nothing, whole(x @ x.T).damped(0.1), 2)
     assert torch.isfinite(matrix(parts)).all()
 
 

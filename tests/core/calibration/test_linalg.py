@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cntlora_core.calibration import linalg
 
@@ -17,22 +19,51 @@ GRAM = X.mT @ X + torch.eye(4)
 def where(request, monkeypatch):
     if request.param == "on the host":
         monkeypatch.setattr(linalg, "AT_HOME", ())
+        monkeypatch.setattr(linalg, "ALL_AT_HOME", ())
 
 
 def test_they_are_torchs_own():
-    Q, R = linalg.qr(X)
-    torch.testing.assert_close(Q @ R, X)
     U, sigma, Vh = linalg.svd(X)
     torch.testing.assert_close((U * sigma[:, None]) @ Vh, X)
     values, vectors = linalg.eigh(GRAM)
     torch.testing.assert_close((vectors * values[:, None]) @ vectors.mT, GRAM)
     factor = linalg.cholesky(GRAM)
     torch.testing.assert_close(factor @ factor.mT, GRAM)
-    torch.testing.assert_close(linalg.cholesky_inverse(factor), torch.linalg.inv(GRAM))
+    half = linalg.inverse_factor(GRAM)
+    torch.testing.assert_close(half.mT @ half, torch.linalg.inv(GRAM))
     right = torch.ones(3, 4, 2)
     solved = linalg.triangular_solve(factor, right, upper=False)
     torch.testing.assert_close(factor @ solved, right)
     torch.testing.assert_close(GRAM @ linalg.solve(GRAM, right), right)
+
+
+@settings(
+    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.tuples(st.integers(1, 70), st.integers(1, 50), st.integers(0, 50)),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([0.0, 3.0, 12.0]),
+    st.sampled_from([1e-25, 1.0, 1e25]),
+    st.integers(0, 2**31),
+)
+def test_a_basis_is_orthonormal_whatever_it_is_made_of(size, dtype, decades, scale, seed):
+    """Fewer directions than columns or none at all, strengths far apart, columns alike or zero: a
+    basis still, and what each column has is in it."""
+    m, k, directions = size
+    g = torch.Generator().manual_seed(seed)
+    strength = 10 ** -torch.linspace(0, decades, max(directions, 1), dtype=torch.float64)
+    X = torch.randn(2, m, directions, generator=g, dtype=torch.float64) * strength[:directions]
+    X = X @ torch.randn(2, directions, k, generator=g, dtype=torch.float64)
+    X[1, :, k // 2 :] = X[1, :, :1]
+    X[0, :, -1] = 0
+    X = (X * scale).to(dtype)
+    Q = linalg.orthonormal(X)
+    rounding = 50 * torch.finfo(dtype).eps
+    eye = torch.eye(min(m, k), dtype=dtype).expand(2, -1, -1)
+    torch.testing.assert_close(Q.mT @ Q, eye, rtol=0, atol=rounding)
+    unit = torch.nan_to_num(X / X.abs().amax(-2, keepdim=True))
+    torch.testing.assert_close(Q @ (Q.mT @ unit), unit, rtol=0, atol=rounding * max(m, k) ** 0.5)
 
 
 def test_a_matrix_that_has_no_factor_is_told_without_waiting():

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from cntlora_core.calibration.sketch import Sketches, sketch_bytes
 from cntlora_core.lora.targets import Projection
+from cntlora_core.training.shapes import peak_bytes
 
 seeds = st.integers(0, 2**31)
 
@@ -14,6 +15,11 @@ seeds = st.integers(0, 2**31)
 def passes(m, d, tokens, pictures, seed):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(pictures, tokens, size, generator=generator) for size in (m, d)]
+
+
+def whole(sketches, projection):
+    up, down = sketches.get([projection])
+    return up[0] @ down[0]
 
 
 def gradient(delta, x):
@@ -28,9 +34,9 @@ def test_what_has_no_more_directions_is_exact(m, d, tokens, pictures, seed):
     sketches = Sketches(9)
     for part in zip(delta.split(1), x.split(1), strict=True):
         sketches.add("p", *part)
-    found = sketches.get(Projection("p", d, m, "p"))
-    torch.testing.assert_close(found.delta(), gradient(delta, x), rtol=1e-3, atol=1e-3)
-    assert found.rank <= 9
+    up, down = sketches.get([Projection("p", d, m, "p")])
+    torch.testing.assert_close(up[0] @ down[0], gradient(delta, x), rtol=1e-3, atol=1e-3)
+    assert up.shape[-1] <= 9
 
 
 def test_leading_directions_are_kept_and_little_else_is_lost():
@@ -41,7 +47,7 @@ def test_leading_directions_are_kept_and_little_else_is_lost():
     sketches = Sketches(26)
     sketches.add("p", delta * strength, x)
     G = gradient(delta * strength, x)
-    error = torch.linalg.matrix_norm(sketches.get(Projection("p", 150, 200, "p")).delta() - G)
+    error = torch.linalg.matrix_norm(whole(sketches, Projection("p", 150, 200, "p")) - G)
     best = torch.linalg.svdvals(G)[26:].square().sum().sqrt()
     assert float(error) < 4 * float(best)
     assert float(error) < 0.05 * float(G.norm())
@@ -58,18 +64,56 @@ def test_norms_of_single_pictures_are_right_in_the_mean():
     assert float(ratios.std()) < 0.3
 
 
+@pytest.mark.parametrize("at_once", [1, 150, 1000])
+def test_parts_of_a_pass_add_up(monkeypatch, at_once):
+    """Tokens of a picture, or some pictures at once: 28 numbers a token, 20 tokens each."""
+    delta, x = passes(12, 16, 20, 3, 0)
+    entire, parted = Sketches(8), Sketches(8)
+    norms = entire.add("p", delta, x)
+    monkeypatch.setattr("cntlora_core.calibration.sketch.AT_ONCE", at_once)
+    torch.testing.assert_close(parted.add("p", delta, x), norms)
+    for one, other in zip(parted.sums["p"], entire.sums["p"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+    assert parted.tokens == {"p": 60}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_full_and_never_overflows(dtype):
+    """As strong as fp16 holds, and as many tokens as SDXL has: their sums are beyond it."""
+    scale = 1024.0 if dtype == torch.float16 else 1.0
+    delta, x = (part.to(dtype) for part in passes(12, 16, 4096, 1, 0))
+    delta = (delta.abs() * 1e4).clamp_max(6e4)
+    halves, full = Sketches(8), Sketches(8)
+    norms = halves.add("p", delta, x.abs() * 1e3, scale)
+    expected = full.add("p", delta.float() / scale, (x.abs() * 1e3).float())
+    torch.testing.assert_close(norms, expected)
+    assert torch.isfinite(norms).all()
+    for one, other in zip(halves.sums["p"], full.sums["p"], strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other)
+
+
+def test_what_passes_in_fp32_is_bounded():
+    """SDXL's widest layer at 1024 px, two pictures, in bf16: 190 MB would be its copies."""
+    delta, x = (torch.empty(2, 4096, n, dtype=torch.bfloat16, device="meta") for n in (5120, 640))
+    sketches = Sketches(26)
+    sketches.add("p", delta, x)
+    held = [delta, x, *sketches.sums["p"], *sketches.probes.values()]
+    assert peak_bytes(lambda: sketches.add("p", delta, x), held) < 75e6
+
+
 def test_processes_add_up_whoever_counts(spoken_by_two):
     delta, x = passes(12, 15, 3, 2, 0)
-    whole = Sketches(8)
-    whole.add("p", delta, x)
+    both = Sketches(8)
+    both.add("p", delta, x)
     mine, other = Sketches(8), Sketches(8)
     mine.add("p", delta[:1], x[:1])
     mine.add("p", delta[1:], x[1:], counts=False)  # seen by both, counted by one
     other.add("p", delta[1:], x[1:])
     mine.combine(spoken_by_two(other))
     p = Projection("p", 15, 12, "p")
-    torch.testing.assert_close(mine.get(p).delta(), whole.get(p).delta(), rtol=1e-4, atol=1e-5)
-    assert mine.tokens == whole.tokens
+    torch.testing.assert_close(whole(mine, p), whole(both, p), rtol=1e-4, atol=1e-5)
+    assert mine.tokens == both.tokens
 
 
 @pytest.fixture
@@ -94,7 +138,7 @@ def spoken_by_two():
 
 def test_nothing_recorded_is_an_error():
     with pytest.raises(RuntimeError, match="no tokens"):
-        Sketches(4).get(Projection("p", 3, 3, "p"))
+        Sketches(4).get([Projection("p", 3, 3, "p")])
 
 
 def test_the_bytes_are_those_of_the_sums():

@@ -80,6 +80,7 @@ def write(frames: list[Image.Image], path: Path) -> None:
         loop=0,
         quality=QUALITY,
         method=6,
+        minimize_size=True,
     )
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes, more than {LARGEST}")

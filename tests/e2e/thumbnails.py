@@ -48,7 +48,7 @@ SAME = {
 }
 CELL, GAP, LEFT = 120, 8, 144  # px
 GROUND, INK = "#1d1f26", "#d8dae0"
-FONT_PX, QUALITY = 15, 88
+FONT_PX, QUALITY = 15, 84
 
 
 def with_rows(name: str, rows) -> tuple[dict, list[str]]:
@@ -91,7 +91,7 @@ def main() -> None:
             assert result["status"]["status_str"] == "success", result["status"]
             shown = [pictures(server, result["outputs"][node]) for node in nodes]
             rows = [(text, images) for (text, *_), images in zip(rows, shown, strict=True)]
-            sheet(rows).save(EXAMPLES / f"{name}.jpg", quality=QUALITY)
+            sheet(rows).save(EXAMPLES / f"{name}.jpg", quality=QUALITY, optimize=True)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,11 @@ def alike(
             yield own, group[start : start + most]
 
 
+def shape_of(p: Projection) -> tuple[int, int, bool, bool]:
+    """Layers of one shape are worked on together."""
+    return p.in_features, p.out_features, p.diagonal_in, p.diagonal_out
+
+
 def moment_bytes(projections: Sequence[Projection]) -> int:
     """Of C and S, fp32."""
     inputs = {p.input_key: (p.in_features, p.diagonal_in) for p in projections}

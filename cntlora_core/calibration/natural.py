@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,9 +25,9 @@ from ..lora.adapter import Adapters, LoRA
 from ..lora.targets import Projection
 from .closed_form import factor_steps
 from .constraints import Metric
-from .moments import Moments, alike
+from .moments import Moments, alike, shape_of
 from .recording import Seen, record
-from .second_moment import SecondMoment
+from .second_moment import SecondMoment, split
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
@@ -63,8 +64,8 @@ class NaturalStart:
 
 @dataclass(frozen=True)
 class _Metrics:
-    """The metrics of g projections of one shape, `K` `[g, d, d]` of the inputs and `P` `[g, m, m]`
-    of the outputs, and their inverses."""
+    """The metrics of g projections of one shape and rank, `K` `[g, d, d]` of inputs and `P` `[g, m,
+    m]` of outputs, and their inverses."""
 
     names: tuple[str, ...]
     P: SecondMoment
@@ -86,16 +87,15 @@ class NaturalGradient(torch.optim.Optimizer):
         device = adapters.flat.device
         self.metric, self.group = start.metric, group
         self.moments = start.moments.on(device)
-        every = alike(start.projections, self._shape, most=len(start.projections))
-        self.groups = [group for _, group in every]
+        by_rank = sorted(start.projections, key=self._rank)
+        self.groups = [group for _, group in alike(by_rank, shape_of, most=len(by_rank))]
         self.seen, self.pictures = Seen(), 1
         self.tokens = dict(start.tokens)  # of a picture, by projection
         self.lengths = {key: value.to(device) for key, value in start.lengths.items()}
         self.metrics: list[_Metrics] = []
 
-    def _shape(self, p: Projection) -> tuple[object, ...]:
-        """Of a projection's factors and metrics."""
-        return *self.adapters.shapes[p.name], p.diagonal_in, p.diagonal_out
+    def _rank(self, projection: Projection) -> int:
+        return self.adapters.shapes[projection.name][0][0]
 
     @property
     def share(self) -> float:
@@ -146,7 +146,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self.tokens |= {p.name: n / self.pictures for p, n in seen.came_back(self.projections)}
             self.moments.take_in(seen)
         if fresh or not self.metrics:
-            self.metrics = [self._metrics(group) for group in self.groups]
+            self.metrics = [own for group in self.groups for own in self._metrics(group)]
         grads = self._gradients()
         for metrics in self.metrics:
             self._move(metrics, grads)
@@ -200,10 +200,14 @@ class NaturalGradient(torch.optim.Optimizer):
         excess = (lengths / usual.clamp_min(torch.finfo(lengths.dtype).tiny) / UNUSUAL).square()
         return ((1 + UNUSUAL**-2) / (1 + excess)).clamp_max(1.0)
 
-    def _metrics(self, group: Sequence[Projection]) -> _Metrics:
-        """From the moments as they are."""
+    def _metrics(self, group: Sequence[Projection]) -> Iterator[_Metrics]:
+        """From the moments as they are, of layers of one shape together; apart by rank."""
         P, K = self.metric.of(group, self.moments)
-        return _Metrics(tuple(p.name for p in group), P, K, P.inverse(), K.inverse())
+        together = P, K, P.inverse(), K.inverse()
+        counts = [len(list(same)) for _, same in groupby(group, self._rank)]
+        names = iter(p.name for p in group)
+        for count, *own in zip(counts, *(split(m, counts) for m in together), strict=True):
+            yield _Metrics(tuple(islice(names, count)), *own)
 
     def reached(self) -> NaturalStart:
         """What further steps would start from, in all that was seen."""

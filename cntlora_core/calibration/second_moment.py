@@ -212,6 +212,13 @@ def unstack(moments: SecondMoment) -> list[SecondMoment]:
     ]
 
 
+def split(moments: SecondMoment, counts: Sequence[int]) -> list[SecondMoment]:
+    """Several that are worked on together, so many at a time."""
+    kind: Any = type(moments)
+    parts = (getattr(moments, f.name).split(list(counts)) for f in fields(kind))
+    return [kind(*some) for some in zip(*parts, strict=True)]
+
+
 def moved(moment: SecondMoment, device: torch.device) -> SecondMoment:
     """On `device`."""
     kind: Any = type(moment)

@@ -15,7 +15,7 @@ from ..lora.adapter import Factors, LoRA
 from ..lora.targets import Projection
 from .closed_form import Components, output_power, unit_response
 from .constraints import Constraint
-from .moments import Moments, alike
+from .moments import Moments, alike, shape_of
 from .ranks import MAX_RANK_FACTOR, budget_of, data_ranks, uniform_ranks
 from .second_moment import SecondMoment
 
@@ -70,11 +70,6 @@ def solve(
     }
     first = FIRST_CHANGE / max(_relative_change(chosen, weight, update, moments), 1e-12)
     return Solution(chosen, _lora_on_host(update), first, slope, energy)
-
-
-def shape_of(p: Projection) -> tuple[int, int, bool, bool]:
-    """Layers of one shape are worked on together."""
-    return p.in_features, p.out_features, p.diagonal_in, p.diagonal_out
 
 
 def _weight(model: StableDiffusion, projection: Projection) -> Tensor:

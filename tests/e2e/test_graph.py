@@ -87,7 +87,7 @@ def test_the_lora_changes_the_picture(comfyui):
     outputs = comfyui.run(graph)["outputs"]
     with_lora, without = (list(pictures(comfyui, outputs[n])) for n in ("6", "7"))
     change = np.mean([np.abs(a - b).mean() for a, b in zip(with_lora, without, strict=True)])
-    assert change > 5  # of 255; about 40 after 100 steps
+    assert change > 5  # of 255; about 67 after 100 steps
 
 
 def test_comfyuis_own_nodes_take_our_outputs(comfyui):

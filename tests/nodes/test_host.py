@@ -55,7 +55,8 @@ def test_a_model_is_moved_outside_inference_mode(pack, monkeypatch):
     model = SimpleNamespace(unet=Moved(), device=torch.device("cpu"), lender=None)
     loading = sys.modules["cntlora_pack.nodes.load_checkpoint"]
     kind = sys.modules["cntlora_pack.cntlora_core.model.loader"].StableDiffusion
-    model.at_work = partial(kind.at_work, model)
+    for name in ("at_work", "_bring", "_put_away"):
+        setattr(model, name, partial(getattr(kind, name), model))
     monkeypatch.setattr(loading, "load_checkpoint", lambda *args, **options: model)
     monkeypatch.setattr(pack.host, "notices", lambda node: None)
     with torch.inference_mode():

@@ -9,6 +9,7 @@ from cntlora_core.data.batches import draw_batch
 from cntlora_core.data.dataset import encode_subject
 from cntlora_core.data.images import Picture
 from cntlora_core.data.tags import in_order, tag_variants
+from cntlora_core.events import Notice
 from cntlora_core.run.runs import run_training
 
 TAGS = "sks, red, blue, green, round"
@@ -36,7 +37,8 @@ def test_of_many_captions_fewer_variants_are_made(mini_sd, monkeypatch):
     pictures = [Picture(c, Image.new("RGB", (16, 16)), c, caption=c) for c in captions]
     subject = encode_subject(mini_sd, pictures, "", SHUFFLED, observer=said.append)
     assert len(subject.variants) == 6
-    assert "caption_variants is 8, but so many captions get 2 each" in said[-1].text
+    told = [event.text for event in said if isinstance(event, Notice)]
+    assert any("caption_variants is 8, but so many captions get 2 each" in text for text in told)
 
 
 def test_a_separator_says_what_stays():

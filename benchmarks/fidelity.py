@@ -113,6 +113,22 @@ def reference(
     )
 
 
+def halves_of(subject: Path | None) -> tuple[tuple[Path, Path], tuple[str, str]]:
+    """The folders of training and of held-out pictures, and the two prompts; of the embedded
+    subject when None."""
+    if subject is None:
+        return (MINI_SD_FOLDER / "subject", MINI_SD_FOLDER / "heldout"), EMBEDDED
+    return (subject / "train", subject / "heldout"), prompts_of(subject)
+
+
+def subject_reference(
+    model: StableDiffusion, folders: tuple[Path, Path], prompts: tuple[str, str]
+) -> Reference:
+    """Of pictures in folders; as `reference`."""
+    train, held_out = ([p.image for p in find_pictures(f)] for f in folders)
+    return reference(model, train, held_out, *prompts)
+
+
 def features(encoder: Encoder, pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures of any size -> features of length one, `[n, f]`."""
     small = [p.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS) for p in pictures]
@@ -259,14 +275,7 @@ def main() -> None:
     torch.set_num_threads(1)  # equal sums everywhere; two beside a busy process were far slower
     model = load_checkpoint(MINI_SD)
     lora, _ = load_lora(args.lora, find_projections(model.unet, ALL), model.family)
-    folders, prompts = (MINI_SD_FOLDER / "subject", MINI_SD_FOLDER / "heldout"), EMBEDDED
-    if args.subject:
-        folders, prompts = (
-            (args.subject / "train", args.subject / "heldout"),
-            prompts_of(args.subject),
-        )
-    train, held_out = ([p.image for p in find_pictures(f)] for f in folders)
-    to = reference(model, train, held_out, *prompts)
+    to = subject_reference(model, *halves_of(args.subject))
     of = domain(model, args.data) if args.data else None
     result = {"base": measure(model, to, of), "training_pictures": subject_scores(to.train, to)}
     with attached_lora(model.unet, lora):

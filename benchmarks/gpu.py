@@ -180,10 +180,8 @@ def _draw(model: StableDiffusion, size_px: int) -> None:
     sample(model, [PROMPT], [0], steps=DRAWING_STEPS, size=(size_px, size_px))
 
 
-def profiles_of(model: StableDiffusion, size_px: int, steps: int = 3) -> dict[str, str]:
+def profiles_of(model: StableDiffusion, subject: EncodedImages, steps: int = 3) -> dict[str, str]:
     """Kernels by time, of AdamW's steps and of a short calibration; on a GPU also the host's."""
-    data = DataConfig(resolution=size_px, hold_out=False)
-    subject = encode_subject(model, pictures(size_px), PROMPT, data)
     config = TrainConfig(steps=steps, learning_rate=1e-4, batch_size=1, validate_every=0)
 
     def train() -> None:
@@ -235,10 +233,10 @@ def main() -> None:
             files, size_px = Files(family, place, device), (REAL | SMALL)[family]
             model = files.load("bf16")
             print(TABLE_HEAD.format(f"{family} {size_px} px"), flush=True)
-            run_phases(
-                model, size_px, report, batches=(1, 2, 4) if cuda else (1, 2), steps=args.steps
-            )
-            told["profiles"][family] = profiles_of(model, size_px)
+            batches = (1, 2, 4) if cuda else (1, 2)
+            subject = run_phases(model, size_px, report, batches=batches, steps=args.steps)
+            if subject:
+                told["profiles"][family] = profiles_of(model, subject)
             if cuda:
                 model = run_cards(files, model, size_px, report, args.steps)
                 del model
@@ -246,8 +244,9 @@ def main() -> None:
         if cuda and (args.script or args.comfyui):
             from gpu_peers import measure_peers
 
-            print(TABLE_HEAD.format(f"sd1 {REAL['sd1']} px"), flush=True)
-            measure_peers(args, Files("sd1", place, device).written(), Path(folder), report)
+            files, size_px = Files("sd1", place, device), REAL["sd1"]
+            print(TABLE_HEAD.format(f"sd1 {size_px} px"), flush=True)
+            measure_peers(args, files.written(), size_px, Path(folder), report)
     report.write()
 
 

@@ -14,8 +14,6 @@ import throughput
 import torch
 from gpu_report import Report
 
-RESOLUTION = 512  # of SD 1.5
-
 
 @contextmanager
 def watching_the_card(found: list[float]) -> Iterator[None]:
@@ -36,7 +34,9 @@ def watching_the_card(found: list[float]) -> Iterator[None]:
         found.append((before - min(least, default=before)) / 1e9)
 
 
-def measure_peers(args: argparse.Namespace, checkpoint: Path, work: Path, report: Report) -> None:
+def measure_peers(
+    args: argparse.Namespace, checkpoint: Path, resolution: int, work: Path, report: Report
+) -> None:
     """Others' trainers as whole processes, ours too, in the manner of throughput.py. One that
     fails says so and has no row."""
     cuda = report.device.type == "cuda"
@@ -54,7 +54,7 @@ def measure_peers(args: argparse.Namespace, checkpoint: Path, work: Path, report
             comfyui=args.comfyui,
             model=checkpoint,
             folder=folder,
-            resolution=RESOLUTION,
+            resolution=resolution,
             batch_size=batch,
             gpu=cuda,
         )

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity import EMBEDDED, Reference, measure, reference
+from fidelity import Reference, halves_of, measure, subject_reference
 from opponents import STEP, cost_of
 from PIL import Image
-from subject_folders import PROMPT_ALONE, prompts_of
+from ranks import read
+from subject_folders import PROMPT_ALONE
 from tradeoff import trained
 
 from cntlora_core.calibration.calibrate import calibrate
@@ -33,10 +34,9 @@ from cntlora_core.config import CalibrationConfig
 from cntlora_core.data.batches import NoisedSet
 from cntlora_core.data.class_images import class_images, class_noised
 from cntlora_core.data.dataset import read_subject
-from cntlora_core.data.images import find_pictures
 from cntlora_core.defaults import MINI_SD
 from cntlora_core.lora.adapter import LoRA, attached_lora
-from cntlora_core.model.loader import MINI_SD_FOLDER, StableDiffusion, load_checkpoint
+from cntlora_core.model.loader import StableDiffusion, load_checkpoint
 from cntlora_core.report.canvas import (
     FAINT,
     GRID,
@@ -89,11 +89,8 @@ def looks(
 
 def run(model: StableDiffusion, folder: Path | None, seeds: Sequence[int], output: Path) -> None:
     """What the file lacks."""
-    folders = (MINI_SD_FOLDER / "subject", MINI_SD_FOLDER / "heldout")
-    folders = (folder / "train", folder / "heldout") if folder else folders
-    prompt, class_prompt = prompts_of(folder) if folder else EMBEDDED
-    train, held_out = ([p.image for p in find_pictures(f)] for f in folders)
-    to = reference(model, train, held_out, prompt, class_prompt)
+    folders, (prompt, class_prompt) = halves_of(folder)
+    to = subject_reference(model, folders, (prompt, class_prompt))
     subject = read_subject(model, folders[0], prompt, PROMPT_ALONE)
     prior = class_noised(model, class_images(model, class_prompt, subject.resolution))
     base = {"cost": 0.0} | _scores(model, {}, to)
@@ -101,7 +98,7 @@ def run(model: StableDiffusion, folder: Path | None, seeds: Sequence[int], outpu
         for name, method in METHODS.items():
             key = {"subject": folder.name if folder else "embedded", "seed": seed, "method": name}
             done = [row for row in read(output) if key.items() <= row.items()]
-            if any(row["cost"] == COSTS[-1] for row in done):
+            if any(row["cost"] > COSTS[-2] for row in done):
                 continue
             found = [base]
             for cost, lora in looks(model, subject, method, prior if method.prior else None, seed):
@@ -114,11 +111,6 @@ def _scores(model: StableDiffusion, lora: LoRA, to: Reference) -> dict[str, floa
     with attached_lora(model.unet, lora):
         scores = measure(model, to)
     return {name: round(scores[name], 4) for name in ("subject", "unrelated")}
-
-
-def read(path: Path) -> list[Row]:
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
 
 
 def table(rows: Sequence[Row], measured: str) -> str:

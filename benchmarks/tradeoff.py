@@ -24,8 +24,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fidelity import Domain, Reference, domain, measure, prior_triples, reference
-from subject_folders import prompts_of, read_halves
+from fidelity import (
+    Domain,
+    Reference,
+    domain,
+    halves_of,
+    measure,
+    prior_triples,
+    subject_reference,
+)
+from subject_folders import read_halves
 from tqdm import tqdm
 
 from cntlora_core.calibration.calibrate import Calibration, calibrate
@@ -33,7 +41,6 @@ from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.data.batches import NoisedSet
 from cntlora_core.data.class_images import class_images, class_noised
 from cntlora_core.data.encoded import EncodedImages
-from cntlora_core.data.images import find_pictures
 from cntlora_core.defaults import MINI_SD
 from cntlora_core.lora.adapter import LoRA, attached_lora
 from cntlora_core.model.loader import StableDiffusion, load_checkpoint
@@ -185,11 +192,8 @@ def main() -> None:
     model = load_checkpoint(MINI_SD)
     of = domain(model, args.data)
     for folder in tqdm(args.subjects):
-        prompt, class_prompt = prompts_of(folder)
-        pictures = [
-            [p.image for p in find_pictures(folder / part)] for part in ("train", "heldout")
-        ]
-        to = reference(model, *pictures, prompt, class_prompt)
+        folders, (prompt, class_prompt) = halves_of(folder)
+        to = subject_reference(model, folders, (prompt, class_prompt))
         subject, held_out = read_halves(model, folder)
         validate = validation_loss(model, held_out, 16)
         base = validate()

@@ -1,20 +1,15 @@
 """The one command for a GPU runs the same code on the miniature, cut short."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
-    return importlib.import_module("gpu")
+def gpu(benchmark_script):
+    return benchmark_script("gpu")
 
 
 def test_every_phase_has_its_row(gpu, mini_sd, monkeypatch, capsys, tmp_path):
@@ -22,7 +17,7 @@ def test_every_phase_has_its_row(gpu, mini_sd, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu, "PICTURES", 1)
     monkeypatch.setattr(gpu, "DRAWING_STEPS", 1)
     report = gpu.Report(torch.device("cpu"), tmp_path / "gpu.json", {"torch": "2"})
-    gpu.run_phases(mini_sd, 64, report, batches=(1,), steps=2, efforts=("quick",))
+    found = gpu.run_phases(mini_sd, 64, report, batches=(1,), steps=2, efforts=("quick",))
     assert [row["phase"] for row in report.rows] == [
         "encode 1 pictures",
         "draw a picture, 1 steps",
@@ -34,7 +29,7 @@ def test_every_phase_has_its_row(gpu, mini_sd, monkeypatch, capsys, tmp_path):
     assert all(row["seconds"] > 0 for row in report.rows)
     assert capsys.readouterr().out.count("\n") == 6
     assert json.loads((tmp_path / "gpu.json").read_text()) == {"torch": "2", "rows": report.rows}
-    tables = gpu.profiles_of(mini_sd, 64, steps=1)
+    tables = gpu.profiles_of(mini_sd, found, steps=1)
     assert "aten::addmm" in tables["steps"]
     assert "aten::addmm" in tables["calibration"]
 

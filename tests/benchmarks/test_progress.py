@@ -1,19 +1,14 @@
 """Fidelity along a run: every look has its cost, and the figure shows them all."""
 
-import importlib
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def progress(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER), str(FOLDER / "mini_sd")])
-    return importlib.import_module("progress")
+def progress(benchmark_script):
+    return benchmark_script("progress")
 
 
 def test_looks_are_taken_at_their_cost(progress, mini_sd, subject, monkeypatch):

@@ -4,8 +4,11 @@
 
 An ordinary LoRA gets every choice that a good trainer would make: attention alone or with
 feed-forward layers (in the same number of parameters), batches of 1, 2 and 4, AdamW with betas
-(0.9, 0.99) or Prodigy, weights averaged over the steps, timesteps by importance as a row of its
-own, and of every row the learning rate that is best on that very subject. Ours runs as it comes.
+(0.9, 0.99), Prodigy, schedule-free AdamW, Muon or Riemannian AdamW, weights averaged over the
+steps, timesteps by importance as a row of its own, and of every row the learning rate that is best
+on that very subject. Of every LoRA, ours too, the best of four strengths counts at every cost:
+whole, 0.8, 0.6 or 0.4. `ours, held out` is without any hindsight: one of the pictures is left out,
+as the nodes do it, and it alone says the strength.
 
 A subject is a folder with `train/` and `heldout/` (benchmarks/mini_sd/prepare_data.py makes them).
 The cost counts every pass: three forward passes are what a forward and a backward pass cost, and 4
@@ -25,31 +28,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from factor_optimizers import factor_optimizer
 from subject_folders import read_halves
 
-from cntlora_core.calibration.calibrate import calibrate
+from cntlora_core.calibration.calibrate import Calibration, calibrate
 from cntlora_core.config import CalibrationConfig, TrainConfig
-from cntlora_core.data.encoded import EncodedImages
+from cntlora_core.data.encoded import EncodedImages, with_validation
 from cntlora_core.data.importance import Importance
-from cntlora_core.defaults import MINI_SD
-from cntlora_core.events import Event, Validation
+from cntlora_core.defaults import MINI_SD, VALIDATION_TIMESTEPS
+from cntlora_core.lora.adapter import Adapters, Factors, attached_lora
 from cntlora_core.model.loader import StableDiffusion, load_checkpoint
-from cntlora_core.run.runs import run_training
+from cntlora_core.training.loop import train
+from cntlora_core.training.state import TrainState, start_state
 from cntlora_core.training.validation import validation_loss
 
 COSTS = (10, 15, 20, 30, 45, 60, 90, 120)
+STRENGTHS = (1.0, 0.8, 0.6, 0.4)
+ON_FACTORS = ("muon", "riemannian")
 STEP = 4  # pictures that are one step of cost
 
 
 @dataclass(frozen=True)
 class Method:
-    """A start, a batch and an optimiser; `rates` are tried one by one (one for ours: none is)."""
+    """A start, a batch and an optimiser; `rates` are tried one by one (one for ours: none is).
+
+    `held_out`: one of the pictures is, and says the strength. `alpha`: a trainer as it comes, which
+    multiplies the update by alpha / rank, has its own rank and averages nothing.
+    """
 
     start: CalibrationConfig
     batch: int = 2
     optimizer: str = "adamw"
     rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)
     importance: bool = False
+    held_out: bool = False
+    alpha: float = 0.0
 
 
 ATTENTION = CalibrationConfig(init="gaussian", targets="attention")
@@ -62,13 +75,25 @@ ORDINARY = {
     "with feed-forward, 2": Method(WIDE, 2),
     "with feed-forward, 1": Method(WIDE, 1),
     "with feed-forward, 2, Prodigy": Method(WIDE, 2, "prodigy", rates=(1.0,)),
+    "with feed-forward, 2, schedule-free": Method(WIDE, 2, "schedulefree"),
+    "with feed-forward, 2, Muon": Method(WIDE, 2, "muon", rates=(3e-3, 1.2e-2, 4.8e-2)),
+    "with feed-forward, 2, Riemannian": Method(WIDE, 2, "riemannian"),
 }
 BESIDE = {
     "with feed-forward, 2, importance": Method(WIDE, 2, importance=True),
     "ours": Method(OURS, optimizer="natural", rates=(0.0,)),
+    "ours, held out": Method(OURS, optimizer="natural", rates=(0.0,), held_out=True),
     "ours, then AdamW": Method(OURS, rates=(7.5e-4, 1.5e-3, 3e-3)),
 }
-METHODS = ORDINARY | BESIDE
+# What people get who change nothing: diffusers' script, the example of kohya's documentation,
+# OneTrainer's preset for SD 1.5. Their rates are meant for real models.
+PLAIN = CalibrationConfig(init="default", targets="attention+ff")
+AS_THEY_COME = {
+    "diffusers as it comes": Method(replace(ATTENTION, rank=4), 4, rates=(5e-4,), alpha=4),
+    "kohya as it comes": Method(replace(PLAIN, rank=16), 1, rates=(1e-4,), alpha=1),
+    "OneTrainer as it comes": Method(replace(PLAIN, rank=16), 4, rates=(3e-4,), alpha=1),
+}
+METHODS = ORDINARY | BESIDE | AS_THEY_COME
 Curve = list[tuple[float, float]]
 
 
@@ -79,66 +104,114 @@ def cost_of(forward: int, backward: int) -> float:
 
 def rank_of(method: Method, rank: int) -> int:
     """So that all methods have the same number of parameters: with feed-forward layers an ordinary
-    LoRA has twice as many."""
+    LoRA has twice as many. A trainer as it comes keeps its own."""
+    if method.alpha:
+        return method.start.rank
     return rank // 2 if method.start is WIDE else rank
+
+
+def strongest_strength(loss: Callable[[float], float]) -> tuple[float, float]:
+    """(strength, loss): from the whole downwards until the loss rises."""
+    best = STRENGTHS[0], loss(STRENGTHS[0])
+    for strength in STRENGTHS[1:]:
+        if (tried := loss(strength)) >= best[1]:
+            break
+        best = strength, tried
+    return best
+
+
+@dataclass
+class Judge:
+    """What a LoRA is worth on the held-out pictures, as a share of the untouched model's loss:
+    whole, and at its best strength; `alone` finds that without looking at them."""
+
+    validate: Callable[[], float]
+    alone: Callable[[], float] | None = None
+
+    def __post_init__(self) -> None:
+        self.base = self.validate()
+
+    def __call__(self, adapters: Adapters) -> dict[str, float]:
+        """Of what is attached, and is so again afterwards."""
+        lora = adapters.factors()
+
+        def at(strength: float, loss: Callable[[], float]) -> float:
+            adapters.load({name: factors.scaled(strength) for name, factors in lora.items()})
+            return loss()
+
+        strength, loss = strongest_strength(lambda s: at(s, self.alone or self.validate))
+        loss = at(strength, self.validate) if self.alone else loss
+        whole = at(1.0, self.validate)
+        adapters.load(lora)
+        return {"whole": whole / self.base, "loss": loss / self.base, "strength": strength}
 
 
 def run(
     model: StableDiffusion,
     subject: EncodedImages,
-    validate: Callable[[], float],
+    judge: Judge,
     method: Method,
     rate: float,
     rank: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The curve of held-out losses over the cost, and the seconds it took without them."""
-    base, away, began = validate(), [0.0], time.perf_counter()
-    curve: Curve = [(0.0, 1.0)]
-
-    def look() -> float:
-        started = time.perf_counter()
-        loss = validate() / base
-        away[0] += time.perf_counter() - started
-        return loss
-
+    """What the LoRA was worth at every cost, and the seconds it took without the looks."""
+    began, away = time.perf_counter(), 0.0
     config = replace(method.start, rank=rank_of(method, rank), seed=seed)
     start = calibrate(model, subject, config)
+    if method.alpha:  # Adam's steps of both factors by the root are as alpha / rank beside B A
+        root = (method.alpha / config.rank) ** 0.5
+        start, rate = _scaled(start, root), rate * root
     if method.importance:
         start = replace(start, importance=Importance.usual())
     spent = cost_of(start.report.forward_passes, start.report.backward_passes)
-    steps = round((COSTS[-1] - spent) * STEP / method.batch)
+    spent += cost_of(len(STRENGTHS) * VALIDATION_TIMESTEPS, 0) if method.held_out else 0
+    later = [cost for cost in COSTS if cost >= spent]
+    at = {round((cost - spent) * STEP / method.batch): cost for cost in later}
+    plain = method.alpha or method.optimizer == "schedulefree"
     training = TrainConfig(
-        steps=steps,
+        steps=max(at),
         learning_rate=rate or 1e-3,
         batch_size=method.batch,
-        optimizer=method.optimizer,
+        optimizer="adamw" if method.optimizer in ON_FACTORS else method.optimizer,
+        averaging=0.0 if plain else TrainConfig.averaging,
         seed=seed,
-        validate_every=max(1, round(5 * STEP / method.batch)),
-        keep_best=False,
-        patience=0,
+        validate_every=0,
     )
+    untouched = {"loss": 1.0, "whole": 1.0, "strength": 1.0}
+    found = dict.fromkeys(COSTS, untouched)
+    with attached_lora(model.unet, start.lora, trainable=True) as adapters:
+        natural = start.natural if method.optimizer == "natural" else None
+        state = start_state(model, adapters, training, natural, start.importance)
+        if method.optimizer in ON_FACTORS:
+            state.optimizer = factor_optimizer(method.optimizer, adapters)
+        if method.alpha:
+            state.optimizer.param_groups[0]["betas"] = (0.9, 0.999)
 
-    def note(event: Event) -> None:
-        if isinstance(event, Validation):
-            curve.append((spent + event.step * method.batch / STEP, event.loss))
+        def look(state: TrainState) -> None:
+            nonlocal away
+            if state.step in at:
+                started = time.perf_counter()
+                found[at[state.step]] = judge(adapters)
+                away += time.perf_counter() - started
 
-    run_training(model, subject, config, training, start=start, validate=look, observer=note)
-    seconds = time.perf_counter() - began - away[0]
-    return {"curve": [(round(c, 2), round(x, 5)) for c, x in curve], "seconds": round(seconds, 1)}
+        train(model, subject, state, training, save=look)
+    seconds = time.perf_counter() - began - away
+    curves = {
+        name: [(cost, round(own[name], 5)) for cost, own in found.items()]
+        for name in ("loss", "whole", "strength")
+    }
+    return curves | {"seconds": round(seconds, 1)}
 
 
-def at(curve: Curve, cost: float) -> float:
-    """The loss at a cost, between the points on a straight line; before the first point it is that
-    of the untouched model."""
-    before = max((p for p in curve if p[0] <= cost), default=curve[0])
-    after = min((p for p in curve if p[0] >= cost), default=before)
-    share = (cost - before[0]) / (after[0] - before[0]) if after[0] > before[0] else 0.0
-    return before[1] + share * (after[1] - before[1])
+def _scaled(start: Calibration, by: float) -> Calibration:
+    """With rows of A `by` times as long."""
+    lora = {name: Factors(own.up, own.down * by) for name, own in start.lora.items()}
+    return replace(start, lora=lora)
 
 
 def mean_curve(rows: Sequence[Curve]) -> Curve:
-    return [(c, statistics.mean(at(row, c) for row in rows)) for c in COSTS]
+    return [(c, statistics.mean(row[n][1] for row in rows)) for n, c in enumerate(COSTS)]
 
 
 class Results:
@@ -160,13 +233,15 @@ class Results:
         for row in self.rows.values():
             of_rank, of_subject, of_method, rate, _ = row["key"]
             if (of_rank, of_subject, of_method) == (rank, subject, method):
-                found.setdefault(rate, []).append(row["curve"])
+                found.setdefault(rate, []).append(row["loss"])
         return {rate: mean_curve(rows) for rate, rows in found.items()}
 
     def strongest(self, rank: int, subject: str, methods: Sequence[str]) -> Curve:
         """At each cost the lowest loss of any method at any rate: nobody could choose better."""
         every = [c for m in methods for c in self.curves(rank, subject, m).values()]
-        return [(cost, min(curve[n][1] for curve in every)) for n, cost in enumerate(COSTS)]
+        return (
+            [(c, min(curve[n][1] for curve in every)) for n, c in enumerate(COSTS)] if every else []
+        )
 
 
 def report(results: Results, rank: int, subjects: Sequence[str]) -> str:
@@ -175,9 +250,10 @@ def report(results: Results, rank: int, subjects: Sequence[str]) -> str:
     lines.append("|---" * (len(COSTS) + 1) + "|")
     shares: dict[str, list[list[float]]] = {}
     for subject in subjects:
-        strongest = results.strongest(rank, subject, list(ORDINARY))
+        if not (strongest := results.strongest(rank, subject, list(ORDINARY))):
+            continue
         lines.append(_row(f"{subject}: strongest ordinary", strongest))
-        for method in BESIDE:
+        for method in BESIDE | AS_THEY_COME:
             if curves := results.curves(rank, subject, method):
                 best = min(curves.values(), key=lambda curve: min(x for _, x in curve))
                 lines.append(_row(f"{subject}: {method}", best))
@@ -217,14 +293,17 @@ def _run_all(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         for folder in args.subjects:
             subject, held_out = read_halves(model, folder)
-            validate = validation_loss(model, held_out, 8)
+            judge = Judge(validation_loss(model, held_out, 8))
+            training, one = with_validation(subject)
+            alone = Judge(judge.validate, validation_loss(model, one, 8))
             for name in args.methods:
                 for rate in METHODS[name].rates:
                     key = [args.rank, folder.name, name, rate, seed]
                     results = Results(args.output)
                     if json.dumps(key) not in results.rows:
                         method = METHODS[name]
-                        row = run(model, subject, validate, method, rate, args.rank, seed)
+                        halves = (training, alone) if method.held_out else (subject, judge)
+                        row = run(model, *halves, method, rate, args.rank, seed)
                         results.add(key, row)
 
 

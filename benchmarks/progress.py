@@ -1,6 +1,7 @@
 """Subject fidelity and prompt fidelity against cost, from step 0: the paper's kind of figure.
 
     python benchmarks/progress.py --output progress.jsonl --figure progress.png
+    python benchmarks/progress.py --pictures equal_cost.jpg --at 30
 
 Drawings under the subject's prompt are compared with held-out pictures of the subject, drawings
 under other prompts with the base model's own (fidelity.py: likeness by the emoji encoder). Cost is
@@ -8,7 +9,8 @@ steps of 4 pictures, every pass counted. Ordinary LoRAs train with AdamW and ave
 batches of 2, each at one rate that is good on the miniature, in the same number of parameters; ours
 runs as it comes, with and without pictures of the class to preserve. Every look is a line of the
 results file; a run that is there whole is not made again. The figure shows means over seeds, bars
-from the lowest to the highest, and the lines of the file.
+from the lowest to the highest, and the lines of the file. `--pictures` draws what the same runs
+give at one cost: the subject's prompt, then others, the same noises in every row.
 """
 
 from __future__ import annotations
@@ -22,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity import Reference, halves_of, measure, subject_reference
+from fidelity import (
+    GUIDANCE,
+    STEPS,
+    UNRELATED,
+    Reference,
+    halves_of,
+    measure,
+    subject_reference,
+)
 from opponents import STEP, cost_of
 from PIL import Image
 from ranks import read
@@ -37,6 +47,7 @@ from cntlora_core.data.dataset import read_subject
 from cntlora_core.defaults import MINI_SD
 from cntlora_core.lora.adapter import LoRA, attached_lora
 from cntlora_core.model.loader import StableDiffusion, load_checkpoint
+from cntlora_core.model.sampling import sample
 from cntlora_core.report.canvas import (
     FAINT,
     GRID,
@@ -48,9 +59,11 @@ from cntlora_core.report.canvas import (
     number_labels,
     ticks,
 )
+from cntlora_core.report.charts import sample_sheet
 
 COSTS = (10, 20, 30, 45, 60, 90)
 BATCH = 2
+OTHERS, CELL = 4, 72  # pictures of each kind in a row, and how large they are
 
 
 @dataclass(frozen=True)
@@ -75,14 +88,19 @@ Row = dict[str, Any]
 
 
 def looks(
-    model: StableDiffusion, subject: Any, method: Method, prior: NoisedSet | None, seed: int
+    model: StableDiffusion,
+    subject: Any,
+    method: Method,
+    prior: NoisedSet | None,
+    seed: int,
+    costs: Sequence[float] = COSTS,
 ) -> Iterator[tuple[float, LoRA]]:
     """(cost, LoRA) along a run, its start first."""
     start = calibrate(model, subject, replace(method.start, seed=seed), prior=prior)
     spent = cost_of(start.report.forward_passes, start.report.backward_passes)
     if spent:
         yield spent, start.lora
-    steps = tuple(round((cost - spent) * STEP / BATCH) for cost in COSTS if cost > spent)
+    steps = tuple(round((cost - spent) * STEP / BATCH) for cost in costs if cost > spent)
     for step, lora in trained(model, subject, start, method.rate, seed, steps):
         yield spent + step * BATCH / STEP, lora
 
@@ -96,7 +114,7 @@ def run(model: StableDiffusion, folder: Path | None, seeds: Sequence[int], outpu
     base = {"cost": 0.0} | _scores(model, {}, to)
     for seed in seeds:
         for name, method in METHODS.items():
-            key = {"subject": folder.name if folder else "embedded", "seed": seed, "method": name}
+            key = {"folder": folder.name if folder else "embedded", "seed": seed, "method": name}
             done = [row for row in read(output) if key.items() <= row.items()]
             if any(row["cost"] > COSTS[-2] for row in done):
                 continue
@@ -111,6 +129,27 @@ def _scores(model: StableDiffusion, lora: LoRA, to: Reference) -> dict[str, floa
     with attached_lora(model.unet, lora):
         scores = measure(model, to)
     return {name: round(scores[name], 4) for name in ("subject", "unrelated")}
+
+
+def pictures(model: StableDiffusion, folder: Path | None, at: float, seed: int) -> Image.Image:
+    """A row for each training, after it cost `at`."""
+    folders, (prompt, class_prompt) = halves_of(folder)
+    subject = read_subject(model, folders[0], prompt, PROMPT_ALONE)
+    prior = class_noised(model, class_images(model, class_prompt, subject.resolution))
+    others = [text for text, kind in UNRELATED.items() if kind not in class_prompt]
+    prompts = [prompt] * OTHERS + others[:: len(others) // OTHERS][:OTHERS]
+
+    def drawn(lora: LoRA) -> list[Image.Image]:
+        with attached_lora(model.unet, lora):
+            return sample(model, prompts, range(len(prompts)), steps=STEPS, guidance=GUIDANCE)
+
+    rows = [("the model as it was", drawn({}))]
+    for name, method in METHODS.items():
+        made = looks(model, subject, method, prior if method.prior else None, seed, costs=(at,))
+        lora = list(made)[-1][1]
+        rows.append((name, drawn(lora)))
+    title = f"{prompt}, and other prompts, after {at:g} steps of 4 pictures"
+    return sample_sheet(rows, title=title, cell=CELL)
 
 
 def table(rows: Sequence[Row], measured: str) -> str:
@@ -199,11 +238,18 @@ def main() -> None:
     parser.add_argument("--subject", type=Path, help="train/ and heldout/; else the embedded one")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model", default=MINI_SD)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--at", type=float, default=30, help="cost of the pictures (%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    run(load_checkpoint(args.model), args.subject, args.seeds, args.output)
+    model = load_checkpoint(args.model)
+    if args.pictures:
+        pictures(model, args.subject, args.at, args.seeds[0]).save(args.pictures, quality=92)
+    if not args.output:
+        return
+    run(model, args.subject, args.seeds, args.output)
     rows = read(args.output)
     print("\n\n".join(table(rows, measured) for measured in ("subject", "unrelated")))
     if args.figure:

@@ -22,6 +22,7 @@ RESPONSE = 5.0
 ORDINARY_LR = 1e-4
 PRODIGY_LR = 1.0  # a factor on the rate that it finds by itself
 VALIDATION_TIMESTEPS = 8  # of each picture that validates
+VALIDATION_LOOKS = 2  # at two strengths (training/strength.py)
 VALIDATION_SHARE = 0.1  # of a run's passes, where nobody asks for more
 
 
@@ -80,7 +81,7 @@ def default_steps(model: str, init: str, pictures: int) -> int:
 
 def validation_interval(config: TrainConfig, held_out: int) -> int:
     """Steps between validations of so many pictures, in fives."""
-    validation = VALIDATION_TIMESTEPS * held_out  # forward passes
+    validation = VALIDATION_LOOKS * VALIDATION_TIMESTEPS * held_out  # forward passes
     step = 3 * config.batch_size * config.accumulation  # a backward pass is as long as two
     fewest = validation * (1 - VALIDATION_SHARE) / VALIDATION_SHARE / step
     return 5 * math.ceil(fewest / 5 - 1e-9)

@@ -8,13 +8,14 @@ from ..cntlora_core.config import CalibrationConfig
 from ..cntlora_core.data.class_images import class_noised
 from ..cntlora_core.data.encoded import EncodedImages
 from ..cntlora_core.effects import class_matters, without_effect_in_calibration
-from ..cntlora_core.events import Notice
+from ..cntlora_core.events import Base, Event, Notice, Validation
 from ..cntlora_core.lora.adapter import parameter_count
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.presets import with_preset
 from ..cntlora_core.report.charts import rank_map
-from ..cntlora_core.run.runs import run_calibration
+from ..cntlora_core.run.runs import run_untrained
 from ..cntlora_core.settings import read_settings
+from ..cntlora_core.training.validation import validation_loss
 from . import host
 from .host import io
 from .reporter import Reporter, shown
@@ -85,9 +86,20 @@ class CalibrateLoRA(io.ComfyNode):
         ):
             for text in _without_effect(config, prior is not None):
                 report(Notice(text))
-            encoded, _ = subject.encode(sd_model, report)
+            encoded, held_out = subject.encode(sd_model, report)
             kept = class_noised(sd_model, prior) if prior else None
-            start = run_calibration(sd_model, encoded, config, preserve=kept, observer=report)
+            validate = None
+            if held_out is not encoded:
+                validate = validation_loss(sd_model, held_out, config.batch_size)
+
+            def told(event: Event) -> None:  # one validation is no chart
+                if not isinstance(event, Base | Validation):
+                    report(event)
+
+            run = run_untrained(
+                sd_model, encoded, config, preserve=kept, validate=validate, observer=told
+            )
+            start = run.start
             picture = rank_map(
                 start.report.ranks,
                 start.report.energy,
@@ -95,7 +107,7 @@ class CalibrateLoRA(io.ComfyNode):
                 params=parameter_count(start.lora),
             )
         made_from = f"{encoded.digest} {encoded.captions} {prior and prior.digest}"
-        lora = lora_model(start.lora, sd_model, encoded, config)
+        lora = lora_model(run.lora, sd_model, encoded, config)
         lora.traces = (report.trace, *subject.traces)
         return io.NodeOutput(
             CalibratedStart(start, config, made_from=made_from, traces=lora.traces),

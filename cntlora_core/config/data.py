@@ -44,8 +44,8 @@ class DataConfig:
     upscale: bool = setting(False, "Enlarge small pictures to the resolution.", advanced=True)
     hold_out: bool = setting(
         True,
-        "Leave the last of 5 or more pictures out of calibration and training, to validate with. "
-        "Off where other pictures validate.",
+        "Leave the last of 5 or more pictures out of calibration and training: it validates, and "
+        "says at what strength the LoRA fits. Off where other pictures validate.",
         advanced=True,
     )
     add_trigger: bool = setting(

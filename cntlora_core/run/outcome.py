@@ -18,7 +18,7 @@ from ..training.state import TrainState
 @dataclass(frozen=True)
 class RunResult:
     """A run as far as it went: the LoRA as calibrated, and as trained (the best weights, or the
-    last; of step `kept_step`).
+    last; of step `kept_step`), at the `strength` that the pictures which validate speak for.
 
     `base_loss` is the untouched model's, None without a validation; `steps` were made, with the
     settings `training`: those asked for, fitted to the memory and the start; None: not trained.
@@ -33,6 +33,7 @@ class RunResult:
     validations: list[tuple[int, float]]
     training: TrainConfig | None = None
     losses: list[float] = field(default_factory=list)
+    strength: float = 1.0
 
     @property
     def kept_loss(self) -> float | None:
@@ -66,17 +67,17 @@ class Ongoing:
 
     def result(self, best: bool) -> RunResult:
         state = self.state
-        last = state.adapters.factors(), state.step
-        weights, kept = state.weights(self.training) if best else last
+        kept = state.worth(best and self.training.keep_best)
         return RunResult(
             self.start,
-            weights,
-            kept,
+            kept.lora,
+            kept.step,
             state.step,
             self.base_loss,
             state.validations,
             self.training,
             state.losses,
+            kept.strength,
         )
 
     @contextmanager

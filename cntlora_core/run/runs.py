@@ -27,11 +27,14 @@ from ..training.memory_plan import described, fitted_calibration, fitted_trainin
 from ..training.prior_loss import PriorLoss
 from ..training.resume import RunSnapshots, SavedState
 from ..training.state import start_state
+from ..training.strength import Strength, fitted_strength
 from .conditions import run_conditions
 from .outcome import Ongoing, RunResult
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
+
+TOLD_BELOW = 0.9  # of the whole strength
 
 
 def run_calibration(
@@ -110,6 +113,7 @@ def run_training(
         recomputing_activations(model.unet, training.gradient_checkpointing),
     ):
         state = start_state(model, adapters, training, natural, start.importance, group)
+        state.strength = None if base_loss is None else Strength(base_loss)
         if saved:
             saved.restore(state)
         observer(Training(training.steps, state.step))
@@ -128,7 +132,9 @@ def run_training(
                 observer=run.watch,
                 group=group,
             )
-        return run.result(best=True)
+        result = run.result(best=True)
+    _tell_strength(result, observer)
+    return result
 
 
 def _resumed(
@@ -179,20 +185,30 @@ def run_untrained(
     observer: Observer = ignore,
     group: Group = ALONE,
 ) -> RunResult:
-    """Calibrate alone, validated before and after."""
+    """Calibrate alone, validated before and after; the LoRA at the strength that fits what
+    validates."""
     base_loss = _base_loss(model, validate, calibration, subject.resolution, observer)
     start = run_calibration(
         model, subject, calibration, preserve=preserve, observer=observer, group=group
     )
-    validations = []
-    if validate:
-        with (
-            run_conditions(model, calibration, subject.resolution),
-            attached_lora(model.unet, start.lora),
-        ):
-            validations.append((0, validate()))
-        observer(Validation(*validations[0]))
-    return RunResult(start, start.lora, 0, 0, base_loss, validations)
+    if validate is None or base_loss is None:
+        return RunResult(start, start.lora, 0, 0, base_loss, [])
+    with run_conditions(model, calibration, subject.resolution):
+        strength, loss = fitted_strength(model, start.lora, validate, base_loss)
+    observer(Validation(0, loss))
+    lora = {name: factors.scaled(strength) for name, factors in start.lora.items()}
+    result = RunResult(start, lora, 0, 0, base_loss, [(0, loss)], strength=strength)
+    _tell_strength(result, observer)
+    return result
+
+
+def _tell_strength(result: RunResult, observer: Observer) -> None:
+    if result.strength < TOLD_BELOW:
+        said = (
+            f"The LoRA is given out at {result.strength:.2f} of its strength: so it fits the "
+            "pictures that were held out best. For more of the subject use it above strength 1."
+        )
+        observer(Notice(said))
 
 
 def _base_loss(

@@ -110,7 +110,7 @@ def _check(
     """The validation, where it is due: every so many steps, and after the last."""
     every, step = config.validate_every, state.step
     if validate and every and (step % every == 0 or step == config.steps):
-        state.validated(validate())
+        state.validate(validate)
         observer(Validation(*state.validations[-1]))
 
 

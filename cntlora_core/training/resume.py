@@ -24,9 +24,9 @@ from ..events import Notice, Observer
 from ..files import DISK, Disk, atomic_write, remove_written
 from ..lora.adapter import Factors, LoRA
 from ..lora.targets import Projection
-from .state import Best, TrainState
+from .state import Kept, TrainState
 
-VERSION = 3
+VERSION = 4
 SUFFIX = ".state.safetensors"
 DIGEST = re.compile(r"[0-9a-f]{16,}")
 
@@ -182,12 +182,15 @@ class SavedState:
         state.losses = tensors["losses"].tolist()
         state.validations = [(int(step), loss) for step, loss in story["validations"]]
         if story["best"]:
-            step, loss = story["best"]
-            state.best = Best(step, loss, self._factors("best"))
+            step, loss, strength = story["best"]
+            state.best = Kept(step, self._factors("best"), strength, loss)
+        if state.strength:
+            state.strength.value = story["strength"]
         with torch.no_grad():
             state.live.copy_(tensors["live"])
             state.average.value.copy_(state.flat)
         state.average.count = story["averaged"]
+        state.give_out()
         held = story["optimizer"]
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):
@@ -218,7 +221,7 @@ def _pack(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "losses": torch.tensor(state.losses, dtype=torch.float64),
     }
     for part, lora in (
-        ("lora", state.adapters.factors()),
+        ("lora", state.adapters.split(state.average.value)),
         ("best", state.best.lora if state.best else {}),
     ):
         for name, factors in lora.items():
@@ -239,7 +242,8 @@ def _pack(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "importance": state.importance and list(state.importance.density),
         "averaged": state.average.count,
         "validations": state.validations,
-        "best": [state.best.step, state.best.loss] if state.best else None,
+        "best": [state.best.step, state.best.loss, state.best.strength] if state.best else None,
+        "strength": state.strength.value if state.strength else 1.0,
         "optimizer": {"param_groups": optimizer["param_groups"], "state": plain},
         "scaler": state.scaler.state_dict(),
     }

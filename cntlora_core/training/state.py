@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from ..lora.adapter import Adapters, LoRA
 from ..lora.averaging import RunningAverage
 from .loss_scale import LossScale
 from .optimizers import optional_optimizer
+from .strength import Strength
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
@@ -30,20 +31,23 @@ ADAM_BETAS = (0.9, 0.99)
 
 
 @dataclass(frozen=True)
-class Best:
-    """The weights of the lowest validation loss so far, after `step` steps."""
+class Kept:
+    """Weights after `step` steps, at the `strength` that the validations spoke for, and their
+    validation `loss` (NaN without one)."""
 
     step: int
-    loss: float
     lora: LoRA
+    strength: float
+    loss: float = math.nan
 
 
 @dataclass
 class TrainState:
     """`step` steps are done: `losses` of each, `validations` as (step, loss), the best of them, and
     what the next step depends on. `flat` holds all weights of the adapters, one after another:
-    their `average` over the steps, but while a step is made, which starts from the `live` ones.
-    `importance`: where in the schedule to draw (None: everywhere alike)."""
+    their `average` over the steps at the `strength` that the validations speak for (None: whole),
+    but while a step is made, which starts from the `live` ones. `importance`: where in the schedule
+    to draw (None: everywhere alike)."""
 
     adapters: Adapters
     optimizer: torch.optim.Optimizer
@@ -54,18 +58,40 @@ class TrainState:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
-    best: Best | None = None
+    best: Kept | None = None
     importance: Importance | None = None
+    strength: Strength | None = None
 
     @property
     def flat(self) -> nn.Parameter:
         return self.adapters.flat
 
-    def validated(self, loss: float) -> None:
+    def validate(self, loss: Callable[[], float]) -> None:
         """Note a validation at this step, and keep the weights when they are the best."""
-        self.validations.append((self.step, loss))
-        if math.isfinite(loss) and (self.best is None or loss < self.best.loss):
-            self.best = Best(self.step, loss, self.adapters.factors())
+
+        def at(strength: float) -> float:
+            self._give_out(strength)
+            return loss()
+
+        strength, found = self.strength.learn(at) if self.strength else (1.0, loss())
+        self.validations.append((self.step, found))
+        if math.isfinite(found) and (self.best is None or found < self.best.loss):
+            self._give_out(strength)
+            self.best = Kept(self.step, self.adapters.factors(), strength, found)
+        self.give_out()
+
+    def give_out(self) -> None:
+        """Between steps everybody sees the running mean, at its strength."""
+        self._give_out(self._strength)
+
+    @property
+    def _strength(self) -> float:
+        return self.strength.value if self.strength else 1.0
+
+    def _give_out(self, strength: float) -> None:
+        self.flat.detach().copy_(self.average.value)
+        if strength != 1:
+            torch._foreach_mul_([own.up for own in self.adapters.weights.values()], strength)
 
     @property
     def judged(self) -> bool:
@@ -133,11 +159,11 @@ class TrainState:
         self.optimizer.zero_grad(set_to_none=True)
 
     def end_step(self) -> None:
-        """The step counts; between steps everybody sees the running mean."""
+        """The step counts."""
         self._turn("eval")
         self.live.copy_(self.flat.detach())
         self.average.add(self.live)
-        self.flat.detach().copy_(self.average.value)
+        self.give_out()
         self.step += 1
 
     def _turn(self, mode: str) -> None:
@@ -146,13 +172,13 @@ class TrainState:
 
     def abandon_step(self) -> None:
         """As before it."""
-        self.flat.detach().copy_(self.average.value)
+        self.give_out()
 
-    def weights(self, config: TrainConfig) -> tuple[LoRA, int]:
-        """What the run is worth: the best weights or the last, and the step they are of."""
-        if config.keep_best and self.best is not None:
-            return self.best.lora, self.best.step
-        return self.adapters.factors(), self.step
+    def worth(self, best: bool) -> Kept:
+        """What the run is worth: the best weights or the last."""
+        if best and self.best is not None:
+            return self.best
+        return Kept(self.step, self.adapters.factors(), self._strength)
 
 
 def start_state(

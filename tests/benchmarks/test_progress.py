@@ -22,6 +22,26 @@ def test_looks_are_taken_at_their_cost(progress, mini_sd, subject, monkeypatch):
     assert [cost for cost, _ in progress.looks(mini_sd, subject, plain, None, 0)] == [1, 2]
 
 
+def test_a_run_that_is_there_whole_is_not_made_again(progress, mini_sd, monkeypatch, tmp_path):
+    made = []
+
+    def looks(_model, _subject, method, _prior, seed):
+        made.append((method, seed))
+        yield from (((10.0, {}), (90.0, {})) if seed else ((10.0, {}),))  # seed 0 was cut short
+
+    monkeypatch.setattr(progress, "looks", looks)
+    monkeypatch.setattr(progress, "class_images", lambda *_: None)
+    monkeypatch.setattr(progress, "class_noised", lambda *_: None)
+    monkeypatch.setattr(progress, "subject_reference", lambda *_: None)
+    monkeypatch.setattr(progress, "_scores", lambda *_: {"subject": 0.5, "unrelated": 1.0})
+    output = tmp_path / "progress.jsonl"
+    progress.run(mini_sd, None, [0, 1], output)
+    assert len(made) == 2 * len(progress.METHODS)
+    made.clear()
+    progress.run(mini_sd, None, [0, 1], output)
+    assert {seed for _, seed in made} == {0}
+
+
 def test_table_and_figure_show_what_was_found(progress):
     rows = [
         {"method": name, "seed": seed, "cost": cost, "subject": value + seed / 10, "unrelated": 0.5}

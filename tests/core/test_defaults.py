@@ -47,13 +47,13 @@ def test_prodigy_finds_its_own_rate(model):
 
 @pytest.mark.parametrize(
     ("held_out", "batch", "every"),
-    [(0, 2, 10), (1, 2, 15), (3, 2, 40), (1, 8, 10)],
+    [(0, 2, 10), (1, 2, 25), (3, 2, 75), (1, 8, 10)],
 )
 def test_validations_take_a_tenth_of_the_run_at_most(held_out, batch, every):
-    """8 passes forward a picture; a step's pictures take 3 each."""
+    """8 passes forward a picture at two strengths; a step's pictures take 3 each."""
     config = resolve(TrainConfig(batch_size=batch), SD, "target", 5, held_out=held_out)
     assert config.validate_every == every
-    validation, steps = 8 * held_out, 3 * batch * every
+    validation, steps = 2 * 8 * held_out, 3 * batch * every
     assert validation <= 0.1 * (validation + steps)
     for asked in (0, 1, 20):  # by somebody who wants it so
         config = TrainConfig(batch_size=batch, validate_every=asked)

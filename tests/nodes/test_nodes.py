@@ -283,3 +283,25 @@ def test_training_goes_on_in_the_metric_of_the_calibration(pack, model, pictures
     assert last_run(pack)[0]["before"] == list(traces.values())[1:]
     with safe_open(pack.base / "loras" / name, "pt") as file:
         assert file.metadata()["ss_optimizer"].startswith("cntlora.NaturalGradient")
+
+
+def test_a_calibrated_lora_has_the_strength_that_fits_what_was_held_out(
+    pack, model, pictures, monkeypatch
+):
+    """Training goes on from the whole one."""
+    runs = "cntlora_pack.cntlora_core.run.runs.fitted_strength"
+    monkeypatch.setattr(runs, lambda *_: (0.5, 0.1))
+    start, lora, _ = pack.run(
+        pack.CalibrateLoRA, sd_model=model, subject=pictures, rank=1, effort="quick"
+    ).values
+    events = last_run(pack)
+    assert any("at 0.50 of its strength" in e["text"] for e in events if e["type"] == "warning")
+    assert not {"base", "validation"} & {e["type"] for e in events}  # one point is no chart
+    names = [key.removesuffix(".lora_up.weight") for key in lora if "lora_up" in key]
+    whole = [own.delta().norm() for own in start.calibration.lora.values()]
+    given = [
+        (lora[f"{n}.lora_up.weight"] @ lora[f"{n}.lora_down.weight"]).norm()
+        * (lora[f"{n}.alpha"] / len(lora[f"{n}.lora_down.weight"]))
+        for n in names
+    ]
+    assert sorted(map(float, given)) == pytest.approx(sorted(0.5 * float(w) for w in whole))

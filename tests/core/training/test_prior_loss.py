@@ -141,17 +141,20 @@ def test_a_prior_needs_its_class(tmp_path, capsys):
 
 
 def test_the_best_weights_are_kept_and_patience_ends_the_run(mini_sd, subject):
-    losses = iter([0.1, 0.9, 0.5, 0.4, 0.6, 0.7, 0.8])  # of the base, then at steps 0, 1, 2, ...
+    def validation(*losses):  # of the base, then at steps 0, 1, 2, ..., at two strengths each
+        each = iter([0.1, *(loss for loss in losses for _ in range(2))])
+        return lambda: next(each)
+
     training = TrainConfig(steps=20, learning_rate=3e-3, validate_every=1, patience=3)
-    run = run_training(mini_sd, subject, PLAIN, training, validate=lambda: next(losses))
+    losses = validation(0.9, 0.5, 0.4, 0.6, 0.7, 0.8)
+    run = run_training(mini_sd, subject, PLAIN, training, validate=losses)
     assert (run.kept_step, run.steps) == (2, 5)
-    losses = iter([0.1, 0.9, 0.5, 0.4, *[0.6] * 20])
     last = run_training(
         mini_sd,
         subject,
         PLAIN,
         dataclasses.replace(training, keep_best=False),
-        validate=lambda: next(losses),
+        validate=validation(0.9, 0.5, 0.4, *[0.6] * 20),
     )
     assert (last.kept_step, last.steps) == (5, 5)
     assert any(not torch.equal(run.lora[name].up, last.lora[name].up) for name in run.lora)

@@ -107,10 +107,13 @@ def run_training(
     assert start is not None
     training, natural = _optimizer(start, training, model.name, calibration.init, observer)
     training = fitted_training(model, training, start, subject.resolution, observer)
+    ways = ways_to_run(training.batch_size, training.gradient_checkpointing)
+    if group.size > 1:  # the others would wait for this one
+        ways = ways[:1]
+    smallest = _in_this_way(training, ways[-1])
     with (
-        run_conditions(model, training, subject.resolution),
+        run_conditions(model, smallest, subject.resolution),
         attached_lora(model.unet, start.lora, trainable=True) as adapters,
-        recomputing_activations(model.unet, training.gradient_checkpointing),
     ):
         state = start_state(model, adapters, training, natural, start.importance, group)
         state.strength = None if base_loss is None else Strength(base_loss)
@@ -119,22 +122,38 @@ def run_training(
         observer(Training(training.steps, state.step))
         written = None if group.rank else checkpoints
         run = Ongoing(start, state, training, base_loss, written, observer)
+        preservation = start.preservation and start.preservation.on(model.device)
+
+        def go_on(way: tuple[int, bool]) -> None:
+            run.training = _in_this_way(training, way)
+            if way != ways[0]:
+                said = described(f"{way[0]} x {run.training.accumulation}", way[1])
+                observer(Notice(f"The memory did not suffice. Training goes on with {said}."))
+                state.again()
+            with recomputing_activations(model.unet, run.training.gradient_checkpointing):
+                train(
+                    model, subject, state, run.training,
+                    prior=prior, preservation=preservation, validate=validate,
+                    save=run.save, observer=run.watch, group=group,
+                )  # fmt: skip
+
         with run.kept(on_stop):
-            train(
-                model,
-                subject,
-                state,
-                training,
-                prior=prior,
-                preservation=start.preservation and start.preservation.on(model.device),
-                validate=validate,
-                save=run.save,
-                observer=run.watch,
-                group=group,
-            )
+            first_that_fits(dict.fromkeys(ways, 0), go_on, model.device)
         result = run.result(best=True)
     _tell_strength(result, observer)
     return result
+
+
+def _in_this_way(training: TrainConfig, way: tuple[int, bool]) -> TrainConfig:
+    """So many pictures at once, with gradient checkpointing or not; a step sees as many as
+    before."""
+    at_once, recomputing = way
+    return replace(
+        training,
+        batch_size=at_once,
+        accumulation=training.accumulation * training.batch_size // at_once,
+        gradient_checkpointing=recomputing,
+    )
 
 
 def _resumed(

@@ -178,6 +178,7 @@ class SavedState:
         story, tensors = self.story, self.tensors
         state.adapters.load(self.lora)
         state.generator.set_state(tensors["generator"])
+        state.drawn = tensors["generator"]
         state.step = story["step"]
         state.losses = tensors["losses"].tolist()
         state.validations = [(int(step), loss) for step, loss in story["validations"]]

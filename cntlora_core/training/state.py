@@ -61,6 +61,7 @@ class TrainState:
     best: Kept | None = None
     importance: Importance | None = None
     strength: Strength | None = None
+    drawn: Tensor | None = None  # the generator's state after the last step of this process
 
     @property
     def flat(self) -> nn.Parameter:
@@ -165,6 +166,7 @@ class TrainState:
         self.average.add(self.live)
         self.give_out()
         self.step += 1
+        self.drawn = self.generator.get_state()
 
     def _turn(self, mode: str) -> None:
         """A schedule-free optimiser steps at other weights than those that it gives out."""
@@ -173,6 +175,13 @@ class TrainState:
     def abandon_step(self) -> None:
         """As before it."""
         self.give_out()
+
+    def again(self) -> None:
+        """As it was between the steps, for the next to be made anew."""
+        self.abandon_step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.drawn is not None:
+            self.generator.set_state(self.drawn)
 
     def worth(self, best: bool) -> Kept:
         """What the run is worth: the best weights or the last."""

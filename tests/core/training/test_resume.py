@@ -13,9 +13,10 @@ from safetensors import safe_open
 from cntlora_core.cli.main import main
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.errors import OutOfMemory, SettingError
-from cntlora_core.events import Step, Training
+from cntlora_core.events import Notice, Step, Training
 from cntlora_core.model.loader import MINI_SD_FOLDER
 from cntlora_core.run.runs import run_training
+from cntlora_core.training import loop
 from cntlora_core.training.resume import RunSnapshots, state_path
 from cntlora_core.training.validation import validation_loss
 
@@ -111,13 +112,41 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(mini_sd, subjec
         RunSnapshots(path, {"lr": 0.1}, resume=True).read()
 
 
-def test_no_memory_is_a_sentence_and_the_work_is_kept(mini_sd, subject):
-    def no_memory(event):
-        if isinstance(event, Step) and event.step == 2:
-            raise torch.OutOfMemoryError
+def without_memory(monkeypatch, too_much):
+    """Passes of steps of which `too_much(step, config)` is true find no memory."""
+    passes = loop._Terms.backward
 
+    def limited(terms, *batches):
+        if too_much(terms.state.step, terms.config):
+            raise torch.OutOfMemoryError
+        return passes(terms, *batches)
+
+    monkeypatch.setattr(loop._Terms, "backward", limited)
+
+
+@pytest.mark.parametrize("start", [PLAIN, NATURAL])
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_training_that_runs_out_of_memory_goes_on_smaller(
+    mini_sd, subject, monkeypatch, start, first
+):
+    """The very steps that the run would have made: nothing is drawn twice or left out."""
+    training = TrainConfig(steps=4, learning_rate=3e-3, validate_every=0, caption_dropout=0.5)
+    whole = run_training(mini_sd, subject, start, training)
+    without_memory(monkeypatch, lambda step, config: step >= first and config.batch_size > 1)
+    events = []
+    run = run_training(mini_sd, subject, start, training, observer=events.append)
+    assert run.losses == pytest.approx(whole.losses, rel=1e-3)
+    assert (run.training.batch_size, run.training.accumulation) == (1, 2)
+    assert run.training.gradient_checkpointing
+    told = [e.text for e in events if isinstance(e, Notice) and "memory" in e.text]
+    again = "The memory did not suffice. Training goes on with gradient checkpointing on, batch"
+    assert told == [f"{again} 2 x 1.", f"{again} 1 x 2."]
+
+
+def test_no_memory_is_a_sentence_and_the_work_is_kept(mini_sd, subject, monkeypatch):
+    without_memory(monkeypatch, lambda step, config: step == 2)
     kept = []
-    advice = r"gradient checkpointing on, batch size 1 with accumulation 2, precision bf16"
+    advice = "Next to try: precision bf16, a lower resolution than 64 px"  # it tried the others
     with pytest.raises(OutOfMemory, match=advice):
         run_training(
             mini_sd,
@@ -125,7 +154,6 @@ def test_no_memory_is_a_sentence_and_the_work_is_kept(mini_sd, subject):
             PLAIN,
             TrainConfig(steps=4, learning_rate=3e-3, validate_every=0),
             on_stop=kept.append,
-            observer=no_memory,
         )
     assert kept[0].steps == 2
     assert any(f.up.any() for f in kept[0].lora.values())

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from factor_optimizers import factor_optimizer
+from strengths import STRENGTHS, strongest_strength
 from subject_folders import read_halves
 
 from cntlora_core.calibration.calibrate import Calibration, calibrate
@@ -43,7 +44,6 @@ from cntlora_core.training.state import TrainState, start_state
 from cntlora_core.training.validation import validation_loss
 
 COSTS = (10, 15, 20, 30, 45, 60, 90, 120)
-STRENGTHS = (1.0, 0.8, 0.6, 0.4)
 ON_FACTORS = ("muon", "riemannian")
 STEP = 4  # pictures that are one step of cost
 
@@ -108,16 +108,6 @@ def rank_of(method: Method, rank: int) -> int:
     if method.alpha:
         return method.start.rank
     return rank // 2 if method.start is WIDE else rank
-
-
-def strongest_strength(loss: Callable[[float], float]) -> tuple[float, float]:
-    """(strength, loss): from the whole downwards until the loss rises."""
-    best = STRENGTHS[0], loss(STRENGTHS[0])
-    for strength in STRENGTHS[1:]:
-        if (tried := loss(strength)) >= best[1]:
-            break
-        best = strength, tried
-    return best
 
 
 @dataclass

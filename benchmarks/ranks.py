@@ -5,8 +5,8 @@
 A shuffle gives the same ranks to other layers of the same shape, so that the file stays as large.
 `equal` is one rank for all layers, the largest that fits the budget; what is left goes, one rank
 each, to the layers that come first. Every contestant is a whole calibration, nothing else differs;
-losses are held-out, shares of the untouched model's. Every run is a line of the results file, and
-none is made twice.
+losses are held-out, shares of the untouched model's, at the best of four strengths. Every run is a
+line of the results file, and none is made twice.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from strengths import strongest_strength
 from subject_folders import read_halves
 
 from cntlora_core.calibration.calibrate import calibrate
@@ -114,10 +115,16 @@ class Runs:
             if key.items() <= row.items():
                 return row["chosen"]
         start = calibrate(self.model, self.subject, config, ranks=ranks)
-        with attached_lora(self.model.unet, start.lora):
-            loss = round(self.validate() / self.base, 5)
+
+        def at(strength: float) -> float:
+            scaled = {name: own.scaled(strength) for name, own in start.lora.items()}
+            with attached_lora(self.model.unet, scaled):
+                return self.validate() / self.base
+
+        strength, loss = strongest_strength(at)
+        told = {"loss": round(loss, 5), "strength": strength, "chosen": start.report.ranks}
         with self.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(key | {"loss": loss, "chosen": start.report.ranks}) + "\n")
+            file.write(json.dumps(key | told) + "\n")
         return start.report.ranks
 
 
@@ -135,6 +142,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     model = load_checkpoint(MINI_SD)
     config = CalibrationConfig(rank=args.rank, seed=args.seed)
     projections = find_projections(model.unet, targets_for(config))

@@ -12,14 +12,16 @@ def progress(benchmark_script):
 
 
 def test_looks_are_taken_at_their_cost(progress, mini_sd, subject, monkeypatch):
-    monkeypatch.setattr(progress, "COSTS", (4, 5))
     monkeypatch.setitem(sys.modules["cntlora_core.config"].EFFORTS, "quick", (1, 1))
-    ours = [cost for cost, _ in progress.looks(mini_sd, subject, progress.METHODS["ours"], None, 0)]
+
+    def costs(name, *at):
+        method = progress.METHODS[name]
+        return [cost for cost, _ in progress.looks(mini_sd, subject, method, None, 0, costs=at)]
+
+    ours = costs("ours", 4, 5)
     assert ours[0] < 4  # a sweep of 2 pictures, a step of 2, and what fits the sweep's length
     assert ours[1:] == pytest.approx([4, 5], abs=0.3)
-    monkeypatch.setattr(progress, "COSTS", (1, 2))
-    plain = progress.METHODS["gaussian start, attention"]
-    assert [cost for cost, _ in progress.looks(mini_sd, subject, plain, None, 0)] == [1, 2]
+    assert costs("gaussian start, attention", 1, 2) == [1, 2]
 
 
 def test_a_run_that_is_there_whole_is_not_made_again(progress, mini_sd, monkeypatch, tmp_path):

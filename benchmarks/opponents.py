@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from factor_optimizers import factor_optimizer
-from strengths import STRENGTHS, strongest_strength
+from strengths import STRENGTHS, scaled, strongest_strength
 from subject_folders import read_halves
 
 from cntlora_core.calibration.calibrate import Calibration, calibrate
@@ -126,7 +126,7 @@ class Judge:
         lora = adapters.factors()
 
         def at(strength: float, loss: Callable[[], float]) -> float:
-            adapters.load({name: factors.scaled(strength) for name, factors in lora.items()})
+            adapters.load(scaled(lora, strength))
             return loss()
 
         strength, loss = strongest_strength(lambda s: at(s, self.alone or self.validate))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from strengths import strongest_strength
+from strengths import scaled, strongest_strength
 from subject_folders import read_halves
 
 from cntlora_core.calibration.calibrate import calibrate
@@ -117,8 +117,7 @@ class Runs:
         start = calibrate(self.model, self.subject, config, ranks=ranks)
 
         def at(strength: float) -> float:
-            scaled = {name: own.scaled(strength) for name, own in start.lora.items()}
-            with attached_lora(self.model.unet, scaled):
+            with attached_lora(self.model.unet, scaled(start.lora, strength)):
                 return self.validate() / self.base
 
         strength, loss = strongest_strength(at)

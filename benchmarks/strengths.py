@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cntlora_core.lora.adapter import LoRA
+
 STRENGTHS = (1.0, 0.8, 0.6, 0.4)
+
+
+def scaled(lora: LoRA, strength: float) -> LoRA:
+    return {name: factors.scaled(strength) for name, factors in lora.items()}
 
 
 def strongest_strength(loss: Callable[[float], float]) -> tuple[float, float]:

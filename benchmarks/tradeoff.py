@@ -6,7 +6,8 @@ fidelity.
 
 Each contestant is looked at on its way, all in batches of 2: an ordinary LoRA (with feed-forward
 layers in the same number of parameters, AdamW, averaged weights) after so many training steps, ours
-after each effort of calibration and after the steps that follow. The ordinary LoRA counts up to its
+after each effort of calibration and after the steps that follow; every LoRA at the strength that
+fits the held-out pictures best. The ordinary LoRA counts up to its
 lowest loss (its highest subject fidelity); where ours is better still, it is compared with that.
 `class` preserves what the model itself draws for the class prompt, `domain` 32 pictures of the
 pre-training domain, of which 48 others measure the forgetting (fidelity.py). Resumable, a line for
@@ -33,6 +34,7 @@ from fidelity import (
     prior_triples,
     subject_reference,
 )
+from strengths import scaled, strongest_strength
 from subject_folders import read_halves
 from tqdm import tqdm
 
@@ -217,10 +219,16 @@ def main() -> None:
 def _look(
     model: StableDiffusion, lora: LoRA, validate: Any, base: float, to: Reference, of: Domain
 ) -> Row:
-    with attached_lora(model.unet, lora):
+    def at(strength: float) -> float:
+        with attached_lora(model.unet, scaled(lora, strength)):
+            return validate() / base
+
+    strength, loss = strongest_strength(at)
+    with attached_lora(model.unet, scaled(lora, strength)):
         scores = measure(model, to, of)
         return {
-            "loss": validate() / base,
+            "loss": loss,
+            "strength": strength,
             **{("subject_fidelity" if n == "subject" else n): v for n, v in scores.items()},
         }
 

@@ -57,6 +57,7 @@ class Keeper:
             "steps": run.steps,
             "kept": run.kept_step,
             "loss": run.kept_loss,
+            "strength": round(run.strength, 3),
         }
 
     def locate(self, error: CNTLoRAError) -> None:

@@ -26,7 +26,7 @@ from .console import Console, EventFile, broadcast
 PROMPT = "a sks cat face emoji"
 SEEDS = range(4)
 CALIBRATION = CalibrationConfig(rank=4, seed=0)
-TRAINING = TrainConfig(seed=0)
+TRAINING = TrainConfig(seed=0, validate_every=20)
 
 
 def run_demo(folder: Path) -> dict[str, Any]:

@@ -224,8 +224,8 @@ def run_untrained(
 def _tell_strength(result: RunResult, observer: Observer) -> None:
     if result.strength < TOLD_BELOW:
         said = (
-            f"The LoRA is given out at {result.strength:.2f} of its strength: so it fits the "
-            "pictures that were held out best. For more of the subject use it above strength 1."
+            f"The LoRA is given out at {result.strength:.2f} of its strength, which fits the "
+            "validating pictures best. For more of the subject use it above strength 1."
         )
         observer(Notice(said))
 

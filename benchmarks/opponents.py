@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contestants import AS_THEY_COME, BESIDE, METHODS, ORDINARY, Method, rank_of
 from factor_optimizers import factor_optimizer
 from strengths import STRENGTHS, scaled, strongest_strength
 from subject_folders import read_halves
 
 from cntlora_core.calibration.calibrate import Calibration, calibrate
-from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.config import TrainConfig
 from cntlora_core.data.encoded import EncodedImages, with_validation
 from cntlora_core.data.importance import Importance
 from cntlora_core.defaults import MINI_SD, VALIDATION_TIMESTEPS
@@ -48,66 +49,12 @@ ON_FACTORS = ("muon", "riemannian")
 STEP = 4  # pictures that are one step of cost
 
 
-@dataclass(frozen=True)
-class Method:
-    """A start, a batch and an optimiser; `rates` are tried one by one (one for ours: none is).
-
-    `held_out`: one of the pictures is, and says the strength. `alpha`: a trainer as it comes, which
-    multiplies the update by alpha / rank, has its own rank and averages nothing.
-    """
-
-    start: CalibrationConfig
-    batch: int = 2
-    optimizer: str = "adamw"
-    rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)
-    importance: bool = False
-    held_out: bool = False
-    alpha: float = 0.0
-
-
-ATTENTION = CalibrationConfig(init="gaussian", targets="attention")
-WIDE = CalibrationConfig(init="gaussian", targets="attention+ff")
-OURS = CalibrationConfig(effort="quick")  # the steps after it are those of a longer effort
-ORDINARY = {
-    "attention, 4": Method(ATTENTION, 4, rates=(3e-3, 6e-3, 1.2e-2)),
-    "attention, 2": Method(ATTENTION, 2, rates=(3e-3, 6e-3, 1.2e-2)),
-    "with feed-forward, 4": Method(WIDE, 4, rates=(3e-3, 6e-3, 1.2e-2)),
-    "with feed-forward, 2": Method(WIDE, 2),
-    "with feed-forward, 1": Method(WIDE, 1),
-    "with feed-forward, 2, Prodigy": Method(WIDE, 2, "prodigy", rates=(1.0,)),
-    "with feed-forward, 2, schedule-free": Method(WIDE, 2, "schedulefree"),
-    "with feed-forward, 2, Muon": Method(WIDE, 2, "muon", rates=(3e-3, 1.2e-2, 4.8e-2)),
-    "with feed-forward, 2, Riemannian": Method(WIDE, 2, "riemannian"),
-}
-BESIDE = {
-    "with feed-forward, 2, importance": Method(WIDE, 2, importance=True),
-    "ours": Method(OURS, optimizer="natural", rates=(0.0,)),
-    "ours, held out": Method(OURS, optimizer="natural", rates=(0.0,), held_out=True),
-    "ours, then AdamW": Method(OURS, rates=(7.5e-4, 1.5e-3, 3e-3)),
-}
-# What people get who change nothing: diffusers' script, the example of kohya's documentation,
-# OneTrainer's preset for SD 1.5. Their rates are meant for real models.
-PLAIN = CalibrationConfig(init="default", targets="attention+ff")
-AS_THEY_COME = {
-    "diffusers as it comes": Method(replace(ATTENTION, rank=4), 4, rates=(5e-4,), alpha=4),
-    "kohya as it comes": Method(replace(PLAIN, rank=16), 1, rates=(1e-4,), alpha=1),
-    "OneTrainer as it comes": Method(replace(PLAIN, rank=16), 4, rates=(3e-4,), alpha=1),
-}
-METHODS = ORDINARY | BESIDE | AS_THEY_COME
 Curve = list[tuple[float, float]]
 
 
 def cost_of(forward: int, backward: int) -> float:
     """Of passes of single pictures; a backward pass counts as two forward ones."""
     return (forward + 2 * backward) / 3 / STEP
-
-
-def rank_of(method: Method, rank: int) -> int:
-    """So that all methods have the same number of parameters: with feed-forward layers an ordinary
-    LoRA has twice as many. A trainer as it comes keeps its own."""
-    if method.alpha:
-        return method.start.rank
-    return rank // 2 if method.start is WIDE else rank
 
 
 @dataclass

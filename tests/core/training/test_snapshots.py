@@ -107,7 +107,7 @@ def stop_at(step):
     ],
 )
 def test_a_stopped_run_keeps_the_best_weights(mini_sd, subject, losses, stop, kept):
-    values = iter([0.6, *losses])
+    values = iter([0.6, *(loss for loss in losses for _ in range(2))])  # at two strengths each
     stopped = []
     config = replace(TRAINING, validate_every=1)
 

@@ -24,13 +24,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from contestants import AS_THEY_COME, BESIDE, METHODS, ORDINARY, Method, rank_of
 from factor_optimizers import factor_optimizer
-from strengths import STRENGTHS, scaled, strongest_strength
+from strengths import STRENGTHS, strongest_strength
 from subject_folders import read_halves
 
 from cntlora_core.calibration.calibrate import Calibration, calibrate
@@ -38,7 +39,7 @@ from cntlora_core.config import TrainConfig
 from cntlora_core.data.encoded import EncodedImages, with_validation
 from cntlora_core.data.importance import Importance
 from cntlora_core.defaults import MINI_SD, VALIDATION_TIMESTEPS
-from cntlora_core.lora.adapter import Adapters, Factors, attached_lora
+from cntlora_core.lora.adapter import Adapters, Factors, attached_lora, scaled
 from cntlora_core.model.loader import StableDiffusion, load_checkpoint
 from cntlora_core.training.loop import train
 from cntlora_core.training.state import TrainState, start_state
@@ -72,13 +73,13 @@ class Judge:
         """Of what is attached, and is so again afterwards."""
         lora = adapters.factors()
 
+        @cache
         def at(strength: float, loss: Callable[[], float]) -> float:
             adapters.load(scaled(lora, strength))
             return loss()
 
-        strength, loss = strongest_strength(lambda s: at(s, self.alone or self.validate))
-        loss = at(strength, self.validate) if self.alone else loss
-        whole = at(1.0, self.validate)
+        strength, _ = strongest_strength(lambda s: at(s, self.alone or self.validate))
+        loss, whole = at(strength, self.validate), at(1.0, self.validate)
         adapters.load(lora)
         return {"whole": whole / self.base, "loss": loss / self.base, "strength": strength}
 

@@ -44,6 +44,7 @@ from cntlora_core.config import CalibrationConfig
 from cntlora_core.data.batches import NoisedSet
 from cntlora_core.data.class_images import class_images, class_noised
 from cntlora_core.data.dataset import read_subject
+from cntlora_core.data.encoded import EncodedImages
 from cntlora_core.defaults import MINI_SD
 from cntlora_core.lora.adapter import LoRA, attached_lora
 from cntlora_core.model.loader import StableDiffusion, load_checkpoint
@@ -105,12 +106,20 @@ def looks(
         yield spent + step * BATCH / STEP, lora
 
 
+def subject_and_class(
+    model: StableDiffusion, folder: Path, prompt: str, class_prompt: str
+) -> tuple[EncodedImages, NoisedSet]:
+    """The pictures to train on, and what the model draws for the class."""
+    subject = read_subject(model, folder, prompt, PROMPT_ALONE)
+    drawn = class_images(model, class_prompt, subject.resolution)
+    return subject, class_noised(model, drawn)
+
+
 def run(model: StableDiffusion, folder: Path | None, seeds: Sequence[int], output: Path) -> None:
     """What the file lacks."""
     folders, (prompt, class_prompt) = halves_of(folder)
     to = subject_reference(model, folders, (prompt, class_prompt))
-    subject = read_subject(model, folders[0], prompt, PROMPT_ALONE)
-    prior = class_noised(model, class_images(model, class_prompt, subject.resolution))
+    subject, prior = subject_and_class(model, folders[0], prompt, class_prompt)
     base = {"cost": 0.0} | _scores(model, {}, to)
     for seed in seeds:
         for name, method in METHODS.items():
@@ -134,8 +143,7 @@ def _scores(model: StableDiffusion, lora: LoRA, to: Reference) -> dict[str, floa
 def pictures(model: StableDiffusion, folder: Path | None, at: float, seed: int) -> Image.Image:
     """A row for each training, after it cost `at`."""
     folders, (prompt, class_prompt) = halves_of(folder)
-    subject = read_subject(model, folders[0], prompt, PROMPT_ALONE)
-    prior = class_noised(model, class_images(model, class_prompt, subject.resolution))
+    subject, prior = subject_and_class(model, folders[0], prompt, class_prompt)
     others = [text for text, kind in UNRELATED.items() if kind not in class_prompt]
     prompts = [prompt] * OTHERS + others[:: len(others) // OTHERS][:OTHERS]
 

@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from strengths import scaled, strongest_strength
+from strengths import strongest
 from subject_folders import read_halves
 
 from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.calibration.ranks import budget_of, data_ranks
 from cntlora_core.config import CalibrationConfig
 from cntlora_core.defaults import MINI_SD
-from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.lora.targets import Projection, find_projections, targets_for
 from cntlora_core.model.loader import StableDiffusion, load_checkpoint
 from cntlora_core.training.validation import validation_loss
@@ -115,13 +114,12 @@ class Runs:
             if key.items() <= row.items():
                 return row["chosen"]
         start = calibrate(self.model, self.subject, config, ranks=ranks)
-
-        def at(strength: float) -> float:
-            with attached_lora(self.model.unet, scaled(start.lora, strength)):
-                return self.validate() / self.base
-
-        strength, loss = strongest_strength(at)
-        told = {"loss": round(loss, 5), "strength": strength, "chosen": start.report.ranks}
+        strength, loss = strongest(self.model, start.lora, self.validate)
+        told = {
+            "loss": round(loss / self.base, 5),
+            "strength": strength,
+            "chosen": start.report.ranks,
+        }
         with self.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(key | told) + "\n")
         return start.report.ranks

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cntlora_core.lora.adapter import LoRA
+from cntlora_core.lora.adapter import LoRA, attached_lora, scaled
+from cntlora_core.model.loader import StableDiffusion
 
 STRENGTHS = (1.0, 0.8, 0.6, 0.4)
-
-
-def scaled(lora: LoRA, strength: float) -> LoRA:
-    return {name: factors.scaled(strength) for name, factors in lora.items()}
 
 
 def strongest_strength(loss: Callable[[float], float]) -> tuple[float, float]:
@@ -21,3 +18,15 @@ def strongest_strength(loss: Callable[[float], float]) -> tuple[float, float]:
             break
         best = strength, tried
     return best
+
+
+def strongest(
+    model: StableDiffusion, lora: LoRA, validate: Callable[[], float]
+) -> tuple[float, float]:
+    """(strength, loss) of a LoRA that is not attached."""
+
+    def at(strength: float) -> float:
+        with attached_lora(model.unet, scaled(lora, strength)):
+            return validate()
+
+    return strongest_strength(at)

@@ -7,8 +7,8 @@ fidelity.
 Each contestant is looked at on its way, all in batches of 2: an ordinary LoRA (with feed-forward
 layers in the same number of parameters, AdamW, averaged weights) after so many training steps, ours
 after each effort of calibration and after the steps that follow; every LoRA at the strength that
-fits the held-out pictures best. The ordinary LoRA counts up to its
-lowest loss (its highest subject fidelity); where ours is better still, it is compared with that.
+fits the held-out pictures best. The ordinary LoRA counts up to its lowest loss (its highest subject
+fidelity); where ours is better still, it is compared with that.
 `class` preserves what the model itself draws for the class prompt, `domain` 32 pictures of the
 pre-training domain, of which 48 others measure the forgetting (fidelity.py). Resumable, a line for
 each look.
@@ -34,7 +34,7 @@ from fidelity import (
     prior_triples,
     subject_reference,
 )
-from strengths import scaled, strongest_strength
+from strengths import strongest
 from subject_folders import read_halves
 from tqdm import tqdm
 
@@ -44,7 +44,7 @@ from cntlora_core.data.batches import NoisedSet
 from cntlora_core.data.class_images import class_images, class_noised
 from cntlora_core.data.encoded import EncodedImages
 from cntlora_core.defaults import MINI_SD
-from cntlora_core.lora.adapter import LoRA, attached_lora
+from cntlora_core.lora.adapter import LoRA, attached_lora, scaled
 from cntlora_core.model.loader import StableDiffusion, load_checkpoint
 from cntlora_core.training.loop import train
 from cntlora_core.training.state import start_state
@@ -219,15 +219,11 @@ def main() -> None:
 def _look(
     model: StableDiffusion, lora: LoRA, validate: Any, base: float, to: Reference, of: Domain
 ) -> Row:
-    def at(strength: float) -> float:
-        with attached_lora(model.unet, scaled(lora, strength)):
-            return validate() / base
-
-    strength, loss = strongest_strength(at)
+    strength, loss = strongest(model, lora, validate)
     with attached_lora(model.unet, scaled(lora, strength)):
         scores = measure(model, to, of)
         return {
-            "loss": loss,
+            "loss": loss / base,
             "strength": strength,
             **{("subject_fidelity" if n == "subject" else n): v for n, v in scores.items()},
         }

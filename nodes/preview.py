@@ -11,7 +11,7 @@ from ..cntlora_core.config import STRENGTHS, SampleConfig
 from ..cntlora_core.effects import without_effect_in_sampling
 from ..cntlora_core.errors import SettingError
 from ..cntlora_core.events import Event, Notice, Progress
-from ..cntlora_core.lora.adapter import attached_lora
+from ..cntlora_core.lora.adapter import attached_lora, scaled
 from ..cntlora_core.lora.file import from_state_dict
 from ..cntlora_core.lora.targets import ALL, find_projections
 from ..cntlora_core.model.loader import StableDiffusion
@@ -81,8 +81,7 @@ class PreviewLoRA(io.ComfyNode):
         rows: dict[str, list[Image.Image]] = {}
         with host.working(sd_model):
             for strength in grid:
-                scaled = {name: f.scaled(strength) for name, f in factors.items()}
-                with attached_lora(sd_model.unet, scaled):
+                with attached_lora(sd_model.unet, scaled(factors, strength)):
                     rows[f"strength {strength:g}"] = sample(
                         sd_model,
                         [prompt] * how.count,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import CalibrationConfig
-from ..lora.adapter import Factors, LoRA
+from ..lora.adapter import Factors, LoRA, scaled
 from ..lora.targets import Projection
 from .closed_form import Components, output_power, unit_response
 from .constraints import Constraint
@@ -41,7 +41,7 @@ class Solution:
     energy: dict[str, float]
 
     def scaled(self, step: float) -> LoRA:
-        return {name: factors.scaled(step) for name, factors in self.update.items()}
+        return scaled(self.update, step)
 
 
 def solve(

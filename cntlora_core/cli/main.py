@@ -189,7 +189,7 @@ def _sample(args: argparse.Namespace) -> None:
     resolution = settings_from(DataConfig, args).resolution
     from ..data.dataset import check_resolution
     from ..files import check_output
-    from ..lora.adapter import attached_lora
+    from ..lora.adapter import attached_lora, scaled
     from ..lora.file import load_lora
     from ..lora.targets import ALL, find_projections
     from ..model.sampling import sample
@@ -208,8 +208,7 @@ def _sample(args: argparse.Namespace) -> None:
             factors, _ = load_lora(args.lora, find_projections(model.unet, ALL), model.family)
             called = Path(args.lora).stem
         for strength in grid:
-            scaled = {name: f.scaled(strength) for name, f in factors.items()}
-            with attached_lora(model.unet, scaled):
+            with attached_lora(model.unet, scaled(factors, strength)):
                 pictures = sample(
                     model,
                     [args.prompt] * how.count,

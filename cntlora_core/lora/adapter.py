@@ -40,6 +40,11 @@ class Factors:
 LoRA = dict[str, Factors]  # projection name -> factors
 
 
+def scaled(lora: Mapping[str, Factors], strength: float) -> LoRA:
+    """The same update, `strength` times as large."""
+    return {name: factors.scaled(strength) for name, factors in lora.items()}
+
+
 def parameter_count(lora: Mapping[str, Factors]) -> int:
     return sum(f.up.numel() + f.down.numel() for f in lora.values())
 

@@ -19,7 +19,7 @@ from ..distributed import ALONE, Group
 from ..effects import without_effect_in_training, without_effect_on_natural_steps
 from ..errors import NonFiniteError
 from ..events import Base, Notice, Observer, Status, Training, Validation, ignore
-from ..lora.adapter import attached_lora
+from ..lora.adapter import attached_lora, scaled
 from ..lora.targets import ALL, find_projections
 from ..model.gradient_checkpointing import recomputing_activations
 from ..training.loop import train
@@ -49,9 +49,7 @@ def run_calibration(
     """Calibrate, with what a run needs around it. Where memory runs out it begins again in the next
     smaller way; raises OutOfMemory with what to try next after the smallest."""
     config, at_once = fitted_calibration(model, config, subject.resolution, observer)
-    ways = ways_to_run(at_once, config.gradient_checkpointing)
-    if group.size > 1:  # the others would wait for this one
-        ways = ways[:1]
+    ways = _ways(at_once, config.gradient_checkpointing, group)
 
     def run(way: tuple[int, bool]) -> Calibration:
         at_once, recomputing = way
@@ -107,9 +105,7 @@ def run_training(
     assert start is not None
     training, natural = _optimizer(start, training, model.name, calibration.init, observer)
     training = fitted_training(model, training, start, subject.resolution, observer)
-    ways = ways_to_run(training.batch_size, training.gradient_checkpointing)
-    if group.size > 1:  # the others would wait for this one
-        ways = ways[:1]
+    ways = _ways(training.batch_size, training.gradient_checkpointing, group)
     smallest = _in_this_way(training, ways[-1])
     with (
         run_conditions(model, smallest, subject.resolution),
@@ -142,6 +138,12 @@ def run_training(
         result = run.result(best=True)
     _tell_strength(result, observer)
     return result
+
+
+def _ways(at_once: int, recomputing: bool, group: Group) -> list[tuple[int, bool]]:
+    """Those to try one after another; one of several processes has one, the others would wait."""
+    ways = ways_to_run(at_once, recomputing)
+    return ways[:1] if group.size > 1 else ways
 
 
 def _in_this_way(training: TrainConfig, way: tuple[int, bool]) -> TrainConfig:
@@ -215,7 +217,7 @@ def run_untrained(
     with run_conditions(model, calibration, subject.resolution):
         strength, loss = fitted_strength(model, start.lora, validate, base_loss)
     observer(Validation(0, loss))
-    lora = {name: factors.scaled(strength) for name, factors in start.lora.items()}
+    lora = scaled(start.lora, strength)
     result = RunResult(start, lora, 0, 0, base_loss, [(0, loss)], strength=strength)
     _tell_strength(result, observer)
     return result

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
-from ..lora.adapter import LoRA, attached_lora
+from ..lora.adapter import LoRA, attached_lora, scaled
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
@@ -50,9 +51,9 @@ def fitted_strength(
 ) -> tuple[float, float]:
     """(strength, validation loss) of a LoRA that no training validates, the best of three looks."""
 
+    @cache
     def at(strength: float) -> float:
-        scaled = {name: factors.scaled(strength) for name, factors in lora.items()}
-        with attached_lora(model.unet, scaled):
+        with attached_lora(model.unet, scaled(lora, strength)):
             return validate()
 
     strength = Strength(base)

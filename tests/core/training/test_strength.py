@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.events import Notice
 from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.run.runs import run_training, run_untrained
-from cntlora_core.training.strength import APART, LEAST, Strength
+from cntlora_core.training.strength import APART, LEAST, Strength, fitted_strength
 from cntlora_core.training.validation import validation_loss
 
 QUICK = CalibrationConfig(effort="quick", rank=2)
@@ -79,3 +80,10 @@ def test_a_calibration_alone_is_never_worse_for_it(mini_sd, subject):
         assert validate() >= run.validations[0][1] * (1 - 1e-6)
     name = next(iter(run.lora))
     assert run.lora[name].up.equal(run.start.lora[name].up * run.strength)
+
+
+def test_no_strength_is_looked_at_twice(mini_sd, subject):
+    """Of a loss that falls up to the whole LoRA, which is the first look already."""
+    lora = calibrate(mini_sd, subject, CalibrationConfig(init="gaussian")).lora
+    losses = iter([0.5, 0.6])
+    assert fitted_strength(mini_sd, lora, lambda: next(losses), 1.0) == (1.0, 0.5)

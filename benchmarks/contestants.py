@@ -12,7 +12,8 @@ class Method:
     """A start, a batch and an optimiser; `rates` are tried one by one (one for ours: none is).
 
     `held_out`: one of the pictures is, and says the strength. `alpha`: a trainer as it comes, which
-    multiplies the update by alpha / rank, has its own rank and averages nothing.
+    multiplies the update by alpha / rank, has its own rank and averages nothing. `peer`: PEFT
+    makes the start.
     """
 
     start: CalibrationConfig
@@ -22,6 +23,7 @@ class Method:
     importance: bool = False
     held_out: bool = False
     alpha: float = 0.0
+    peer: str = ""
 
 
 ATTENTION = CalibrationConfig(init="gaussian", targets="attention")
@@ -52,7 +54,18 @@ AS_THEY_COME = {
     "kohya as it comes": Method(replace(PLAIN, rank=16), 1, rates=(1e-4,), alpha=1),
     "OneTrainer as it comes": Method(replace(PLAIN, rank=16), 4, rates=(3e-4,), alpha=1),
 }
-METHODS = ORDINARY | BESIDE | AS_THEY_COME
+PEERS = {
+    f"PEFT's {name}": Method(ATTENTION, rates=(3e-3, 6e-3, 1.2e-2), peer=peer)
+    for name, peer in {
+        "default": "default",
+        "PiSSA": "pissa",
+        "OLoRA": "olora",
+        "EVA": "eva",
+        "CorDA": "corda",
+        "LoRA-GA": "lora_ga",
+    }.items()
+}
+METHODS = ORDINARY | BESIDE | AS_THEY_COME | PEERS
 
 
 def rank_of(method: Method, rank: int) -> int:

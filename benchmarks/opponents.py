@@ -6,9 +6,9 @@ An ordinary LoRA gets every choice that a good trainer would make: attention alo
 feed-forward layers (in the same number of parameters), batches of 1, 2 and 4, AdamW with betas
 (0.9, 0.99), Prodigy, schedule-free AdamW, Muon or Riemannian AdamW, weights averaged over the
 steps, timesteps by importance as a row of its own, and of every row the learning rate that is best
-on that very subject. Of every LoRA, ours too, the best of four strengths counts at every cost:
-whole, 0.8, 0.6 or 0.4. `ours, held out` is without any hindsight: one of the pictures is left out,
-as the nodes do it, and it alone says the strength.
+on that very subject. PEFT's own starts are rows beside these. Of every LoRA, ours too, the best of
+four strengths counts at every cost: whole, 0.8, 0.6 or 0.4. `ours, held out` is without any
+hindsight: one of the pictures is left out, as the nodes do it, and it alone says the strength.
 
 A subject is a folder with `train/` and `heldout/` (benchmarks/mini_sd/prepare_data.py makes them).
 The cost counts every pass: three forward passes are what a forward and a backward pass cost, and 4
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,13 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import AS_THEY_COME, BESIDE, METHODS, ORDINARY, Method, rank_of
+from contestants import METHODS, Method, rank_of
 from factor_optimizers import factor_optimizer
+from opponents_report import Results, figure, report
+from peer_starts import peer_start, without
 from strengths import STRENGTHS, strongest_strength
 from subject_folders import read_halves
+from torch import Tensor
 
-from cntlora_core.calibration.calibrate import Calibration, calibrate
-from cntlora_core.config import TrainConfig
+from cntlora_core.calibration.calibrate import Calibration, calibrate, continued
+from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.data.encoded import EncodedImages, with_validation
 from cntlora_core.data.importance import Importance
 from cntlora_core.defaults import MINI_SD, VALIDATION_TIMESTEPS
@@ -48,9 +50,6 @@ from cntlora_core.training.validation import validation_loss
 COSTS = (10, 15, 20, 30, 45, 60, 90, 120)
 ON_FACTORS = ("muon", "riemannian")
 STEP = 4  # pictures that are one step of cost
-
-
-Curve = list[tuple[float, float]]
 
 
 def cost_of(forward: int, backward: int) -> float:
@@ -69,7 +68,9 @@ class Judge:
     def __post_init__(self) -> None:
         self.base = self.validate()
 
-    def __call__(self, adapters: Adapters) -> dict[str, float]:
+    def __call__(
+        self, adapters: Adapters, strengths: Sequence[float] = STRENGTHS
+    ) -> dict[str, float]:
         """Of what is attached, and is so again afterwards."""
         lora = adapters.factors()
 
@@ -78,7 +79,7 @@ class Judge:
             adapters.load(scaled(lora, strength))
             return loss()
 
-        strength, _ = strongest_strength(lambda s: at(s, self.alone or self.validate))
+        strength, _ = strongest_strength(lambda s: at(s, self.alone or self.validate), strengths)
         loss, whole = at(strength, self.validate), at(1.0, self.validate)
         adapters.load(lora)
         return {"whole": whole / self.base, "loss": loss / self.base, "strength": strength}
@@ -96,7 +97,7 @@ def run(
     """What the LoRA was worth at every cost, and the seconds it took without the looks."""
     began, away = time.perf_counter(), 0.0
     config = replace(method.start, rank=rank_of(method, rank), seed=seed)
-    start = calibrate(model, subject, config)
+    start, taken_off = (_peers if method.peer else _ours)(model, subject, method, config)
     if method.alpha:  # Adam's steps of both factors by the root are as alpha / rank beside B A
         root = (method.alpha / config.rank) ** 0.5
         start, rate = _scaled(start, root), rate * root
@@ -118,7 +119,12 @@ def run(
     )
     untouched = {"loss": 1.0, "whole": 1.0, "strength": 1.0}
     found = dict.fromkeys(COSTS, untouched)
-    with attached_lora(model.unet, start.lora, trainable=True) as adapters:
+    # Of what took its start off the base weights no part can be given out by itself.
+    strengths = STRENGTHS[:1] if taken_off else STRENGTHS
+    with (
+        without(model, taken_off),
+        attached_lora(model.unet, start.lora, trainable=True) as adapters,
+    ):
         natural = start.natural if method.optimizer == "natural" else None
         state = start_state(model, adapters, training, natural, start.importance)
         if method.optimizer in ON_FACTORS:
@@ -130,7 +136,7 @@ def run(
             nonlocal away
             if state.step in at:
                 started = time.perf_counter()
-                found[at[state.step]] = judge(adapters)
+                found[at[state.step]] = judge(adapters, strengths)
                 away += time.perf_counter() - started
 
         train(model, subject, state, training, save=look)
@@ -142,69 +148,32 @@ def run(
     return curves | {"seconds": round(seconds, 1)}
 
 
+Begun = tuple[Calibration, dict[str, Tensor]]  # and what it took off the base weights
+
+
+def _ours(
+    model: StableDiffusion, subject: EncodedImages, method: Method, config: CalibrationConfig
+) -> Begun:
+    return calibrate(model, subject, config), {}
+
+
+def _peers(
+    model: StableDiffusion, subject: EncodedImages, method: Method, config: CalibrationConfig
+) -> Begun:
+    """As PEFT makes it; shown as many pictures as our sweep."""
+    pictures = config.passes * config.batch_size
+    made = peer_start(
+        model, subject, method.peer, config.rank, config.seed, passes=pictures, batch_size=1
+    )
+    start = continued(made.lora)
+    passes = {"forward_passes": made.forward, "backward_passes": made.backward}
+    return replace(start, report=replace(start.report, **passes)), made.residuals
+
+
 def _scaled(start: Calibration, by: float) -> Calibration:
     """With rows of A `by` times as long."""
     lora = {name: Factors(own.up, own.down * by) for name, own in start.lora.items()}
     return replace(start, lora=lora)
-
-
-def mean_curve(rows: Sequence[Curve]) -> Curve:
-    return [(c, statistics.mean(row[n][1] for row in rows)) for n, c in enumerate(COSTS)]
-
-
-class Results:
-    """The results file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.rows = {json.dumps(row["key"]): row for row in map(json.loads, lines)}
-
-    def add(self, key: list[Any], row: dict[str, Any]) -> None:
-        self.rows[json.dumps(key)] = {"key": key, **row}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, **row}) + "\n")
-
-    def curves(self, rank: int, subject: str, method: str) -> dict[float, Curve]:
-        """By learning rate, the mean over the seeds."""
-        found: dict[float, list[Curve]] = {}
-        for row in self.rows.values():
-            of_rank, of_subject, of_method, rate, _ = row["key"]
-            if (of_rank, of_subject, of_method) == (rank, subject, method):
-                found.setdefault(rate, []).append(row["loss"])
-        return {rate: mean_curve(rows) for rate, rows in found.items()}
-
-    def strongest(self, rank: int, subject: str, methods: Sequence[str]) -> Curve:
-        """At each cost the lowest loss of any method at any rate: nobody could choose better."""
-        every = [c for m in methods for c in self.curves(rank, subject, m).values()]
-        return (
-            [(c, min(curve[n][1] for curve in every)) for n, c in enumerate(COSTS)] if every else []
-        )
-
-
-def report(results: Results, rank: int, subjects: Sequence[str]) -> str:
-    """Markdown: the strongest ordinary LoRA and ours at every cost, by subject."""
-    lines = [f"| rank {rank} | " + " | ".join(f"cost {c}" for c in COSTS) + " |"]
-    lines.append("|---" * (len(COSTS) + 1) + "|")
-    shares: dict[str, list[list[float]]] = {}
-    for subject in subjects:
-        if not (strongest := results.strongest(rank, subject, list(ORDINARY))):
-            continue
-        lines.append(_row(f"{subject}: strongest ordinary", strongest))
-        for method in BESIDE | AS_THEY_COME:
-            if curves := results.curves(rank, subject, method):
-                best = min(curves.values(), key=lambda curve: min(x for _, x in curve))
-                lines.append(_row(f"{subject}: {method}", best))
-                ratio = [x / y for (_, x), (_, y) in zip(best, strongest, strict=True)]
-                shares.setdefault(method, []).append(ratio)
-    for method, rows in shares.items():
-        medians = [(c, statistics.median(r[n] for r in rows)) for n, c in enumerate(COSTS)]
-        lines.append(_row(f"median share of the strongest: {method}", medians))
-    return "\n".join(lines)
-
-
-def _row(name: str, curve: Curve) -> str:
-    return f"| {name} | " + " | ".join(f"{x:.3f}" for _, x in curve) + " |"
 
 
 def main() -> None:
@@ -218,12 +187,16 @@ def main() -> None:
     parser.add_argument("--model", default=MINI_SD)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--figure", type=Path, help="also draw what the file holds")
     parser.add_argument("--report", action="store_true", help="only say what the file holds")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if not args.report:
         _run_all(args)
-    print(report(Results(args.output), args.rank, [s.name for s in args.subjects]))
+    what = Results(args.output), args.rank, [s.name for s in args.subjects], args.methods
+    print(report(*what))
+    if args.figure:
+        figure(*what).save(args.figure)
 
 
 def _run_all(args: argparse.Namespace) -> None:

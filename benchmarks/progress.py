@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import panels
 import torch
 from fidelity import (
     GUIDANCE,
@@ -49,17 +50,6 @@ from cntlora_core.defaults import MINI_SD
 from cntlora_core.lora.adapter import LoRA, attached_lora
 from cntlora_core.model.loader import StableDiffusion, load_checkpoint
 from cntlora_core.model.sampling import sample
-from cntlora_core.report.canvas import (
-    FAINT,
-    GRID,
-    LINES,
-    MARGIN,
-    MARKERS,
-    Canvas,
-    Scale,
-    number_labels,
-    ticks,
-)
 from cntlora_core.report.charts import sample_sheet
 
 COSTS = (10, 20, 30, 45, 60, 90)
@@ -181,62 +171,15 @@ def by_cost(rows: Sequence[Row], method: str, measured: str) -> Mapping[float, l
     return dict(sorted(found.items()))
 
 
-def figure(rows: Sequence[Row], size: tuple[int, int] = (1080, 460)) -> Image.Image:
-    """Two panels with the methods' lines, a legend above them."""
-    page = Canvas(*size, scale=3)
-    x, y = float(MARGIN), 22.0
-    styles = dict(zip(METHODS, zip(LINES, MARKERS * 2, strict=False), strict=False))
-    for name, (colour, marker) in styles.items():
-        width = 40 + page.measure(name)
-        if x + width > size[0] - MARGIN:
-            x, y = float(MARGIN), y + 22
-        page.line([(x, y), (x + 26, y)], colour, 2.5)
-        page.marker(marker, x + 13, y, colour, 4.5)
-        page.text(x + 34, y, name, anchor="lm")
-        x += width + 24
-    half, top = size[0] / 2, y + 50
-    titles = {"subject": "likeness to the subject", "unrelated": "likeness of other prompts"}
-    for place, (measured, title) in enumerate(titles.items()):
-        left, right = place * half + MARGIN + 34, (place + 1) * half - MARGIN
-        _panel(page, rows, styles, measured, title, (left, top, right, size[1] - 58.0))
-    return page.finish()
-
-
-def _panel(
-    page: Canvas,
-    rows: Sequence[Row],
-    styles: Mapping[str, tuple[str, str]],
-    measured: str,
-    title: str,
-    field: tuple[float, float, float, float],
-) -> None:
-    left, top, right, bottom = field
-    values = [row[measured] for row in rows]
-    pad = 0.06 * (max(values) - min(values)) or 0.05
-    scale, last = Scale(min(values) - pad, max(values) + pad), max(row["cost"] for row in rows)
-
-    def at(cost: float, value: float) -> tuple[float, float]:
-        across = left + 10 + (right - left - 20) * cost / last
-        return across, bottom - (bottom - top) * scale.place(value)
-
-    page.text(left, top - 14, title, size=15, anchor="ls")
-    marks = ticks(scale.low, scale.high)
-    for value, text in zip(marks, number_labels(marks), strict=True):
-        page.line([(left, at(0, value)[1]), (right, at(0, value)[1])], GRID)
-        page.text(left - 8, at(0, value)[1], text, fill=FAINT, anchor="rm")
-    marks = ticks(0, last, count=7, smallest=1)
-    for cost, text in zip(marks, number_labels(marks), strict=True):
-        page.text(at(cost, scale.low)[0], bottom + 8, text, fill=FAINT, anchor="ma")
-    page.text((left + right) / 2, bottom + 30, "cost, steps of 4 pictures", fill=FAINT, anchor="ma")
-    for name, (colour, marker) in styles.items():
-        found = by_cost(rows, name, measured)
-        means = [at(cost, statistics.mean(values)) for cost, values in found.items()]
-        for cost, values in found.items():
-            page.line([at(cost, min(values)), at(cost, max(values))], colour, 1.2)
-        if len(means) > 1:
-            page.line(means, colour, 2)
-        for point in means:
-            page.marker(marker, *point, colour)
+def figure(rows: Sequence[Row]) -> Image.Image:
+    """Two panels with the methods' lines."""
+    titles = {"likeness to the subject": "subject", "likeness of other prompts": "unrelated"}
+    return panels.figure(
+        {
+            title: [panels.Line(name, by_cost(rows, name, measured)) for name in METHODS]
+            for title, measured in titles.items()
+        }
+    )
 
 
 def main() -> None:

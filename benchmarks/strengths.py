@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cntlora_core.lora.adapter import LoRA, attached_lora, scaled
 from cntlora_core.model.loader import StableDiffusion
@@ -10,10 +10,12 @@ from cntlora_core.model.loader import StableDiffusion
 STRENGTHS = (1.0, 0.8, 0.6, 0.4)
 
 
-def strongest_strength(loss: Callable[[float], float]) -> tuple[float, float]:
+def strongest_strength(
+    loss: Callable[[float], float], strengths: Sequence[float] = STRENGTHS
+) -> tuple[float, float]:
     """(strength, loss): from the whole downwards until the loss rises."""
-    best = STRENGTHS[0], loss(STRENGTHS[0])
-    for strength in STRENGTHS[1:]:
+    best = strengths[0], loss(strengths[0])
+    for strength in strengths[1:]:
         if (tried := loss(strength)) >= best[1]:
             break
         best = strength, tried

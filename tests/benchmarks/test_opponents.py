@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,7 +67,7 @@ def test_a_riemannian_step_does_not_see_how_the_update_is_factored(opponents):
 
 
 @pytest.mark.parametrize(
-    "name", ["ours, held out", "with feed-forward, 2, Muon", "kohya as it comes"]
+    "name", ["ours, held out", "with feed-forward, 2, Muon", "kohya as it comes", "PEFT's EVA"]
 )
 def test_a_run_is_measured_at_every_cost(opponents, mini_sd, subject, monkeypatch, name):
     monkeypatch.setattr(opponents, "COSTS", (2, 6))
@@ -80,3 +81,66 @@ def test_a_run_is_measured_at_every_cost(opponents, mini_sd, subject, monkeypatc
     (_, first), (_, last) = row["loss"]
     assert (first == 1) == method.held_out  # its looks cost more than 2 steps
     assert 0 < last != 1
+
+
+COSTS = (10, 30, 60)
+LOSSES = {  # by method, rate and seed
+    ("with feed-forward, 2", 0.003, 0): (0.8, 0.7, 0.5),
+    ("with feed-forward, 2", 0.003, 1): (0.8, 0.9, 0.7),
+    ("with feed-forward, 1", 0.003, 0): (0.7, 0.75, 0.8),
+    ("attention, 2", 0.003, 0): (0.1, 0.1, 0.1),
+    ("ours", 0.0, 0): (0.7, 0.6, 0.65),
+    ("ours", 0.0, 1): (0.7, 0.5, 0.65),
+    ("ours, held out", 0.0, 0): (1.0, 0.64, 0.6),
+}
+METHODS = ("with feed-forward, 2", "with feed-forward, 1", "ours", "ours, held out")
+
+
+@pytest.fixture
+def results(opponents, tmp_path):
+    for number, name in enumerate(("cat_faces", "cars")):
+        for (method, rate, seed), losses in LOSSES.items():
+            by = 1 - 0.1 * number
+            found = [[c, x if x == 1 else x * by] for c, x in zip(COSTS, losses, strict=True)]
+            results = opponents.Results(tmp_path / "runs.jsonl")
+            results.add([4, name, method, rate, seed], {"loss": found})
+    return opponents.Results(tmp_path / "runs.jsonl")
+
+
+def test_the_strongest_is_the_best_setting_at_each_cost(opponents, results):
+    report = sys.modules["opponents_report"]
+    settings = results.of(4, "cat_faces")
+    assert report.strongest(settings, METHODS) == {10: 0.7, 30: 0.75, 60: pytest.approx(0.6)}
+    assert report.strongest(settings, ("attention, 2",)) == {10: 0.1, 30: 0.1, 60: 0.1}
+    assert report.strongest(settings, ("ours",)) == {}
+
+
+def test_the_report_says_shares_and_when_the_best_is_reached(opponents, results):
+    report = sys.modules["opponents_report"]
+    lines = report.report(results, 4, ["cat_faces", "cars", "not run"], METHODS).splitlines()
+    assert lines[:2] == ["| rank 4 | 10 | 30 | 60 |", "|---|---|---|---|"]
+    assert "| cat faces: strongest ordinary | 0.700 | 0.750 | 0.600 |" in lines
+    assert "| cat faces: ours | 0.700 | 0.550 | 0.650 |" in lines
+    assert "| cars: ours, held out |  | 0.576 | 0.540 |" in lines  # not begun at cost 10
+    assert "| median share: ours | 1.000 | 0.733 | 1.083 |" in lines
+    assert "| median share, each keeping its best so far: ours | 1.000 | 0.786 | 0.917 |" in lines
+    # 0.7 at cost 10 and 0.55 at cost 30: 0.6 is reached at 23.3, of 60
+    assert "| cat faces: ours | 0.600, 60 | 0.39, 0.917 |" in lines
+    assert "| ours, of with feed-forward, 1 at 0.003 | 1.000 | 0.733 | 0.812 |" in lines
+    assert report.report(results, 16, ["cars"], METHODS) == "No ordinary LoRA was run yet."
+
+
+def test_what_is_never_reached_has_no_cost(opponents):
+    report = sys.modules["opponents_report"]
+    assert report.cost_to({10: 0.7, 30: 0.5}, 0.4) is None
+    assert report.cost_to({10: 0.7, 30: 0.5}, 0.8) == 10
+    assert report.cost_to({10: 0.7, 30: 0.5}, 0.6) == pytest.approx(20)
+
+
+def test_the_figure_has_a_panel_for_each_subject(opponents, results):
+    report = sys.modules["opponents_report"]
+    pixels = np.asarray(report.figure(results, 4, ["cat_faces", "cars"], METHODS))
+    blank = pixels.min(2).min(0) == 255  # columns
+    assert pixels.shape[1] == 1080
+    assert not blank[60:340].all()
+    assert blank[-300:].all()  # two panels of three

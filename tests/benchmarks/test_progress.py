@@ -55,5 +55,5 @@ def test_table_and_figure_show_what_was_found(progress):
     assert lines[0] == "| subject | cost 0 | cost 10 |"
     assert "| ours | 0.250 | 0.450 |" in lines
     pixels = np.asarray(progress.figure(rows))
-    assert pixels.shape == (460, 1080, 3)
+    assert pixels.shape == (460, 1080, 3)  # two panels beside each other
     assert pixels.min() < 128

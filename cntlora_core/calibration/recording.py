@@ -152,7 +152,9 @@ class Recording:
                 self.places[tokens] = _spread(tokens, self.turn, x.device)
             every = every[:, self.places[tokens]]
         if scale != 1:
-            every = every.float() / scale
+            if every.dtype == torch.float16:
+                every = every.float()  # what the scale is for
+            every = every / scale
         self.seen.add(key, every, len(x) * tokens, diagonal)
 
 
@@ -195,6 +197,15 @@ def input_key(projection: Projection) -> str:
 
 def output_key(projection: Projection) -> str:
     return f"S.{projection.name}"
+
+
+def recorded_bytes(projections: Sequence[Projection], dtype: torch.dtype) -> int:
+    """What a pass in `dtype` that is looked on at keeps of each picture, both ways; of a diagonal
+    next to nothing."""
+    inputs = {p.input_key: p.in_features for p in projections if not p.diagonal_in}
+    outputs = sum(p.out_features for p in projections if not p.diagonal_out)
+    each = dtype.itemsize, 4 if dtype == torch.float16 else dtype.itemsize
+    return ROWS * (each[0] * sum(inputs.values()) + each[1] * outputs)
 
 
 def _by_picture(x: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from ..lora.targets import Projection
 from . import linalg
 
 OVERSAMPLING = 18
-AT_ONCE = 1 << 24  # numbers in fp32, 64 MiB: SDXL's widest layer would be 250 MB for two pictures
+AT_ONCE = 1 << 24  # numbers in fp32: SDXL's widest layer would be 250 MB for two pictures
+SKETCHING_BYTES = 4 * AT_ONCE  # what a layer takes in passing
 SEED = 0  # of the random vectors; which they are matters little
 
 

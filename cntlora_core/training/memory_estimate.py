@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..calibration.sketch import sketch_bytes, sketch_width
+from ..calibration.recording import recorded_bytes
+from ..calibration.sketch import SKETCHING_BYTES, sketch_bytes, sketch_width
 from ..config import CalibrationConfig
 from ..lora.adapter import Factors, LoRA, attached_lora
 from ..lora.targets import Projection, find_projections, targets_for
@@ -116,42 +116,19 @@ def meta_lora(projections: Sequence[Projection], rank: int) -> LoRA:
 def unet_calibration_memory(config: Mapping[str, Any], adapted: Adapted) -> MemoryEstimate:
     """Peak of a calibration: of its sweep, or of the steps after it.
 
-    A sweep passes as a training step does. It holds sketches of the gradients, and one layer's
-    input and gradient, in fp32, pass beside them. The steps hold adapters and metric.
+    Both pass as a training step does and keep rows of what they see. A sweep holds sketches of the
+    gradients and takes one layer to fp32 in passing, the steps hold adapters and metric.
     """
     step = unet_training_memory(config, adapted)
     unet = meta_unet(config, adapted.dtype, adapted.device)
     projections = find_projections(unet, adapted.targets)
-    inputs = unet_inputs(config, adapted.batch_size, adapted.side, adapted.dtype)
-    rows = rows_of(unet, projections, inputs)
-    passing = max(4 * rows[p.name] * p.parameters_per_rank for p in projections)
-    sketches, metric = (
-        sketch_bytes(projections, sketch_width(adapted.rank)),
-        metric_bytes(projections),
-    )
-    if passing + sketches < step.adapters + metric:
+    rows = adapted.batch_size * recorded_bytes(projections, adapted.dtype)
+    step = replace(step, activations=step.activations + rows)
+    sketches = sketch_bytes(projections, sketch_width(adapted.rank)) + SKETCHING_BYTES
+    metric = metric_bytes(projections)
+    if sketches < step.adapters + metric:
         return replace(step, metric=metric)
-    return replace(step, activations=step.activations + passing, adapters=0, metric=sketches)
-
-
-def rows_of(
-    unet: nn.Module, projections: Sequence[Projection], inputs: Mapping[str, Any]
-) -> dict[str, int]:
-    """Of each projection the rows that it reads in one pass."""
-    rows: dict[str, int] = {}
-    handles = [
-        unet.get_submodule(p.name).register_forward_hook(
-            lambda _, args, out, name=p.name: rows.update({name: args[0].shape[:-1].numel()})
-        )
-        for p in projections
-    ]
-    try:
-        with torch.no_grad():
-            unet(return_dict=False, **inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return rows
+    return replace(step, adapters=0, metric=sketches)
 
 
 def unet_sampling_memory(

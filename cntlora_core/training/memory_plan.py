@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..calibration.moments import moment_bytes
-from ..calibration.sketch import sketch_bytes, sketch_width
+from ..calibration.recording import recorded_bytes
+from ..calibration.sketch import SKETCHING_BYTES, sketch_bytes, sketch_width
 from ..config import CalibrationConfig, TrainConfig
 from ..devices import RESERVE, free_memory, taken
 from ..events import Notice, Observer, Status
@@ -31,26 +32,23 @@ LOWER_RESOLUTION = "a lower resolution"
 class Needs:
     """A family's UNet in half precision, bytes: its weights, and what a forward and backward pass
     takes for each latent place of a picture, `plain` or with gradient checkpointing. Fp32 takes
-    twice that. `looking`: what a calibration that looks on keeps of the layers' inputs, and what
-    passes beside them.
+    twice that.
 
     Attention and feed-forward layers adapted, with attention kernels that never keep all pairs of
     places (CUDA's): what `estimate_training_memory` counts, which takes seconds. An H100 held 2 %
-    more at most. `calibrating`: what it held in a calibration beside that and the workspaces.
+    more at most.
     """
 
     weights: int
     plain: int
     checkpointed: int
-    looking: int
-    calibrating: int
 
 
 NEEDS = {
-    "sd1": Needs(1_719_041_928, 228_000, 57_200, 12_000, 50_000_000),
-    "sd2": Needs(1_731_821_448, 217_000, 46_700, 12_000, 50_000_000),
-    "sd2-v": Needs(1_731_821_448, 217_000, 46_700, 12_000, 50_000_000),
-    "sdxl": Needs(5_134_927_368, 411_000, 33_600, 6_000, 350_000_000),
+    "sd1": Needs(1_719_041_928, 228_000, 57_200),
+    "sd2": Needs(1_731_821_448, 217_000, 46_700),
+    "sd2-v": Needs(1_731_821_448, 217_000, 46_700),
+    "sdxl": Needs(5_134_927_368, 411_000, 34_700),
 }
 
 
@@ -134,10 +132,13 @@ def fitted_calibration(
     adapters = (
         4 * config.rank * sum(p.parameters_per_rank for p in projections if not p.feed_forward)
     )
-    held = NEEDS[model.family].calibrating
+    rows = recorded_bytes(projections, model.dtype)
+    sketches = sketch_bytes(projections, sketch_width(config.rank)) + SKETCHING_BYTES
     phases = (
-        _Phase(held + COPIES_OF_ADAPTERS * adapters + metric_bytes(projections)),
-        _Phase(held + sketch_bytes(projections, sketch_width(config.rank)), looking=True),
+        _Phase(
+            COPIES_OF_ADAPTERS * adapters + metric_bytes(projections) + config.batch_size * rows
+        ),
+        _Phase(sketches, rows),
     )
     plan = _plan(model, config, resolution, observer, phases)
     if plan is None:
@@ -157,7 +158,8 @@ def fitted_training(
     it takes by those of the calibration. A step sees the same pictures either way."""
     fixed = COPIES_OF_ADAPTERS * sum(f.up.nbytes + f.down.nbytes for f in start.lora.values())
     if start.natural and config.optimizer in ("auto", "natural"):
-        fixed += metric_bytes(start.natural.projections)
+        projections, pictures = start.natural.projections, config.batch_size * config.accumulation
+        fixed += metric_bytes(projections) + pictures * recorded_bytes(projections, model.dtype)
     report = start.report
     passes = report.forward_passes + 2 * report.backward_passes
     each = report.seconds / passes if report.backward_passes else None
@@ -174,10 +176,10 @@ def fitted_training(
 
 @dataclass(frozen=True)
 class _Phase:
-    """`fixed`: bytes beside the passes; `looking`: whether the passes are looked on at."""
+    """Bytes beside the passes: of no picture, and of `each` that passes at once."""
 
     fixed: int
-    looking: bool = False
+    each: int = 0
 
 
 def _plan(
@@ -194,13 +196,12 @@ def _plan(
     if free is None or each is None:
         return None
     accumulation = config.accumulation if isinstance(config, TrainConfig) else 1
-    *passes, looking = map(taken, each)
     # weights that are brought back to the model's precision stay until the backward pass
     copies = taken(NEEDS[model.family].weights) if is_in_eight_bits(model.unet) else 0
     plans = [
         plan_memory(
             free,
-            *(bytes_ + phase.looking * looking for bytes_ in passes),
+            *(taken(passing + phase.each) for passing in each),
             batch_size=config.batch_size,
             accumulation=accumulation,
             gradient_checkpointing=config.gradient_checkpointing,
@@ -240,16 +241,15 @@ def _minutes(minutes: float) -> str:
     return "a minute" if minutes < 1.5 else f"{minutes:.0f} minutes"
 
 
-def picture_bytes(model: StableDiffusion, resolution: int) -> tuple[int, int, int] | None:
-    """What a pass takes for each picture, plain and with gradient checkpointing, and what looking
-    on adds; None when the UNet has not its family's shape."""
+def picture_bytes(model: StableDiffusion, resolution: int) -> tuple[int, int] | None:
+    """What a pass takes for each picture, plain and with gradient checkpointing; None when the UNet
+    has not its family's shape."""
     widths = config_of(model.family)["unet"]["block_out_channels"]
     if list(model.unet.config.block_out_channels) != list(widths):
         return None
     needs = NEEDS[model.family]
-    places = (resolution // model.vae_scale) ** 2
-    halves = places * model.dtype.itemsize // 2
-    return halves * needs.plain, halves * needs.checkpointed, places * needs.looking
+    halves = (resolution // model.vae_scale) ** 2 * model.dtype.itemsize // 2
+    return halves * needs.plain, halves * needs.checkpointed
 
 
 def describe_needs() -> dict[str, str]:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cntlora_core.calibration.moments import Moments, moment_bytes
-from cntlora_core.calibration.recording import ROWS, _spread, record
+from cntlora_core.calibration.recording import ROWS, _spread, record, recorded_bytes
 from cntlora_core.calibration.sketch import Sketches
 from cntlora_core.lora.targets import Projection
 
@@ -165,21 +165,34 @@ def test_moments_go_through_tensors():
     assert again.on(torch.device("meta")).C(PROJECTIONS[0]).basis.is_meta
 
 
-def test_bytes_are_those_of_the_tensors():
-    wide = [
-        Projection("a", 40, 64, "in"),
-        Projection("b", 40, 96, "in", diagonal_out=True),
-        Projection("c", 96, 40, "c", diagonal_in=True),
-    ]
-    net = nn.ModuleDict({p.name: nn.Linear(p.in_features, p.out_features) for p in wide})
-    net.requires_grad_(False)
-    moments = Moments()
-    with record(net, wide, backward=True) as recording:
-        x = torch.randn(1, 50, 40)
+WIDE = [
+    Projection("a", 40, 64, "in"),
+    Projection("b", 40, 96, "in", diagonal_out=True),
+    Projection("c", 96, 40, "c", diagonal_in=True),
+]
+
+
+def seen_of_wide_layers(pictures, tokens, dtype=torch.float32, scale=1.0):
+    net = nn.ModuleDict({p.name: nn.Linear(p.in_features, p.out_features) for p in WIDE})
+    net.requires_grad_(False).to(dtype)
+    with record(net, WIDE, backward=True, loss_scale=scale) as recording:
+        x = torch.randn(pictures, tokens, 40, dtype=dtype)
         (net["a"](x).sum() + net["c"](net["b"](x)).square().sum()).backward()
-    moments.take_in(recording.take())
+    return recording.take()
+
+
+def test_bytes_are_those_of_the_tensors():
+    moments = Moments()
+    moments.take_in(seen_of_wide_layers(1, 50))
     tensors = [t for k, t in moments.to_tensors("").items() if not k.startswith("tokens")]
-    assert moment_bytes(wide) == pytest.approx(sum(t.nbytes for t in tensors), abs=4 * len(wide))
+    assert moment_bytes(WIDE) == pytest.approx(sum(t.nbytes for t in tensors), abs=4 * len(WIDE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bytes_of_the_rows_are_those_that_are_kept(dtype):
+    seen = seen_of_wide_layers(2, 100, dtype, scale=0.5)
+    rows = [t for k, parts in seen.rows.items() if k not in seen.diagonal for t in parts]
+    assert 2 * recorded_bytes(WIDE, dtype) == sum(t.nbytes for t in rows)
 
 
 def test_an_input_that_was_not_computed_again_is_told():

@@ -110,7 +110,7 @@ class TrainLoRA(io.ComfyNode):
         ):
             for text in without_effect(config, validation, prior, more.prior_loss):
                 report(Notice(text))
-            parts = encoded(subject, validation, sd_model, report)
+            parts = encoded(subject, validation, config, sd_model, report)
             inputs = TrainInputs(sd_model, subject, *parts, start, config, prior, more.prior_loss)
             config = inputs.resolved(report)
             sampler = Sampler(sd_model, wanted, inputs.subject.prompt, report)
@@ -148,12 +148,13 @@ def _traces(*parts: CalibratedStart | Pictures | None) -> Traces:
 
 def _wires() -> list[Any]:
     return [
-        SDModel.Input("sd_model", tooltip="From Load SD Checkpoint."),
+        SDModel.Input("sd_model", tooltip="From Load SD Checkpoint or Use ComfyUI Model."),
         SubjectPictures.Input("subject", tooltip="From Subject Images."),
         LoRAInit.Input(
             "lora_init",
             optional=True,
-            tooltip="From Calibrate LoRA. Without it an ordinary LoRA of rank 4 is trained.",
+            tooltip="From Calibrate LoRA or Continue LoRA. Without it an ordinary LoRA of rank 4 "
+            "is trained.",
         ),
         SubjectPictures.Input(
             "validation",

@@ -95,14 +95,22 @@ def prior_identity(prior: EncodedImages | None, prior_loss: str) -> list[str]:
 
 
 def encoded(
-    pictures: Pictures, validation: Pictures | None, model: StableDiffusion, report: Reporter
+    pictures: Pictures,
+    validation: Pictures | None,
+    config: TrainConfig,
+    model: StableDiffusion,
+    report: Reporter,
 ) -> tuple[EncodedImages, EncodedImages]:
-    """What is trained on, and what is held out of it: other pictures where some are given."""
-    subject, held_out = pictures.encode(model, report)
-    if validation is None:
+    """What is trained on, and what validates. A picture is held out only where it is needed for
+    that."""
+    if validation is None and config.validate_every:
+        subject, held_out = pictures.encode(model, report)
         for text in unvalidated(subject, held_out):
             report(Notice(text))
         return subject, held_out
+    subject = pictures.encode_all(model, report)
+    if validation is None:
+        return subject, subject
     if validation.prompt != pictures.prompt:
         said = (
             f"The pictures to validate with say '{validation.prompt}', those to train on "

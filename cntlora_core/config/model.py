@@ -21,8 +21,9 @@ class ModelConfig:
         "auto",
         "How the frozen model computes; the LoRA itself is always trained in fp32. auto: fp32 on a "
         "CPU, bf16 or fp16 on a GPU. fp32 needs twice the memory; fp16 may overflow where bf16 "
-        "does not. int8 stores the weights in 8 bits, half the memory of bf16, and computes as "
-        "auto does: for cards that are small for the model, with gradient checkpointing.",
+        "does not. int8 (not of a model that other nodes have loaded) stores the weights in 8 "
+        "bits, half the memory of bf16, and computes as auto does: for cards that are small for "
+        "the model, with gradient checkpointing.",
     )
     prediction: Prediction = setting(
         "auto",

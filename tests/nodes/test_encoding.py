@@ -82,6 +82,30 @@ def test_what_validates_was_neither_calibrated_nor_trained_on(pack, model, pictu
         assert bool(set(seen["validated"]) & set(seen["calibrated"])) != hold_out
 
 
+def test_a_picture_is_held_out_only_where_it_validates(pack, model, pictures, monkeypatch):
+    seen = {}
+
+    def train(model, subject, *args, **options):
+        seen["trained"] = subject.names
+        raise pack.host.Cancelled
+
+    from cntlora_pack.cntlora_core.run import runs
+
+    monkeypatch.setattr(runs, "train", train)
+    others = pack.run(pack.SubjectImages, folder=FOLDER, **SUBJECT).values[0]
+
+    def trained(**options):
+        settings = {"sd_model": model, "subject": pictures, "steps": 1, "sample_every": 0}
+        with pytest.raises(pack.host.Cancelled):
+            pack.run(pack.TrainLoRA, **TRAIN | settings | options)
+        return len(seen["trained"])
+
+    every = len(pictures.pictures)
+    assert trained(validate_every=1) == every - 1
+    assert trained(validate_every=1, validation=others) == every
+    assert trained(validate_every=0) == every
+
+
 def test_pictures_are_encoded_once_beside_their_model(pack, folder, model, monkeypatch):
     calls = []
     real = pack.types.encode_subject

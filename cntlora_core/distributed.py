@@ -49,9 +49,8 @@ class Processes:
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         if not tensors:
             return
-        flat = torch.cat([t.detach().reshape(-1) for t in tensors]).to(
-            self.device
-        )  # one message, not hundreds
+        parts = [t.detach().reshape(-1).to(self.device) for t in tensors]
+        flat = torch.cat(parts)  # one message, not hundreds
         dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.detach().copy_(total.view_as(tensor))
@@ -75,6 +74,11 @@ def local_device(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
+
+
+def least(own: int, group: Group) -> int:
+    """Of all processes' numbers, to fp32's digits."""
+    return int(gathered(torch.tensor(float(own)), group).min()) if group.size > 1 else own
 
 
 def gathered(own: Tensor, group: Group) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..cntlora_core.data.dataset import size_step
-from ..cntlora_core.errors import SettingError
+from ..cntlora_core.errors import CNTLoRAError, SettingError
 from ..cntlora_core.events import Event, Notice, Step, Training
 from ..cntlora_core.lora.adapter import attached_lora
 from ..cntlora_core.model.loader import StableDiffusion
@@ -155,7 +155,7 @@ class Sampler:
                 observer=_cancel_only,
             )
             self.report.picture(step, self.pictures)
-        except (RuntimeError, OSError) as error:
+        except (CNTLoRAError, RuntimeError, OSError) as error:
             text = f"The samples of step {step} could not be drawn ({error}); training goes on."
             self.report(Notice(text))
 

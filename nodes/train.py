@@ -131,7 +131,8 @@ class TrainLoRA(io.ComfyNode):
                     on_stop=keeper.keep,
                     observer=sampler,
                 )
-            sampler.finish(run)
+                with keeper.keeping(run):
+                    sampler.finish(run)
             checkpoints.remove()
         images = to_image(sampler.pictures)
         losses = {"loss": run.losses or [loss for _, loss in run.validations]}

@@ -162,6 +162,15 @@ class Keeper:
         elsewhere = saved.is_absolute() and name == str(saved)
         self.places.append(name if elsewhere else f"loras/{name}")
 
+    @contextmanager
+    def keeping(self, run: RunResult) -> Iterator[None]:
+        """Around what comes after a training: to be stopped there costs nothing of it."""
+        try:
+            yield
+        except BaseException:
+            self.keep(run)
+            raise
+
     def _note(self, event: Event) -> None:
         if isinstance(event, Notice):
             self.report.note(event)

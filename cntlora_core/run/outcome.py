@@ -91,6 +91,7 @@ class Ongoing:
 
     def _keep(self, error: BaseException, on_stop: Callable[[RunResult], None] | None) -> None:
         """The LoRA first, then the checkpoint; what fails there is told with `error`."""
+        self.state.abandon_step()
         try:
             if on_stop:
                 on_stop(self.result(best=isinstance(error, NonFiniteError) or self.state.judged))

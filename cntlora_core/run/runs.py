@@ -15,9 +15,9 @@ from ..data.batches import NoisedSet
 from ..data.encoded import EncodedImages
 from ..defaults import default_learning_rate
 from ..devices import first_that_fits
-from ..distributed import ALONE, Group
+from ..distributed import ALONE, Group, least
 from ..effects import without_effect_in_training, without_effect_on_natural_steps
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, SettingError
 from ..events import Base, Notice, Observer, Status, Training, Validation, ignore
 from ..lora.adapter import attached_lora, scaled
 from ..lora.targets import ALL, find_projections
@@ -48,7 +48,7 @@ def run_calibration(
 ) -> Calibration:
     """Calibrate, with what a run needs around it. Where memory runs out it begins again in the next
     smaller way; raises OutOfMemory with what to try next after the smallest."""
-    config, at_once = fitted_calibration(model, config, subject.resolution, observer)
+    config, at_once = fitted_calibration(model, config, subject.resolution, observer, group)
     ways = _ways(at_once, config.gradient_checkpointing, group)
 
     def run(way: tuple[int, bool]) -> Calibration:
@@ -95,7 +95,7 @@ def run_training(
     """
     for text in without_effect_in_training(training, validate is not None, prior is not None):
         observer(Notice(text))
-    saved = checkpoints.read() if checkpoints else None
+    saved = _found_by_all(checkpoints.read() if checkpoints else None, group)
     base_loss = _base_loss(model, validate, training, subject.resolution, observer)
     if start is None and (saved is None or preserve is not None):
         start = run_calibration(
@@ -104,7 +104,7 @@ def run_training(
     start = _resumed(saved, model, start, calibration) if saved else start
     assert start is not None
     training, natural = _optimizer(start, training, model.name, calibration.init, observer)
-    training = fitted_training(model, training, start, subject.resolution, observer)
+    training = fitted_training(model, training, start, subject.resolution, observer, group)
     ways = _ways(training.batch_size, training.gradient_checkpointing, group)
     smallest = _in_this_way(training, ways[-1])
     with (
@@ -123,9 +123,9 @@ def run_training(
         def go_on(way: tuple[int, bool]) -> None:
             run.training = _in_this_way(training, way)
             if way != ways[0]:
-                said = described(f"{way[0]} x {run.training.accumulation}", way[1])
-                observer(Notice(f"The memory did not suffice. Training goes on with {said}."))
                 state.again()
+                said = described(f"{way[0]} x {run.training.accumulation}", way[1])
+                run.watch(Notice(f"The memory did not suffice. Training goes on with {said}."))
             with recomputing_activations(model.unet, run.training.gradient_checkpointing):
                 train(
                     model, subject, state, run.training,
@@ -135,9 +135,20 @@ def run_training(
 
         with run.kept(on_stop):
             first_that_fits(dict.fromkeys(ways, 0), go_on, model.device)
-        result = run.result(best=True)
-    _tell_strength(result, observer)
+            result = run.result(best=True)
+            _tell_strength(result, run.watch)
     return result
+
+
+def _found_by_all(saved: SavedState | None, group: Group) -> SavedState | None:
+    """Raises SettingError where the processes would not go on from the same step."""
+    step = saved.story["step"] if saved else -1
+    if least(step, group) != step or least(-step, group) != -step:
+        raise SettingError(
+            "Not every process finds the same checkpoint to go on from: the output must be on a "
+            "disk that all of them see. Or start afresh, without --resume."
+        )
+    return saved
 
 
 def _ways(at_once: int, recomputing: bool, group: Group) -> list[tuple[int, bool]]:

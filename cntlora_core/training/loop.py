@@ -51,10 +51,8 @@ def train(
     timesteps = len(model.schedule)
     terms = _Terms(model, state, config, prior, preservation, group)
 
-    if not state.validations:
-        _check(state, config, validate, observer)
-        save(state)
-    while state.step < config.steps:
+    _look(state, config, validate, save, observer)
+    while state.step < config.steps and not _out_of_patience(state, config):
         # draw
         batch = _draw(subject, order[state.step], config, timesteps, state)
         others = prior.draw(state.step + 1, batch, timesteps, state.generator) if prior else None
@@ -73,14 +71,10 @@ def train(
         state.losses.append(loss)
 
         # check, save, report
-        _check(state, config, validate, observer)
-        save(state)
-        observer(Step(state.step, loss, state.effective_rate(lr)))
-        if config.patience and state.since_best() >= config.patience:
-            if state.step < config.steps:
-                text = f"{config.patience} validations without a better one"
-                observer(Notice(f"Stopped at step {state.step}: {text}."))
-            break
+        _look(state, config, validate, save, observer)
+    if state.step < config.steps:
+        text = f"{config.patience} validations without a better one"
+        observer(Notice(f"Stopped at step {state.step}: {text}."))
 
 
 def _order(
@@ -101,17 +95,29 @@ def _order(
     return order
 
 
-def _check(
+def _look(
     state: TrainState,
     config: TrainConfig,
     validate: Callable[[], float] | None,
+    save: Callable[[TrainState], None],
     observer: Observer,
 ) -> None:
-    """The validation, where it is due: every so many steps, and after the last."""
+    """Once after every step, and before the first: the validation, where it is due (every so many
+    steps, and after the last), the checkpoint, the step."""
     every, step = config.validate_every, state.step
+    if state.looked == step:
+        return
     if validate and every and (step % every == 0 or step == config.steps):
         state.validate(validate)
         observer(Validation(*state.validations[-1]))
+    save(state)
+    if step:
+        observer(Step(step, state.losses[-1], state.effective_rate(state.rate)))
+    state.looked = step
+
+
+def _out_of_patience(state: TrainState, config: TrainConfig) -> bool:
+    return bool(config.patience) and state.since_best() >= config.patience
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,7 @@ def _clip(state: TrainState, config: TrainConfig, value: Tensor) -> tuple[float,
 def _refuse_no_number(state: TrainState, loss: float, norm: float, lr: float) -> None:
     """Raises NonFiniteError, with the weights as they were before the step. A gradient that
     overflowed under a moving loss scale is none to stop at."""
-    if math.isfinite(loss) and (math.isfinite(norm) or state.scaler.moving):
+    if math.isfinite(loss) and (math.isfinite(norm) or state.scaler.can_fall):
         return
     state.abandon_step()
     wrong = "gradient" if math.isfinite(loss) else "loss"

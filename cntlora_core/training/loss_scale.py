@@ -10,6 +10,7 @@ FIRST = 65536.0
 BACKOFF = 0.5
 GROWTH = 2.0
 PATIENCE = 2000  # steps without an overflow after which a larger scale is tried
+LEAST = 2.0**-10  # what overflows even so is no number at any scale
 
 
 @dataclass
@@ -24,6 +25,11 @@ class LossScale:
     @classmethod
     def start(cls, moving: bool) -> LossScale:
         return cls(moving, FIRST if moving else 1.0)
+
+    @property
+    def can_fall(self) -> bool:
+        """Whether a gradient that is no number may be one at a lower scale."""
+        return self.moving and self.value > LEAST
 
     def update(self, finite: bool) -> None:
         """After a step, or one that was left out because its gradient was not `finite`."""

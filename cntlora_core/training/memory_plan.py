@@ -13,6 +13,7 @@ from ..calibration.recording import recorded_bytes
 from ..calibration.sketch import SKETCHING_BYTES, sketch_bytes, sketch_width
 from ..config import CalibrationConfig, TrainConfig
 from ..devices import RESERVE, free_memory, taken
+from ..distributed import ALONE, Group, least
 from ..events import Notice, Observer, Status
 from ..lora.targets import Projection, find_projections, targets_for
 from ..model.eight_bits import is_in_eight_bits
@@ -124,10 +125,14 @@ def plan_memory(
 
 
 def fitted_calibration(
-    model: StableDiffusion, config: CalibrationConfig, resolution: int, observer: Observer
+    model: StableDiffusion,
+    config: CalibrationConfig,
+    resolution: int,
+    observer: Observer,
+    group: Group = ALONE,
 ) -> tuple[CalibrationConfig, int]:
-    """`config` so that the calibration fits into the memory, and how many pictures of a batch to
-    look at at once; told in a sentence."""
+    """`config` so that the calibration fits into the memory of every process, and how many pictures
+    of a batch to look at at once; told in a sentence."""
     projections = find_projections(model.unet, targets_for(config))
     adapters = (
         4 * config.rank * sum(p.parameters_per_rank for p in projections if not p.feed_forward)
@@ -140,7 +145,7 @@ def fitted_calibration(
         ),
         _Phase(sketches, rows),
     )
-    plan = _plan(model, config, resolution, observer, phases)
+    plan = _plan(model, config, resolution, observer, phases, group)
     if plan is None:
         return config, config.batch_size
     fitted = replace(config, gradient_checkpointing=plan.gradient_checkpointing)
@@ -153,9 +158,11 @@ def fitted_training(
     start: Calibration,
     resolution: int,
     observer: Observer,
+    group: Group = ALONE,
 ) -> TrainConfig:
-    """`config` so that the training fits into the memory, told in a sentence, with the minutes that
-    it takes by those of the calibration. A step sees the same pictures either way."""
+    """`config` so that the training fits into the memory of every process, told in a sentence, with
+    the minutes that it takes by those of the calibration. A step sees the same pictures either
+    way."""
     fixed = COPIES_OF_ADAPTERS * sum(f.up.nbytes + f.down.nbytes for f in start.lora.values())
     if start.natural and config.optimizer in ("auto", "natural"):
         projections, pictures = start.natural.projections, config.batch_size * config.accumulation
@@ -163,7 +170,7 @@ def fitted_training(
     report = start.report
     passes = report.forward_passes + 2 * report.backward_passes
     each = report.seconds / passes if report.backward_passes else None
-    plan = _plan(model, config, resolution, observer, (_Phase(fixed),), each)
+    plan = _plan(model, config, resolution, observer, (_Phase(fixed),), group, each)
     if plan is None:
         return config
     return replace(
@@ -188,6 +195,7 @@ def _plan(
     resolution: int,
     observer: Observer,
     phases: Sequence[_Phase],
+    group: Group,
     seconds: float | None = None,
 ) -> MemoryPlan | None:
     """Of the phase that takes most, told in a sentence; None where nothing is known of the device
@@ -195,6 +203,7 @@ def _plan(
     free, each = free_memory(model.device), picture_bytes(model, resolution)
     if free is None or each is None:
         return None
+    free = least(free, group)
     accumulation = config.accumulation if isinstance(config, TrainConfig) else 1
     # weights that are brought back to the model's precision stay until the backward pass
     copies = taken(NEEDS[model.family].weights) if is_in_eight_bits(model.unet) else 0

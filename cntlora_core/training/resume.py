@@ -182,6 +182,7 @@ class SavedState:
         state.step = story["step"]
         state.losses = tensors["losses"].tolist()
         state.validations = [(int(step), loss) for step, loss in story["validations"]]
+        state.looked = state.step if state.step or state.validations else -1
         if story["best"]:
             step, loss, strength = story["best"]
             state.best = Kept(step, self._factors("best"), strength, loss)

@@ -62,6 +62,8 @@ class TrainState:
     importance: Importance | None = None
     strength: Strength | None = None
     drawn: Tensor | None = None  # the generator's state after the last step of this process
+    rate: float = 0.0  # of the last step
+    looked: int = -1  # the last step after which all was checked, saved and told
 
     @property
     def flat(self) -> nn.Parameter:
@@ -151,6 +153,7 @@ class TrainState:
     def optimise(self, lr: float, *, finite: bool) -> None:
         """A step along the gradient, which is left out where that is not `finite`; both ways the
         gradient is gone."""
+        self.rate = lr
         if finite:
             if not self.natural:
                 for settings in self.optimizer.param_groups:
@@ -173,7 +176,8 @@ class TrainState:
         getattr(self.optimizer, mode, lambda: None)()
 
     def abandon_step(self) -> None:
-        """As before it."""
+        """As before it, or as it is between two."""
+        self._turn("eval")
         self.give_out()
 
     def again(self) -> None:

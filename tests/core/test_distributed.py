@@ -1,12 +1,16 @@
 """Several processes: what one of them sends and gets. That a run of two is a run of one is tested
 where runs resume."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cntlora_core import distributed
-from cntlora_core.distributed import ALONE, Processes, local_device, process_group
-from cntlora_core.errors import NonFiniteError
+from cntlora_core.distributed import ALONE, Processes, least, local_device, process_group
+from cntlora_core.errors import NonFiniteError, SettingError
+from cntlora_core.run.runs import _found_by_all
 
 CPU = torch.device("cpu")
 
@@ -36,6 +40,55 @@ def test_a_sum_is_one_message_and_goes_back_into_each_tensor(monkeypatch):
     assert torch.equal(weight, torch.full((2,), 11.0))
     Processes(0, 2, CPU).sum_([])
     assert len(messages) == 1
+
+
+def test_what_lies_on_the_host_is_added_up_with_the_rest(monkeypatch):
+    """Where the others are a GPU's: one message is on one device."""
+
+    class Sent(Exception):
+        pass
+
+    def all_reduce(flat):
+        raise Sent(flat.device, len(flat))
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode():
+        parts = [torch.ones(2, 2, device=gpu), torch.ones(1)]
+        with pytest.raises(Sent) as caught:
+            Processes(0, 2, gpu).sum_(parts)
+    assert caught.value.args == (gpu, 5)
+
+
+class Beside:
+    """This process, and one whose numbers are `theirs`."""
+
+    rank, size = 0, 2
+
+    def __init__(self, *theirs):
+        self.theirs = list(theirs)
+
+    def sum_(self, tensors):
+        for tensor in tensors:
+            tensor[1:] = self.theirs.pop(0)
+
+
+def test_the_least_of_all_processes_is_taken():
+    assert least(7, ALONE) == 7
+    assert least(7, Beside(3)) == 3
+    assert least(7, Beside(9)) == 7
+    assert least(-7, Beside(-9)) == -9
+
+
+@pytest.mark.parametrize("theirs", [-1, 3])
+def test_processes_that_would_go_on_from_other_steps_are_refused(theirs):
+    saved = SimpleNamespace(story={"step": 5})
+    with pytest.raises(SettingError, match="disk that all of them see"):
+        _found_by_all(saved, Beside(theirs, -theirs))
+    with pytest.raises(SettingError, match="disk that all of them see"):
+        _found_by_all(None, Beside(5, -5))
+    assert _found_by_all(saved, Beside(5, -5)) is saved
+    assert _found_by_all(None, Beside(-1, 1)) is None
 
 
 def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch):

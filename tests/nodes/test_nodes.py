@@ -156,6 +156,33 @@ def test_cancel_leaves_within_one_step_and_keeps_the_work(pack, model, pictures,
     assert events[-1]["text"] == "Cancelled; what was trained is kept"
 
 
+def test_a_run_cancelled_while_its_last_samples_are_drawn_is_kept(
+    pack, model, pictures, monkeypatch
+):
+    def finish(sampler, run):
+        raise pack.host.Cancelled
+
+    monkeypatch.setattr(pack.sampler.Sampler, "finish", finish)
+    with pytest.raises(pack.host.Cancelled):
+        pack.run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=2, sample_every=0, **TRAIN)
+    events = last_run(pack)
+    (saved,) = [e["path"] for e in events if e["type"] == "saved"]
+    assert (pack.base / "loras" / saved).is_file()
+
+
+def test_samples_without_memory_do_not_stop_the_training(pack, model, pictures, monkeypatch):
+    def sample(*args, **options):
+        raise pack.sampler.CNTLoRAError("The memory did not suffice.")
+
+    monkeypatch.setattr(pack.sampler, "sample", sample)
+    pack.run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=2, sample_every=1, **TRAIN)
+    told = [e["text"] for e in last_run(pack) if e["type"] == "warning"]
+    said = (
+        "The samples of step {} could not be drawn (The memory did not suffice.); training goes on."
+    )
+    assert [text for text in told if "samples" in text] == [said.format(n) for n in (0, 1, 2)]
+
+
 def test_auto_settings_get_numbers_from_the_model_and_the_page_is_told(
     pack, model, pictures, monkeypatch
 ):

@@ -7,9 +7,10 @@ import torch
 
 from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.errors import NonFiniteError
 from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.training.loop import train
-from cntlora_core.training.loss_scale import PATIENCE, LossScale
+from cntlora_core.training.loss_scale import LEAST, PATIENCE, LossScale
 from cntlora_core.training.state import start_state
 
 
@@ -58,3 +59,16 @@ def test_a_gradient_that_overflows_is_left_out(mini_sd, subject, init):
         train(half, subject, state, config)
     assert not torch.equal(state.live, before)
     assert torch.isfinite(state.live).all()
+
+
+def test_a_gradient_that_is_no_number_at_any_scale_is_told(mini_sd, subject, monkeypatch):
+    start = calibrate(mini_sd, subject, CalibrationConfig(init="gaussian", rank=1))
+    config = TrainConfig(steps=99, learning_rate=3e-3, batch_size=1, validate_every=0)
+    with attached_lora(mini_sd.unet, start.lora, trainable=True) as adapters:
+        state = start_state(mini_sd, adapters, config)
+        state.scaler = LossScale.start(moving=True)
+        gradient = state.adapters.gradient
+        monkeypatch.setattr(adapters, "gradient", lambda scale: gradient(scale).mul_(torch.nan))
+        with pytest.raises(NonFiniteError, match="gradient became NaN"):
+            train(mini_sd, subject, state, config)
+    assert state.scaler.value == LEAST

@@ -130,6 +130,22 @@ def test_a_run_fits_itself_and_says_so(mini_sd, subject, monkeypatch):
         torch.testing.assert_close(small[name].up, factors.up, rtol=1e-3, atol=1e-4)
 
 
+def test_several_processes_run_as_the_one_with_least_memory_can(mini_sd, monkeypatch):
+    class Group:
+        rank, size = 0, 2
+
+        def sum_(self, tensors):
+            tensors[0][1:] = 3 * GB
+
+    monkeypatch.setattr(memory_plan, "picture_bytes", lambda model, resolution: (4 * GB, GB))
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: 100 * GB)
+    asked, told = TrainConfig(steps=1, learning_rate=1e-3, batch_size=2), []
+    plan = fitted_training(mini_sd, asked, continued({}), 64, told.append, Group())
+    assert plan == dataclasses.replace(asked, gradient_checkpointing=True)
+    assert told[0].text.startswith("3.0 GB of memory free")
+    assert fitted_calibration(mini_sd, CalibrationConfig(), 64, told.append, Group())[1] == 2
+
+
 def test_a_timed_calibration_says_how_long_the_training_takes(mini_sd, monkeypatch):
     """A calibration took 24 seconds for 8 passes forward and 2 back, which take twice as long."""
     monkeypatch.setattr(memory_plan, "picture_bytes", lambda model, resolution: (GB, GB))

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,24 @@ def test_a_training_that_runs_out_of_memory_goes_on_smaller(
     assert told == [f"{again} 2 x 1.", f"{again} 1 x 2."]
 
 
+@pytest.mark.parametrize(
+    ("start", "optimizer"), [(PLAIN, "adamw"), (NATURAL, "natural"), (PLAIN, "schedulefree")]
+)
+def test_a_step_made_again_is_the_same_to_the_bit(mini_sd, subject, monkeypatch, start, optimizer):
+    """Where its batch stays: gradient checkpointing changes no number."""
+    if optimizer == "schedulefree":
+        pytest.importorskip("schedulefree")
+    steps = {"steps": 4, "learning_rate": 3e-3, "validate_every": 0}
+    training = TrainConfig(**steps, optimizer=optimizer, batch_size=1)
+    whole = run_training(mini_sd, subject, start, training)
+    without_memory(
+        monkeypatch, lambda step, config: step == 2 and not config.gradient_checkpointing
+    )
+    run = run_training(mini_sd, subject, start, training)
+    assert run.training.gradient_checkpointing
+    assert same(run.lora, whole.lora)
+
+
 def test_no_memory_is_a_sentence_and_the_work_is_kept(mini_sd, subject, monkeypatch):
     without_memory(monkeypatch, lambda step, config: step == 2)
     kept = []
@@ -158,6 +177,61 @@ def test_no_memory_is_a_sentence_and_the_work_is_kept(mini_sd, subject, monkeypa
     assert kept[0].steps == 2
     assert any(f.up.any() for f in kept[0].lora.values())
     assert all(p.grad is None for p in mini_sd.unet.parameters())
+
+
+def test_a_validation_that_runs_out_of_memory_is_made_again(mini_sd, subject):
+    """Neither it nor the step before it is left out."""
+    training = TrainConfig(steps=2, learning_rate=3e-3, validate_every=1, batch_size=2)
+    real, calls, events = validation_loss(mini_sd, subject, 8), [], []
+
+    def validate():
+        calls.append(1)
+        if len(calls) == 7:  # the base, two looks at the start, at step 1, and one at step 2
+            raise torch.OutOfMemoryError
+        return real()
+
+    options = {"validate": validate, "observer": events.append}
+    run = run_training(mini_sd, subject, PLAIN, training, **options)
+    assert [step for step, _ in run.validations] == [0, 1, 2]
+    assert [event.step for event in events if isinstance(event, Step)] == [1, 2]
+    whole = run_training(mini_sd, subject, PLAIN, training, validate=real)
+    assert same(run.lora, whole.lora)
+
+
+def test_a_run_that_ends_inside_a_step_gives_what_one_between_steps_gives(
+    mini_sd, subject, monkeypatch
+):
+    """The mean of the steps, not the weights that the next would have started from."""
+    training, kept = TrainConfig(steps=8, learning_rate=3e-3, validate_every=0), []
+    options = {"observer": cancel_after(4), "on_stop": kept.append}
+    with pytest.raises(Cancelled):
+        run_training(mini_sd, subject, PLAIN, training, **options)
+    without_memory(monkeypatch, lambda step, config: step == 4)
+    with pytest.raises(OutOfMemory):
+        run_training(mini_sd, subject, PLAIN, training, on_stop=kept.append)
+    between, inside = kept
+    assert between.steps == inside.steps == 4
+    assert same(between.lora, inside.lora)
+
+
+def test_a_run_stopped_at_its_last_step_goes_on_to_the_same_end(mini_sd, subject, tmp_path):
+    """Cancel while patience is at its end: no step is made beyond it."""
+    plain = {"validate_every": 1, "patience": 2, "keep_best": False}
+    training = TrainConfig(steps=12, learning_rate=3e-3, batch_size=1, **plain)
+
+    def worse():  # the base's loss, then one validation after another
+        losses = count(1.0)
+        return lambda: next(losses)
+
+    whole = run_training(mini_sd, subject, PLAIN, training, validate=worse())
+    assert whole.steps == 2
+    checkpoints = RunSnapshots(tmp_path / "x.state.safetensors", {}, resume=True)
+    options = {"checkpoints": checkpoints, "validate": worse()}
+    with pytest.raises(Cancelled):
+        run_training(mini_sd, subject, PLAIN, training, observer=cancel_after(2), **options)
+    run = run_training(mini_sd, subject, PLAIN, training, **options)
+    assert run.steps == 2
+    assert same(run.lora, whole.lora)
 
 
 def command(out, *more):

@@ -139,7 +139,9 @@ def subfolders(root: Path) -> list[str]:
 def lora_path(name: str) -> Path:
     """`<first loras folder>/<name>.safetensors`. Raises SettingError for a name that leads
     elsewhere."""
-    return inside(_loras_folder(), f"{name.removesuffix('.safetensors')}.safetensors")
+    stem = name.removesuffix(".safetensors")
+    inside(_loras_folder(), stem)  # an ending alone is no name
+    return inside(_loras_folder(), f"{stem}.safetensors")
 
 
 def lora_name(path: Path) -> str:
@@ -313,7 +315,7 @@ def add_routes() -> None:
         asked = request.query
         folder = Identity(asked.get("workflow", ""), asked.get("node", "")).path
         path = events_file(folder, asked.get("run"))
-        lines = path.read_text(encoding="utf-8").splitlines() if path else []
+        lines = path.read_text(encoding="utf-8").split("\n") if path else []
         found = [
             json.loads(line) for line in lines if line.endswith("}")
         ]  # the last line may be half written

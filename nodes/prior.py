@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..cntlora_core.config import DataConfig, RunConfig
@@ -16,7 +16,7 @@ from . import host
 from .host import io, ui
 from .reporter import Reporter
 from .types import Pictures, Prior, SDModel, from_batches, large_enough, to_image
-from .widgets import refusal, widgets_of
+from .widgets import one, refusal, widgets_of
 
 
 class PriorImages(io.ComfyNode):
@@ -34,8 +34,8 @@ class PriorImages(io.ComfyNode):
                 io.Image.Input(
                     "images",
                     optional=True,
-                    tooltip="Pictures of the class, of other subjects than yours. Without them the "
-                    "model draws its own.",
+                    tooltip="Pictures of the class, of other subjects than yours, a batch or a "
+                    "list. Without them the model draws its own.",
                 ),
                 io.String.Input(
                     "class_prompt",
@@ -59,27 +59,27 @@ class PriorImages(io.ComfyNode):
                 ),
             ],
             hidden=host.IDENTITY,
+            is_input_list=True,
             has_intermediate_output=True,
         )
 
     @classmethod
     def validate_inputs(
-        cls, class_prompt: str | None = None, resolution: Any = None, class_count: Any = None
+        cls, class_prompt: Any = None, resolution: Any = None, class_count: Any = None
     ) -> bool | str:
+        class_prompt = one(class_prompt)
         if class_prompt is not None and not class_prompt.strip():
             return "class_prompt is empty: name the class without the trigger, e.g. 'a dog'."
-        wrong = refusal(RunConfig, {"class_count": class_count})
-        return refusal(DataConfig, {"resolution": resolution}) if wrong is True else wrong
+        wrong = refusal(RunConfig, {"class_count": one(class_count)})
+        return refusal(DataConfig, {"resolution": one(resolution)}) if wrong is True else wrong
 
     @classmethod
-    def execute(
-        cls,
-        sd_model: StableDiffusion,
-        class_prompt: str,
-        class_count: Any = 0,
-        images: Tensor | None = None,
-        **settings: Any,
-    ) -> io.NodeOutput:
+    def execute(cls, images: Sequence[Tensor] | None = None, **single: Any) -> io.NodeOutput:
+        """Of every input a list comes, as long as what is connected."""
+        settings = {name: one(value) for name, value in single.items()}
+        sd_model: StableDiffusion = settings.pop("sd_model")
+        class_prompt = settings.pop("class_prompt")
+        class_count = settings.pop("class_count", 0)
         with (
             Reporter(host.identity(cls), "CNTLoRAPriorImages") as report,
             host.working(sd_model),
@@ -95,8 +95,9 @@ class PriorImages(io.ComfyNode):
                     observer=report,
                 )
             else:
-                given = Pictures(tuple(from_batches([images])), class_prompt, data)
+                given = Pictures(tuple(from_batches(images)), class_prompt, data)
                 prior = given.encode_all(sd_model, report)
-            pictures = decode(sd_model, torch.stack(prior.mean))
+            pictures = [decode(sd_model, mean[None])[0] for mean in prior.mean]
+        pictures = [p.resize(pictures[0].size) for p in pictures]  # they come out as one batch
         shown = to_image([large_enough(picture) for picture in pictures])
         return io.NodeOutput(prior, to_image(pictures), ui=ui.PreviewImage(shown, cls=cls))

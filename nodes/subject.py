@@ -68,7 +68,8 @@ class SubjectImages(io.ComfyNode):
         cls, folder: Any, resolution: Any = None, images: Any = "none"
     ) -> bool | str:  # only what it judges: the host repeats it for every argument
         try:
-            if one(images) is not None:  # None: connected, and the folder is not read
+            # None: connected. With pictures no folder is read, and of a folder nothing is known.
+            if one(images) is not None and one(folder) is not None:
                 files_of(one(folder))
         except CNTLoRAError as error:
             return str(error)
@@ -77,8 +78,8 @@ class SubjectImages(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder: Any, **others: object) -> str:
         folder, others = one(folder), {name: one(value) for name, value in others.items()}
-        try:
-            paths = [p for file in files_of(folder) for p in file.sources]
+        try:  # a folder that is connected (None) has a fingerprint of its own
+            paths = [p for file in files_of(folder) for p in file.sources] if folder else []
             seen: list[object] = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
         except (CNTLoRAError, OSError) as error:
             seen = [str(error)]
@@ -112,7 +113,10 @@ class SubjectImages(io.ComfyNode):
                 notices.append(event.text)
 
         data = with_preset(read_settings(DataConfig, said), preset)
-        found = from_batches(images) if images else open_pictures(files_of(folder, note), note)
+        if images is None:
+            found = open_pictures(files_of(folder, note), note)
+        else:
+            found = from_batches(images)
         if not data.use_captions:
             found = without_captions(found)
         if captions:
@@ -124,7 +128,7 @@ class SubjectImages(io.ComfyNode):
         )
         notices += check_pictures(pictures, data.resolution, masked=data.masked)
         notices += without_effect_in_data(data)
-        readings = what_is_read(pictures, prompt, data)
+        readings = what_is_read(pictures, prompt, data, trigger.strip())
         every = [text for texts in readings for text in texts]
         notices += too_long(every, folders=[host.tokenizer_folder()])
         sheet = to_image([contact_sheet((p.image for p in pictures), [p.name for p in pictures])])

@@ -175,14 +175,21 @@ def large_enough(picture: Image.Image) -> Image.Image:
 
 
 def from_image(batch: Tensor) -> list[Image.Image]:
-    """The other way, alpha dropped."""
+    """The other way, what is transparent on white."""
+    if batch.shape[-1] == 4:
+        batch = 1 - (1 - batch[..., :3]) * batch[..., 3:]
+    elif batch.shape[-1] < 3:
+        batch = batch[..., :1].expand(*batch.shape[:-1], 3)
     array = (batch[..., :3].detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy()
     return [Image.fromarray(np.ascontiguousarray(a)) for a in array]
 
 
 def from_batches(batches: Sequence[Tensor]) -> list[Picture]:
-    """A list of ComfyUI's IMAGEs, of any sizes, as pictures named by their number."""
+    """A list of ComfyUI's IMAGEs, of any sizes, as pictures named by their number. Raises
+    ImageError for none."""
     images = [image for batch in batches for image in from_image(batch)]
+    if not images:
+        raise ImageError("No pictures came in: the node that gives them let none through.")
     return [
         Picture(f"image {n}", image, hashlib.sha256(image.tobytes()).hexdigest())
         for n, image in enumerate(images, 1)

@@ -56,7 +56,7 @@ def run_check(args: argparse.Namespace) -> None:
         found, args.prompt, words, add_trigger=data.add_trigger, observer=note
     )
     said += check_pictures(pictures, args.resolution)
-    read = what_is_read(pictures, prompt, data)
+    read = what_is_read(pictures, prompt, data, args.trigger)
     said += too_long([text for texts in read for text in texts], args.max_tokens)
     if args.sheet:
         from ..files import check_output

@@ -114,7 +114,7 @@ def _read(path: Path, most: int) -> bytes:
 def _lines(raw: bytes) -> list[str]:
     encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
-        return raw.decode(encoding).splitlines()
+        return raw.decode(encoding).split("\n")  # JSON may hold what splitlines takes for more
     except UnicodeDecodeError as error:
         raise ValueError("neither UTF-8 nor UTF-16 text") from error
 

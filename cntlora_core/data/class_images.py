@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..events import Observer, Status, ignore
 from ..model.conditioning import encode_prompts
@@ -45,6 +46,8 @@ def class_images(
     """
     side = check_resolution(model, resolution)
     cache = LatentCache(folder, model.unet) if folder else None
+    words = encode_prompts(model, [prompt], size=(side, side))
+    told = _digest(words.tokens)  # another text encoder says something else
     # The same weights draw something else by another schedule, or read from another layer.
     drawn_by = model.schedule.prediction + (
         f", clip skip {model.prompts.clip_skip}" if (model.prompts.clip_skip or 1) > 1 else ""
@@ -52,7 +55,8 @@ def class_images(
     keys = [
         ("class", prompt, side, steps, guidance, drawn_by, PRIOR_SEED + n) for n in range(count)
     ]
-    held = [found[0].to(model.device) for key in keys if cache and (found := cache.get(key))]
+    every = [cache.get((*key, told)) for key in keys] if cache else []
+    held = [found[0].to(model.device) for found in every if found]
     if len(held) < count:
         observer(Status(f"Drawing {count} pictures of '{prompt}' to preserve"))
         latents = sample_latents(
@@ -66,7 +70,7 @@ def class_images(
         )
         held = list(latents.float())
         for key, latent in zip(keys, held, strict=True) if cache else ():
-            cache.put(key, latent, torch.zeros_like(latent))  # type: ignore[union-attr]
+            cache.put((*key, told), latent, torch.zeros_like(latent))  # type: ignore[union-attr]
     rows = torch.zeros(count, dtype=torch.long)
     return EncodedImages(
         names=tuple(f"drawn {n}" for n in range(count)),
@@ -75,13 +79,17 @@ def class_images(
         std=tuple(torch.zeros_like(latent) for latent in held),
         masks=None,
         repeats=(1,) * count,
-        conditioning=encode_prompts(model, [prompt], size=(side, side))[rows],
+        conditioning=words[rows],
         empty_prompt=encode_prompts(model, [""], size=(side, side)),
         prompt=prompt,
         resolution=side,
         digest=hashlib.sha256(repr(keys).encode()).hexdigest(),
         groups=("",) * count,
     )
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().float().cpu().numpy().tobytes()).hexdigest()
 
 
 def class_noised(model: StableDiffusion, pictures: EncodedImages) -> NoisedSet:

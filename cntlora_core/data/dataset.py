@@ -73,7 +73,7 @@ def encode_subject(
     ]
     _tell_sizes([v for _, v in views], resolution, observer)
     captions = [v.picture.caption or prompt for _, v in views]
-    texts = tag_variants(captions, data)
+    texts = tag_variants(captions, data, trigger)
     _tell_fewer(variant_count(captions, data), data, observer)
     prompts = [in_order(caption) for caption in captions]
     _tell_cut(model, list(dict.fromkeys(prompts)), observer)

@@ -148,7 +148,14 @@ def mask_file(path: Path, size: tuple[int, int], said: Said) -> Image.Image | No
     except UnusableError as error:
         said.notices.append(f"its mask '{readable(path.name)}' is left out: {error}")
         return None
-    return fitted_mask(alpha if alpha is not None else shown.convert("L"), size, said.notices)
+    # What paints without transparency may be stored with it: then black and white count.
+    seen = alpha if alpha is not None and not _opaque(alpha) else shown.convert("L")
+    return fitted_mask(seen, size, said.notices)
+
+
+def _opaque(alpha: Image.Image) -> bool:
+    lowest, _ = alpha.getextrema()
+    return lowest == 255
 
 
 def fitted_mask(mask: Image.Image, size: tuple[int, int], notices: list[str]) -> Image.Image | None:

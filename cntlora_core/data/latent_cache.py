@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..errors import SettingError
+from ..errors import OutputError, SettingError
 from ..files import atomic_write
 
 
@@ -39,8 +40,11 @@ class LatentCache:
             return None
 
     def put(self, key: tuple[object, ...], mean: Tensor, std: Tensor) -> None:
+        """What cannot be written is missing: other processes fill the same folder, a disk may be
+        full."""
         tensors = {"mean": mean.cpu().contiguous(), "std": std.cpu().contiguous()}
-        atomic_write(self._path(key), save(tensors))
+        with suppress(OutputError):
+            atomic_write(self._path(key), save(tensors))
 
     def _path(self, key: tuple[object, ...]) -> Path:
         return (

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..config import DataConfig
+from .captions import has_words
 from .images import Picture
 
 TAG_SEED = 11  # the same variants in every run
@@ -20,15 +21,16 @@ def in_order(caption: str) -> str:
     return ", ".join(part for part in parts if part) if SEPARATOR in caption else caption
 
 
-def tag_variants(captions: Sequence[str], data: DataConfig) -> list[list[str]]:
+def tag_variants(captions: Sequence[str], data: DataConfig, trigger: str = "") -> list[list[str]]:
     """What training shows of each caption: tags (between commas) shuffled, some left out. The first
-    `keep_tags`, or what stands before `|||`, stay. Equal captions have the same variants."""
+    `keep_tags`, or what stands before `|||`, stay, and so does a tag with the `trigger`, after
+    them. Equal captions have the same variants."""
     count = variant_count(captions, data)
     if not count:
         return [[in_order(caption)] for caption in captions]
     generator = torch.Generator().manual_seed(TAG_SEED)
     distinct = dict.fromkeys(captions)
-    drawn = {caption: _variants(caption, count, data, generator) for caption in distinct}
+    drawn = {caption: _variants(caption, count, data, generator, trigger) for caption in distinct}
     return [drawn[caption] for caption in captions]
 
 
@@ -40,18 +42,24 @@ def variant_count(captions: Sequence[str], data: DataConfig) -> int:
     return max(1, min(data.caption_variants, MOST_VARIANTS // max(1, len(set(captions)))))
 
 
-def what_is_read(pictures: Sequence[Picture], prompt: str, data: DataConfig) -> list[list[str]]:
+def what_is_read(
+    pictures: Sequence[Picture], prompt: str, data: DataConfig, trigger: str = ""
+) -> list[list[str]]:
     """Of each picture, every text that the model will read: its caption or the prompt, in each
     order."""
-    texts = tag_variants([p.caption or prompt for p in pictures], data)
+    texts = tag_variants([p.caption or prompt for p in pictures], data, trigger)
     return [list(dict.fromkeys(variants)) for variants in texts]
 
 
-def _variants(caption: str, count: int, data: DataConfig, generator: torch.Generator) -> list[str]:
+def _variants(
+    caption: str, count: int, data: DataConfig, generator: torch.Generator, trigger: str
+) -> list[str]:
     fixed, separator, rest = caption.partition(SEPARATOR)
     tags = _tags(rest if separator else caption)
     first = _tags(fixed) if separator else tags[: data.keep_tags]
     others = tags if separator else tags[data.keep_tags :]
+    calling = [tag for tag in others if trigger and has_words(tag, trigger)]
+    first, others = first + calling, [tag for tag in others if tag not in calling]
     return [", ".join(first + _drawn(others, data, generator)) for _ in range(count)]
 
 

@@ -89,12 +89,32 @@ def test_changed_pictures_change_the_fingerprint_and_nothing_else_does(pack, fol
     ("node", "inputs", "says"),
     [
         ("SaveLoRA", {"name": "../x"}, "is not a name inside 'loras'"),
+        ("SaveLoRA", {"name": ""}, "is not a name inside 'loras'"),
+        ("SaveLoRA", {"name": "people/"}, "is not a name inside 'loras'"),
+        ("SaveLoRA", {"name": "x/.safetensors"}, "is not a name inside 'loras'"),
         ("PriorImages", {"class_prompt": "  "}, "class_prompt is empty"),
         ("LoadCheckpoint", {"checkpoint": "no.safetensors"}, "is not in models/checkpoints"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_run(pack, node, inputs, says):
     assert says in getattr(pack, node).validate_inputs(**inputs)
+
+
+def test_a_checkpoint_that_another_node_names_is_judged_when_it_is_known(pack, tmp_path):
+    assert pack.LoadCheckpoint.validate_inputs() is True
+    assert pack.LoadCheckpoint.fingerprint_inputs(None)
+    outside = tmp_path / "x.safetensors"
+    outside.write_bytes(b"secret")
+    with pytest.raises(ValueError, match="is not in models/checkpoints"):
+        pack.run(pack.LoadCheckpoint, checkpoint=str(outside))
+
+
+def test_a_list_of_class_pictures_is_one_prior(pack, model):
+    sizes = [torch.rand(1, 64, 48, 3), torch.rand(2, 32, 64, 3)]
+    given = {"sd_model": [model], "class_prompt": ["a dog"], "resolution": [64]}
+    prior, pictures = pack.run(pack.PriorImages, **given, images=sizes).values
+    assert len(prior) == 3
+    assert pictures.shape[0] == 3
 
 
 def test_a_subject_without_a_name_is_refused(pack):

@@ -12,6 +12,28 @@ def test_a_missing_folder_is_no_error_where_pictures_are_connected(pack):
     assert pack.SubjectImages.validate_inputs(["nowhere"], images=(None,)) is True
 
 
+def test_a_folder_that_another_node_names_is_judged_when_it_is_known(pack):
+    assert pack.SubjectImages.validate_inputs([None]) is True
+    assert pack.SubjectImages.fingerprint_inputs([None], **SUBJECT)
+    with pytest.raises(ValueError, match="nowhere"):
+        pack.run(pack.SubjectImages, folder=["nowhere"], **SUBJECT)
+
+
+@pytest.mark.parametrize("images", [[], [torch.zeros(0, 64, 64, 3)]])
+def test_no_pictures_from_the_graph_are_not_the_folders(pack, images):
+    with pytest.raises(ValueError, match="No pictures came in"):
+        pack.run(pack.SubjectImages, folder=FOLDER, images=images, **SUBJECT)
+
+
+@pytest.mark.parametrize(("channels", "seen"), [(1, (51, 51, 51)), (4, (153, 153, 153))])
+def test_pictures_of_other_channels(pack, channels, seen):
+    """Grey ones; cut-outs, on white like those of a folder: 0.2 at half the opacity is 0.6."""
+    batch = torch.full((1, 8, 8, channels), 0.2)
+    batch[..., 3:] = 0.5
+    subject = pack.run(pack.SubjectImages, folder=FOLDER, images=[batch], **SUBJECT).values[0]
+    assert subject.pictures[0].image.getpixel((0, 0)) == seen
+
+
 def test_captions_and_masks_change_the_fingerprint_and_are_refused_as_links(pack, folder, tmp_path):
     first = pack.SubjectImages.fingerprint_inputs(folder.name, **SUBJECT)
     (folder / "a.caption").write_text("hello")

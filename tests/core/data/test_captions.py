@@ -124,6 +124,17 @@ def test_a_metadata_file_is_read_without_a_trigger_unless_captions_are_off(mini_
     assert read_subject(mini_sd, tmp_path, "x", off).captions == ("x",)
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\r"])
+def test_a_line_of_metadata_ends_at_its_newline(tmp_path, mark):
+    """JSON may hold, as they are, marks that Python takes for line ends too."""
+    save(tmp_path / "a.png")
+    text = '{"file_name": "a.png", "text": "one' + mark.replace("\r", "") + ' cat"}' + mark + "\n"
+    (tmp_path / "metadata.jsonl").write_bytes(text.replace(mark + "\n", "\r\n").encode())
+    texts, said = read(tmp_path, trigger="cat")
+    assert texts == {"a.png": "one cat"}
+    assert said == []
+
+
 def test_wrong_lines_and_strangers_of_a_metadata_file_are_told(tmp_path):
     save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(

@@ -138,6 +138,17 @@ def test_masks_are_found_and_are_no_pictures(tmp_path, name):
     assert texts == []
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_mask_that_is_opaque_everywhere_is_read_by_its_brightness(tmp_path, mode):
+    save(tmp_path / "cat.png")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    mask.convert(mode).save(tmp_path / "cat-masklabel.png")
+    (picture,), _ = found(tmp_path)
+    assert picture.mask.getpixel((10, 10)) > 250
+    assert picture.mask.getpixel((50, 10)) < 5
+
+
 def test_a_folder_of_masks_elsewhere(tmp_path):
     save(tmp_path / "pictures" / "cat.png")
     save(tmp_path / "shapes" / "cat.webp", color="white")

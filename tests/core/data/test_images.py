@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cntlora_core.config import DataConfig, TrainConfig
+from cntlora_core.data import latent_cache
 from cntlora_core.data.batches import batch_order, draw_noised, fixed_noised, mean_loss
 from cntlora_core.data.buckets import bucket_size, crops_of
 from cntlora_core.data.captions import prepare_captions
@@ -16,7 +17,7 @@ from cntlora_core.data.checks import check_pictures, near_duplicates
 from cntlora_core.data.dataset import encode_subject
 from cntlora_core.data.images import Picture, find_pictures
 from cntlora_core.data.latent_cache import LatentCache
-from cntlora_core.errors import SettingError
+from cntlora_core.errors import OutputError, SettingError
 from cntlora_core.model import denoising_loss
 from cntlora_core.model.noise_schedule import NoiseSchedule
 
@@ -164,6 +165,18 @@ def test_what_the_mask_hides_counts_as_little_as_asked(mini_sd, mixed):
     assert mask.min() == 0.25
     assert mask.max() == 1
     assert mask.mean() == pytest.approx(0.625, abs=1e-6)
+
+
+def test_a_cache_that_cannot_be_written_is_none(mini_sd, mixed, tmp_path, monkeypatch):
+    """Another process writes the same folder, or the disk is full: the pictures are encoded."""
+
+    def full(*args, **options):
+        raise OutputError("no space left")
+
+    monkeypatch.setattr(latent_cache, "atomic_write", full)
+    cache = LatentCache(tmp_path, mini_sd.pictures.vae)
+    assert len(encode_subject(mini_sd, mixed, "x", cache=cache)) >= len(mixed)
+    assert not list(tmp_path.iterdir())
 
 
 def test_masks_that_are_not_used_are_told(tmp_path):

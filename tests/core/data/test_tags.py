@@ -26,6 +26,15 @@ def test_shuffled_tags_keep_the_first_and_lose_none():
     assert tag_variants([TAGS], SHUFFLED) == [variants]  # in every run
 
 
+def test_the_trigger_is_never_shuffled_away_or_left_out():
+    """Wherever it stands: booru captions begin with something else."""
+    data = DataConfig(shuffle_tags=True, tag_dropout=0.9)
+    (variants,) = tag_variants(["1girl, red hair, Sks, park, tree"], data, "sks")
+    assert all(text.startswith("1girl, Sks") for text in variants)
+    (variants,) = tag_variants(["1girl, red hair, my sks dog"], data, "sks")
+    assert all("my sks dog" in text for text in variants)
+
+
 def test_of_many_captions_fewer_variants_are_made(mini_sd, monkeypatch):
     """As many as fit in memory; never none."""
     monkeypatch.setattr("cntlora_core.data.tags.MOST_VARIANTS", 6)

@@ -29,7 +29,7 @@ from cntlora_core.model.ldm_names import (
     vae_name,
 )
 from cntlora_core.model.loader import MINI_SD_FOLDER
-from cntlora_core.model.prediction import V_MARK
+from cntlora_core.model.prediction import V_MARKS
 from cntlora_core.model.tokenizers import CLIP_IDS, CLIP_SIZE
 
 DTYPES = {
@@ -110,7 +110,7 @@ def _text_shapes(family: str, index: int, config: dict) -> dict[str, tuple[int, 
 def draw(name: str, shape: tuple[int, ...], generator: torch.Generator, family: str) -> Tensor:
     """Random weights that keep activations finite: norms are one, matrices have the usual fan-in
     scale."""
-    if name == V_MARK:
+    if name in V_MARKS:
         return torch.randn(shape, generator=generator) * (0.2 if family == "sd2-v" else 0.02)
     if len(shape) == 1:
         is_norm = any(

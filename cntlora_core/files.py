@@ -126,6 +126,7 @@ def check_output(
 def _check_name(path: Path) -> None:
     """The file system knows best which names it takes."""
     try:
+        path.name.encode("utf-8")  # it stands in the file's metadata
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         pass

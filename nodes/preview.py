@@ -77,7 +77,8 @@ class PreviewLoRA(io.ComfyNode):
                 show(event.done, event.total)
             host.check_cancel()
 
-        factors = from_state_dict(lora, find_projections(sd_model.unet, ALL), sd_model.family)
+        projections = find_projections(sd_model.unet, ALL)
+        factors = from_state_dict(lora, projections, sd_model.family, shared=True, observer=notice)
         rows: dict[str, list[Image.Image]] = {}
         with host.working(sd_model):
             for strength in grid:

@@ -205,7 +205,10 @@ def _sample(args: argparse.Namespace) -> None:
         factors: LoRA = {}
         called, rows = "base", []
         if args.lora:
-            factors, _ = load_lora(args.lora, find_projections(model.unet, ALL), model.family)
+            projections = find_projections(model.unet, ALL)
+            factors, _ = load_lora(
+                args.lora, projections, model.family, shared=True, observer=observer
+            )
             called = Path(args.lora).stem
         for strength in grid:
             with attached_lora(model.unet, scaled(factors, strength)):

@@ -45,6 +45,8 @@ def run_train(args: argparse.Namespace, load: Any, disk: Disk = DISK) -> None:
         for text in without_effect(args, data, calibration):
             observer(Notice(text))
         inputs = read_inputs(args, model, data, observer)
+        if inputs.continued:
+            calibration = replace(calibration, init=inputs.continued.init)
         training = _resolved(args, model, inputs, training, observer)
         if checkpoints:
             checkpoints.identity = identity_of(args, model, inputs, data, calibration, training)

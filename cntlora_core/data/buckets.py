@@ -34,6 +34,12 @@ class Crop:
         return None if mask is None else self._of(mask)
 
     @property
+    def shown_corner(self) -> tuple[int, int]:
+        """Left and top in the picture as it is shown: mirrored, where it is."""
+        left, top = self.corner
+        return (self.resized[0] - left - self.size[0] if self.mirrored else left), top
+
+    @property
     def key(self) -> tuple[object, ...]:
         """Tells this view from every other: for a cache."""
         return (self.picture.digest, self.resized, self.corner, self.size, self.mirrored)

@@ -183,7 +183,7 @@ def _conditioning(
     words, row = _encode_texts(model, prompts)
     rows = words[torch.tensor([row[p] for p in prompts])]
     sizes = [
-        (*v.picture.size[::-1], *v.corner[::-1], *v.size[::-1]) for v in views
+        (*v.picture.size[::-1], *v.shown_corner[::-1], *v.size[::-1]) for v in views
     ]  # height before width
     return rows.with_sizes(sizes)
 

@@ -39,6 +39,6 @@ def continued_lora(
     lora, metadata = load_lora(
         path, find_projections(model.unet, ALL), model.family, shared=shared, observer=observer
     )
-    was = metadata.get("cntlora.init")
+    was = metadata.get("cntlora.origin", metadata.get("cntlora.init"))
     init: Init = next((kind for kind in CALIBRATED if kind == was), "gaussian")
     return ContinuedLoRA(lora, Source.of(path), init)

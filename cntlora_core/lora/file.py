@@ -76,9 +76,11 @@ def from_state_dict(
     family: str,
     *,
     shared: bool = False,
+    called: str = "the LoRA",
+    observer: Observer = ignore,
 ) -> LoRA:
     """Factors by projection name, alpha folded into `up`. `shared`: leave out tensors of other
-    layers. Raises LoRAFileError for keys, shapes or values that do not fit."""
+    layers, and tell. Raises LoRAFileError for keys, shapes or values that do not fit."""
     lora: LoRA = {}
     known: set[str] = set()
     for p in projections:
@@ -88,6 +90,7 @@ def from_state_dict(
             continue
         if down is None or up is None:
             raise LoRAFileError(f"The LoRA has only one half of '{key}'.")
+        down, up = (t.flatten(1) if set(t.shape[2:]) == {1} else t for t in (down, up))
         lora[p.name] = _factors_of(key, p, down, up, alpha)
         known.update(f"{key}.{suffix}" for suffix in _SUFFIXES)
     foreign = sorted(set(state) - known)
@@ -96,6 +99,12 @@ def from_state_dict(
             f"{len(foreign)} of {len(state)} tensors do not belong to this model's attention and "
             f"feed-forward layers, e.g. '{foreign[0]}'. {_next_step(foreign, bool(lora))}"
         )
+    if foreign:
+        text = (
+            f"{len(foreign)} of {len(state)} tensors of {called} are of layers that CNTLoRA does "
+            f"not train, e.g. '{foreign[0]}': they are left out, and what they did is lost."
+        )
+        observer(Notice(text))
     return lora
 
 
@@ -244,20 +253,14 @@ def load_lora(
     names = {p.name: kohya_name(p.name, family) for p in projections}
     state = in_our_names(state, names, alphas(Path(path), metadata))
     try:
-        lora = from_state_dict(state, projections, family, shared=shared)
+        called = f"'{Path(path).name}'"
+        lora = from_state_dict(
+            state, projections, family, shared=shared, called=called, observer=observer
+        )
     except LoRAFileError as error:
-        raise LoRAFileError(f"'{Path(path).name}': {error}") from error
+        raise LoRAFileError(f"{called}: {error}") from error
     if not lora:
         raise LoRAFileError(
             f"'{path}' holds no LoRA for the UNet's attention or feed-forward layers."
-        )
-    ours = {names[name] for name in lora}
-    if left := sorted(key for key in state if key.split(".")[0] not in ours):
-        observer(
-            Notice(
-                f"{len(left)} of {len(state)} tensors of '{Path(path).name}' are of layers that "
-                f"CNTLoRA does not train, e.g. '{left[0]}': they are left out, and what they did "
-                "is lost."
-            )
         )
     return lora, metadata

@@ -104,6 +104,7 @@ def describe(
         "modelspec.date": _today(),
         "cntlora.version": __version__,
         "cntlora.init": "continued" if source else calibration.init,
+        "cntlora.origin": calibration.init,
     }
     if source:
         metadata["cntlora.continued_from"] = json.dumps(asdict(source), ensure_ascii=False)

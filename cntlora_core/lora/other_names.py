@@ -10,12 +10,15 @@ where there is none.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..errors import LoRAFileError
 
 HALVES = {
     "lora_A.weight": "lora_down.weight",
@@ -30,15 +33,16 @@ HALVES = {
 }
 PREFIXES = ("base_model.model.unet.", "base_model.model.", "unet.", "lora_unet_")
 MOST_JSON = 1_000_000  # bytes
+MOST_STARS = 3
 
 
 def in_our_names(
     state: Mapping[str, Tensor],
     names: Mapping[str, str],
-    alpha_of: Callable[[str], float | None] = lambda path: None,
+    alpha_of: Callable[[str, int], float | None] = lambda path, rank: None,
 ) -> dict[str, Tensor]:
     """The same tensors; those of the layers in `names` (path in diffusers' UNet -> name in our
-    file) are called as ours are. `alpha_of` a path gives what the file's JSON says."""
+    file) are called as ours are. `alpha_of` a path and a rank gives what the file's JSON says."""
     known = {path.replace(".", "_"): (path, ours) for path, ours in names.items()}
     renamed: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -48,7 +52,8 @@ def in_our_names(
             continue
         path, ours = known[path.replace(".", "_")]
         renamed[f"{ours}.{half}"] = tensor
-        if half == "lora_down.weight" and (alpha := alpha_of(path)) is not None:
+        rank = len(tensor) if tensor.ndim else 0
+        if half == "lora_down.weight" and (alpha := alpha_of(path, rank)) is not None:
             renamed.setdefault(f"{ours}.alpha", torch.tensor(alpha))
     return renamed
 
@@ -70,9 +75,11 @@ def _parts(key: str) -> tuple[str, str | None]:
     return key, None
 
 
-def alphas(path: Path, metadata: Mapping[str, str]) -> Callable[[str], float | None]:
+def alphas(path: Path, metadata: Mapping[str, str]) -> Callable[[str, int], float | None]:
     """What a file's own JSON says of alpha: diffusers' metadata, or PEFT's adapter_config.json
-    beside it."""
+    beside it. Of a rank-stabilised LoRA, which is scaled by alpha / rank^1/2 (Kalajdzievski 2023),
+    the alpha that gives the same by rank. Raises LoRAFileError for a pattern of layers that is not
+    understood."""
     said = _read(metadata.get("lora_adapter_metadata", ""))
     config = {k.removeprefix("unet."): v for k, v in said.items() if not k.startswith("text_")}
     beside = path.with_name("adapter_config.json")
@@ -81,13 +88,30 @@ def alphas(path: Path, metadata: Mapping[str, str]) -> Callable[[str], float | N
             config = _read(file.read(MOST_JSON).decode("utf-8", "replace"))
     patterns = config.get("alpha_pattern")
     patterns = patterns if isinstance(patterns, dict) else {}
+    known = [(_pattern(name, path.name), alpha) for name, alpha in patterns.items()]
 
-    def alpha_of(layer: str) -> float | None:
-        found = [a for name, a in patterns.items() if layer == name or layer.endswith(f".{name}")]
+    def alpha_of(layer: str, rank: int) -> float | None:
+        found = [alpha for pattern, alpha in known if pattern.match(layer)]
         value = (found or [config.get("lora_alpha")])[0]
-        return float(value) if isinstance(value, (int, float)) else None
+        if not isinstance(value, (int, float)):
+            return None
+        return float(value) * (rank**0.5 if config.get("use_rslora") else 1.0)
 
     return alpha_of
+
+
+def _pattern(name: str, file: str) -> re.Pattern[str]:
+    """What PEFT matches layers with: the end of a path, with ^ all of it, with .* anything between.
+    No more than that, for a stranger's regular expression may never end."""
+    plain = name.removeprefix("^").removesuffix("$").replace("\\.", ".")
+    if not re.fullmatch(r"[\w.*]+", plain) or name.count("*") > MOST_STARS:
+        raise LoRAFileError(
+            f"'{file}' says its alphas by the pattern '{name}', which is not understood: save it "
+            "in kohya's names."
+        )
+    between = ".*".join(map(re.escape, plain.split(".*")))
+    start = "" if name.startswith("^") else r"(.*\.)?"
+    return re.compile(f"{start}{between}$")
 
 
 def _read(text: str) -> dict[str, Any]:

@@ -7,9 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import LoRAFileError
 from .file import read_lora
+
+
+def _fit(down: Tensor, up: Tensor, alpha: Tensor | None) -> bool:
+    ranks = [t.shape[n] for t, n in ((down, 0), (up, 1)) if t.ndim > 1]
+    return (
+        len(ranks) == 2
+        and ranks[0] == ranks[1] > 0
+        and up.flatten(1).shape[1] == ranks[0]
+        and (alpha is None or alpha.numel() == 1)
+    )
 
 
 def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -25,6 +36,8 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         if up is None:
             raise LoRAFileError(f"'{path}' has only one half of '{name}'.")
         alpha = state.get(f"{name}.alpha")
+        if not _fit(down, up, alpha):
+            raise LoRAFileError(f"'{path}' is damaged: the shapes of '{name}' do not fit.")
         strength = len(down) if alpha is None else float(alpha)
         update = strength / len(down) * up.flatten(1).double() @ down.flatten(1).double()
         modules[name] = {

@@ -147,7 +147,8 @@ def distilled(name: str, *hints: str) -> str | None:
 
 def _context_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     end = "transformer_blocks0attn2to_kweight"  # averaged weights lost the dots of their names
-    return next((s[1] for k, s in shapes.items() if k.replace(".", "").endswith(end)), None)
+    found = (s for k, s in shapes.items() if k.replace(".", "").endswith(end))
+    return next((s[1] for s in found if len(s) == 2), None)
 
 
 def _foreign(shapes: Mapping[str, tuple[int, ...]]) -> str | None:

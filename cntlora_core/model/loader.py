@@ -59,7 +59,8 @@ class StableDiffusion:
     @property
     def resolution(self) -> int:
         """The side in px of the pictures the model was trained on."""
-        return int(self.unet.config.sample_size) * self.vae_scale
+        size = self.unet.config.sample_size or config_of(self.family)["unet"]["sample_size"]
+        return int(size if isinstance(size, int) else max(size)) * self.vae_scale
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from ..config import Prediction
 from ..errors import CheckpointError, SettingError
 from ..events import Notice, Observer, ignore
-from .ldm_names import UNET_PREFIX
+from .ldm_names import UNET_PREFIX, unet_places
 
 if TYPE_CHECKING:  # the command line reads the words alone, without loading torch
     from .tensor_file import TensorSource
@@ -18,7 +18,8 @@ AUTO, EPSILON, V, V_ZERO_SNR = "auto", "epsilon", "v", "v + zero terminal SNR"
 PREDICTIONS = get_args(Prediction)  # what a user may choose; a model has one of the last three
 
 # ComfyUI tells SD 2's v-prediction models by this tensor's spread; nothing in the shapes does.
-V_MARK = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+V_MARK = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
+V_MARKS = [name for name, _ in unet_places(V_MARK, frozenset((1, 2, 3)))]  # in every kind of file
 V_SPREAD = 0.09
 # Tensors without use that say how a model was trained; ComfyUI reads and writes the same.
 EDM_MARKS = {
@@ -76,9 +77,10 @@ def detect_prediction(
 
 
 def _by_weights(source: TensorSource, family: str) -> str:
-    if family != "sd2" or V_MARK not in source.shapes:
+    mark = next((name for name in V_MARKS if name in source.shapes), None)
+    if family != "sd2" or mark is None:
         return EPSILON
-    return V if float(source.read(V_MARK).float().std(unbiased=False)) > V_SPREAD else EPSILON
+    return V if float(source.read(mark).float().std(unbiased=False)) > V_SPREAD else EPSILON
 
 
 def scheduler_keys(prediction: str) -> dict[str, Any]:

@@ -119,6 +119,7 @@ def _ddim_options(schedule: NoiseSchedule) -> dict[str, Any]:
         "clip_sample": False,
         "thresholding": False,
         "rescale_betas_zero_snr": False,  # our own schedule takes its place
+        "prediction_type": schedule.prediction_type,
     }
     if schedule.zero_terminal_snr:  # the first step must see noise alone, as training did
         options["timestep_spacing"] = "trailing"

@@ -148,6 +148,12 @@ def _fill(
     `dtype` they stay as they are stored, where that is one dtype of more than 8 bits."""
     wanted = model.state_dict()
     places = {name: _place(source, locate(name), part) for name in wanted}
+    for name, (old, _) in places.items():
+        if wanted[name].is_floating_point() and not source.dtypes[old].is_floating_point:
+            raise CheckpointError(
+                f"'{source.path.name}' is quantised (it keeps '{old}' as whole numbers) and cannot "
+                "be trained on. Use the file in fp16, bf16 or fp8."
+            )
     if dtype is None:
         dtype = _common_dtype({source.dtypes[old] for old, _ in places.values()})
     state = {}

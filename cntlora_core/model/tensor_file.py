@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -110,9 +111,11 @@ class SafetensorsFile:
             self.header: dict[str, dict] = header
             self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
             stored = {name: str(entry["dtype"]) for name, entry in header.items()}
-            if not all(len(entry["data_offsets"]) == 2 for entry in header.values()):
-                raise ValueError("unknown offsets")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            for entry in header.values():
+                start, end = entry["data_offsets"]
+                if any(type(n) is not int for n in (start, end, *entry["shape"])):
+                    raise ValueError("no numbers")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"'{self.path.name}' is not a safetensors file: its header is damaged."
             ) from error
@@ -159,8 +162,9 @@ class PickledFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        mapped = zipfile.is_zipfile(self.path)  # what torch wrote before was no archive
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
         except (
             pickle.UnpicklingError,
             RuntimeError,
@@ -174,6 +178,7 @@ class PickledFile:
                 "damaged. Use a .safetensors file instead."
             ) from error
         state = content.get("state_dict", content) if isinstance(content, dict) else {}
+        state = state if isinstance(state, dict) else {}
         self.tensors = {
             k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)
         }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,13 +22,22 @@ def _hugging_face_cache() -> Path:
 
 
 def _places(folders: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
+    """Those of the cache only where they are CLIP's: others' are there too."""
     yield from (Path(folder) for folder in folders)
     comfyui = os.environ.get("COMFYUI_PATH")
     if comfyui:
         yield Path(comfyui) / "comfy" / "sd1_tokenizer"
     cache = _hugging_face_cache()
     yield from sorted(cache.glob("models--openai--clip-vit-large-patch14/snapshots/*"))
-    yield from sorted(cache.glob("models--*/snapshots/*/tokenizer"))
+    yield from filter(_is_clips, sorted(cache.glob("models--*/snapshots/*/tokenizer")))
+
+
+def _is_clips(folder: Path) -> bool:
+    try:
+        words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        return len(words) == CLIP_SIZE and CLIP_IDS.items() <= words.items()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def find_tokenizer(folders: Sequence[str | os.PathLike[str]] = ()) -> Path | None:
@@ -80,9 +90,15 @@ def load_tokenizers(family: str, folders: Sequence[str | os.PathLike[str]] = ())
         )
 
     def load(pad: str) -> Any:
-        tokenizer = CLIPTokenizer.from_pretrained(
-            folder, model_max_length=LENGTH, pad_token=pad, local_files_only=True
-        )
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(
+                folder, model_max_length=LENGTH, pad_token=pad, local_files_only=True
+            )
+        except Exception as error:  # the library raises no other for a damaged file
+            raise CheckpointError(
+                f"The tokenizer in '{folder}' cannot be read ({error}): use CLIP's vocab.json and "
+                "merges.txt, which came with the model."
+            ) from error
         check_tokenizer(tokenizer, CLIP_SIZE, folder)
         return tokenizer
 

@@ -167,6 +167,18 @@ def test_what_the_mask_hides_counts_as_little_as_asked(mini_sd, mixed):
     assert mask.mean() == pytest.approx(0.625, abs=1e-6)
 
 
+def test_a_mirrored_crop_is_told_as_it_is_seen(mini_sd):
+    """SDXL is told the crop's left edge in the picture that it sees."""
+    image = Image.new("RGB", (96, 64), "white")
+    config = DataConfig(flip=True, random_crop=True, buckets=False)
+    views = list(crops_of(Picture("a", image, "a"), 64, 8, config, torch.Generator()))
+    assert any(view.mirrored for view in views)
+    for view in views:
+        left, top = view.corner
+        right = view.resized[0] - left - view.size[0]
+        assert view.shown_corner == ((right if view.mirrored else left), top)
+
+
 def test_a_cache_that_cannot_be_written_is_none(mini_sd, mixed, tmp_path, monkeypatch):
     """Another process writes the same folder, or the disk is full: the pictures are encoded."""
 

@@ -104,6 +104,7 @@ def test_a_continued_lora_names_its_source(tmp_path):
     assert named["sha256"].startswith("ba7816bf")
     assert metadata["cntlora.init"] == "continued"
     assert "cntlora.calibration" not in metadata
+    assert metadata["cntlora.origin"] == "target"  # of the calibration that it began with
 
 
 @pytest.mark.parametrize("epoch", ["", "soon", "999999999999999999"])

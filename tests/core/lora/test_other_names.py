@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
 from cntlora_core.errors import LoRAFileError
@@ -83,6 +84,48 @@ def test_alpha_is_read_where_each_writes_it(lora, tmp_path):
         torch.testing.assert_close(beside[name].up, factors.up * 4)
 
 
+def test_a_rank_stabilised_lora_is_as_strong_as_in_peft(lora, tmp_path):
+    said = {"unet.lora_alpha": 8, "unet.use_rslora": True}
+    metadata = {"lora_adapter_metadata": json.dumps(said)}
+    save_file(halves(lora), tmp_path / "x.safetensors", metadata)
+    read, _ = load_lora(tmp_path / "x.safetensors", PROJECTIONS, "sd1")
+    for name, factors in lora.items():
+        torch.testing.assert_close(read[name].up, factors.up * 8 / factors.rank**0.5)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "to_q",
+        "attn1.to_q",
+        r"attn1\.to_q",
+        r"^down_blocks.*\.to_q$",
+        "^up_blocks.*",
+        "transformer_blocks.0.attn1",
+        ".*to_k",
+        "^to_q",
+        "o_q",
+    ],
+)
+def test_patterns_of_layers_are_pefts(lora, tmp_path, pattern):
+    said = {"unet.lora_alpha": 2, "unet.alpha_pattern": {pattern: 12}}
+    metadata = {"lora_adapter_metadata": json.dumps(said)}
+    save_file(halves(lora), tmp_path / "x.safetensors", metadata)
+    read, _ = load_lora(tmp_path / "x.safetensors", PROJECTIONS, "sd1")
+    for name, factors in lora.items():
+        alpha = 12 if get_pattern_key([pattern], name) == pattern else 2
+        torch.testing.assert_close(read[name].up, factors.up * alpha / factors.rank)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "to_(q|k)", ".*.*.*.*x", "[a-z]*"])
+def test_patterns_that_are_not_understood_are_refused(lora, tmp_path, pattern):
+    """No stranger's regular expression is run: some never end."""
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {pattern: 12}})}
+    save_file(halves(lora), tmp_path / "x.safetensors", metadata)
+    with pytest.raises(LoRAFileError, match="is not understood"):
+        load_lora(tmp_path / "x.safetensors", PROJECTIONS, "sd1")
+
+
 def test_a_json_that_is_none_says_nothing(lora, tmp_path):
     for text in ("no", "[1]", '{"unet.lora_alpha": "x", "unet.alpha_pattern": 3}', "[" * 9999):
         save_file(halves(lora), tmp_path / "x.safetensors", {"lora_adapter_metadata": text})
@@ -117,9 +160,12 @@ def test_the_rate_goes_by_where_the_lora_came_from(mini_sd, tmp_path, said, init
     name = find_projections(mini_sd.unet)[0].name
     layer = mini_sd.unet.get_submodule(name)
     ours = {name: Factors(torch.ones(layer.out_features, 1), torch.ones(1, layer.in_features))}
-    metadata = {"cntlora.init": said} if said else None
-    save_file(to_state_dict(ours, "sd1"), tmp_path / "cat.safetensors", metadata)
-    found = continued_lora(tmp_path / "cat.safetensors", mini_sd)
+    path = tmp_path / "cat.safetensors"
+    save_file(to_state_dict(ours, "sd1"), path, {"cntlora.init": said} if said else None)
+    found = continued_lora(path, mini_sd)
     assert found.init == init
+    again = {"cntlora.init": "continued", "cntlora.origin": said}  # it was continued before
+    save_file(to_state_dict(ours, "sd1"), path, again)
+    assert continued_lora(path, mini_sd).init == init
     assert (found.source.file, len(found.source.sha256)) == ("cat.safetensors", 64)
     assert list(found.lora) == [name]

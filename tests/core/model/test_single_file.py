@@ -182,6 +182,24 @@ class TestOnSD1:
         torch.save({"state_dict": load_file(path), "global_step": 3}, tmp_path / "x.ckpt")
         assert load_checkpoint(tmp_path / "x.ckpt", tokenizer=vocabulary).name == "x"
 
+    def test_ckpt_of_before_torch_wrote_archives(self, small, tmp_path):
+        _, path, vocabulary = small
+        old = tmp_path / "old.ckpt"
+        torch.save({"state_dict": load_file(path)}, old, _use_new_zipfile_serialization=False)
+        assert load_checkpoint(old, tokenizer=vocabulary).name == "old"
+        torch.save({"state_dict": [1]}, tmp_path / "list.ckpt")
+        with pytest.raises(CheckpointError, match="not a Stable Diffusion checkpoint"):
+            load_checkpoint(tmp_path / "list.ckpt", tokenizer=vocabulary)
+
+    def test_whole_numbers_are_no_weights(self, small, tmp_path):
+        _, path, vocabulary = small
+        state = load_file(path)
+        name = next(k for k in state if k.endswith("attn1.to_q.weight"))
+        state[name] = (state[name] * 100).to(torch.int8)
+        save_file(state, tmp_path / "x.safetensors")
+        with pytest.raises(CheckpointError, match="is quantised"):
+            load_checkpoint(tmp_path / "x.safetensors", tokenizer=vocabulary)
+
     def test_missing_and_misshapen_weights_are_named(self, small, tmp_path):
         _, path, vocabulary = small
         state = load_file(path)
@@ -210,6 +228,29 @@ class TestOnSD1:
         (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-1000])
         with pytest.raises(CheckpointError, match=r"is cut off: .* Download it again"):
             load_checkpoint(tmp_path / "cut.safetensors")
+
+
+def test_of_the_cache_only_clips_tokenizers_are_taken(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    other = tmp_path / "models--a--other" / "snapshots" / "1" / "tokenizer"
+    clip = tmp_path / "models--stable--diffusion" / "snapshots" / "1" / "tokenizer"
+    for folder in (other, clip):
+        folder.mkdir(parents=True)
+    (other / "vocab.json").write_text('{"a": 0}')
+    (other / "merges.txt").write_text("#version: 0.2\n")
+    assert tokenizers.find_tokenizer() is None
+    given = clip_vocabulary(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        (clip / name).write_bytes((given / name).read_bytes())
+    assert tokenizers.find_tokenizer() == clip
+
+
+def test_a_tokenizer_that_cannot_be_read_is_a_sentence(tmp_path):
+    (tmp_path / "vocab.json").write_text("[]")
+    (tmp_path / "merges.txt").write_text("x")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        tokenizers.load_tokenizers("sd1", [tmp_path])
 
 
 def test_tokenizers_pad_as_their_encoders_were_trained(tmp_path):
@@ -271,6 +312,11 @@ def test_other_models_are_called_by_their_name(tmp_path, what):
     assert "\n" not in str(caught.value)
 
 
+def _file(header):
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + bytes(64)
+
+
 BYTES = {
     "empty": b"",
     "a web page": b"<!DOCTYPE html><html><body>Not found</body></html>",
@@ -280,6 +326,9 @@ BYTES = {
     "a pickled checkpoint under": b"\x80\x02}q\x00." + bytes(60),
     "a JSON file": b'{"error": "Invalid username or password."}',
     "its header is damaged": struct.pack("<Q", 10**15) + b"{" + bytes(60),
+    "damaged": _file({"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}}),
+    "header is damaged": _file({"a": {"dtype": "F32", "shape": [1], "data_offsets": {"a": 0}}}),
+    "file: its header is damaged": _file(b"[" * 100_000),
     "not a safetensors file": struct.pack("<Q", 20) + b"x" * 60,
 }
 

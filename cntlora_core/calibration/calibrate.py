@@ -18,7 +18,7 @@ from ..lora.adapter import LoRA, default_init, gaussian_init
 from ..lora.targets import Projection, find_projections, targets_for
 from .closed_form import parabola_step
 from .constraints import make_constraint
-from .natural import NaturalStart, first_step
+from .natural import NaturalStart
 from .passes import Passes
 from .preservation import Preservation, preserve
 from .ranks import uniform_ranks
@@ -93,8 +93,7 @@ def calibrate(
 
     # refine
     importance = Importance.measured(swept.timesteps, swept.norms, timesteps)
-    at = first_step(step, config.rank)
-    natural = NaturalStart(projections, metric, moments.on(torch.device("cpu")), at)
+    natural = NaturalStart(projections, metric, moments.on(torch.device("cpu")), step)
     if config.refinements:
         refined, reached = passes.refined(subject, lora, natural, importance, generator)
         # Against the base, not the start: the start was fitted to these very triples, so its loss

@@ -32,10 +32,9 @@ from .second_moment import SecondMoment, split
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
 
-# Of the sweep's step that a batch takes at rank 4, and the steps after which it has shrunk by the
-# square root of 2 (docs/experiments.md, six subjects). Of a larger LoRA the noise of a batch moves
-# more: steps fall with the root of the root of its rank (ranks 1 to 32).
-STEP_SHARE, AT_RANK, FALL = 0.55, 4, 0.25
+# Of the sweep's step that a batch takes, and the steps after which it has shrunk by the square root
+# of 2 (docs/experiments.md, six subjects).
+STEP_SHARE = 0.55
 LASTING = 16
 FRESH = 8  # first steps, each of which looks on at its passes and brings the metric up to date
 REFRESH = 8  # steps that a metric is kept after those
@@ -46,7 +45,7 @@ UNUSUAL = 2.0  # times that usual length: half of what comes above it is held ba
 @dataclass(frozen=True)
 class NaturalStart:
     """What calibration hands to the steps that follow: the `projections` that have an adapter, the
-    `metric` of all `moments` so far, the `step` size, and how many steps were `made`.
+    `metric` of all `moments` so far, the sweep's `step` size, and how many steps were `made`.
 
     The LoRA is the running mean over those; `live` are the weights that the next one starts from
     (None: the LoRA's). `lengths` and `tokens` are the optimiser's: without the usual lengths the
@@ -73,11 +72,6 @@ class _Metrics:
     K: SecondMoment
     P_inverse: SecondMoment
     K_inverse: SecondMoment
-
-
-def first_step(swept: float, rank: int) -> float:
-    """The `step` of a `NaturalStart` after a sweep whose own step is `swept`, at this mean rank."""
-    return swept * (AT_RANK / rank) ** FALL
 
 
 class NaturalGradient(torch.optim.Optimizer):

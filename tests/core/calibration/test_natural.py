@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cntlora_core.calibration.calibrate import calibrate
-from cntlora_core.calibration.natural import FRESH, REFRESH, STEP_SHARE, NaturalGradient, first_step
+from cntlora_core.calibration.natural import FRESH, REFRESH, STEP_SHARE, NaturalGradient
 from cntlora_core.calibration.refine import refine
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.data.batches import draw_batch
@@ -51,13 +51,6 @@ def test_the_calibration_it_starts_from_is_left_alone(mini_sd, subject, start):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     after = start.natural.moments.to_tensors("")
     assert all(torch.equal(after[k], v) for k, v in before.items())
-
-
-def test_a_larger_lora_makes_shorter_steps(start):
-    assert first_step(3.0, 4) == 3.0
-    assert first_step(3.0, 64) == 1.5
-    swept, rank = start.report.step_size, 2
-    assert start.natural.step == pytest.approx(first_step(swept, rank))
 
 
 def test_steps_shrink_and_the_metric_is_kept_for_some(mini_sd, subject, start):

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..events import Observer, Status, ignore
-from ..model.conditioning import encode_prompts
+from ..model.conditioning import Conditioning, encode_prompts
 from ..model.sampling import sample_latents
 from .batches import NoisedSet, draw_noised
 from .dataset import check_resolution
@@ -47,7 +46,7 @@ def class_images(
     side = check_resolution(model, resolution)
     cache = LatentCache(folder, model.unet) if folder else None
     words = encode_prompts(model, [prompt], size=(side, side))
-    told = _digest(words.tokens)  # another text encoder says something else
+    told = _digest(words)  # another text encoder says something else
     # The same weights draw something else by another schedule, or read from another layer.
     drawn_by = model.schedule.prediction + (
         f", clip skip {model.prompts.clip_skip}" if (model.prompts.clip_skip or 1) > 1 else ""
@@ -88,8 +87,11 @@ def class_images(
     )
 
 
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().float().cpu().numpy().tobytes()).hexdigest()
+def _digest(words: Conditioning) -> str:
+    parts = [
+        t.detach().float().cpu().numpy() for t in (words.tokens, words.pooled) if t is not None
+    ]
+    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
 
 def class_noised(model: StableDiffusion, pictures: EncodedImages) -> NoisedSet:

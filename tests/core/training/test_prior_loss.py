@@ -12,6 +12,7 @@ from cntlora_core.data.batches import draw_noised
 from cntlora_core.data.class_images import class_images
 from cntlora_core.errors import SettingError
 from cntlora_core.lora.adapter import attached_lora
+from cntlora_core.model import conditioning
 from cntlora_core.model.conditioning import encode_prompts
 from cntlora_core.model.denoising_loss import predict
 from cntlora_core.model.loader import MINI_SD_FOLDER
@@ -82,6 +83,25 @@ def test_drawn_class_pictures_are_found_again(mini_sd, tmp_path, monkeypatch):
     monkeypatch.setattr("cntlora_core.data.class_images.sample_latents", None)
     again = class_images(mini_sd, CLASS, count=2, steps=2, folder=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(first.mean, again.mean, strict=True))
+
+
+def test_another_text_encoder_does_not_find_the_pictures_of_the_first(
+    mini_sd, tmp_path, monkeypatch
+):
+    first = class_images(mini_sd, CLASS, count=1, steps=1, folder=tmp_path)
+
+    def read_otherwise(model, prompts, **sizes):
+        words = conditioning.encode_prompts(model, prompts, **sizes)
+        return dataclasses.replace(words, tokens=-words.tokens)
+
+    monkeypatch.setattr("cntlora_core.data.class_images.encode_prompts", read_otherwise)
+    drawn = []
+    monkeypatch.setattr(
+        "cntlora_core.data.class_images.sample_latents",
+        lambda *_, **__: drawn.append(1) or torch.zeros(1, *first.mean[0].shape),
+    )
+    class_images(mini_sd, CLASS, count=1, steps=1, folder=tmp_path)
+    assert drawn
 
 
 def test_another_prediction_does_not_find_the_pictures_of_the_first(mini_sd, tmp_path):

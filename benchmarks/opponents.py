@@ -97,7 +97,7 @@ def run(
     """What the LoRA was worth at every cost, and the seconds it took without the looks."""
     began, away = time.perf_counter(), 0.0
     config = replace(method.start, rank=rank_of(method, rank), seed=seed)
-    start, taken_off = (_peers if method.peer else _ours)(model, subject, method, config)
+    start, taken_off = _begin(model, subject, method.peer, config)
     if method.alpha:  # Adam's steps of both factors by the root are as alpha / rank beside B A
         root = (method.alpha / config.rank) ** 0.5
         start, rate = _scaled(start, root), rate * root
@@ -148,23 +148,15 @@ def run(
     return curves | {"seconds": round(seconds, 1)}
 
 
-Begun = tuple[Calibration, dict[str, Tensor]]  # and what it took off the base weights
-
-
-def _ours(
-    model: StableDiffusion, subject: EncodedImages, method: Method, config: CalibrationConfig
-) -> Begun:
-    return calibrate(model, subject, config), {}
-
-
-def _peers(
-    model: StableDiffusion, subject: EncodedImages, method: Method, config: CalibrationConfig
-) -> Begun:
-    """As PEFT makes it; shown as many pictures as our sweep."""
+def _begin(
+    model: StableDiffusion, subject: EncodedImages, peer: str, config: CalibrationConfig
+) -> tuple[Calibration, dict[str, Tensor]]:
+    """The start, and what it took off the base weights. As PEFT makes it where a `peer` is named:
+    shown as many pictures as our sweep."""
+    if not peer:
+        return calibrate(model, subject, config), {}
     pictures = config.passes * config.batch_size
-    made = peer_start(
-        model, subject, method.peer, config.rank, config.seed, passes=pictures, batch_size=1
-    )
+    made = peer_start(model, subject, peer, config.rank, config.seed, passes=pictures, batch_size=1)
     start = continued(made.lora)
     passes = {"forward_passes": made.forward, "backward_passes": made.backward}
     return replace(start, report=replace(start.report, **passes)), made.residuals

@@ -188,7 +188,5 @@ def figure(
             if method in ("ours", "ours, held out"):
                 seeds = {c: [curve[c] for curve in curves] for c in curves[0]}
                 shown.append(panels.Line(method, seeds))
-        drawn[_words(name)] = each + sorted(
-            shown, key=lambda line: line.name != "strongest ordinary"
-        )
+        drawn[_words(name)] = each + shown
     return panels.figure(drawn, columns=3)

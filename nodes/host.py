@@ -80,10 +80,19 @@ def checkpoint_names() -> list[str]:
     return [name for name in files if name.endswith(".safetensors")] + [EMBEDDED]
 
 
-def checkpoint_path(name: str) -> str | None:
-    """The file of a name in ComfyUI's list, `mini-sd` for the embedded model, None when there is no
-    such file."""
-    return MINI_SD if name == EMBEDDED else folder_paths.get_full_path("checkpoints", name)
+def checkpoint_path(name: str) -> str:
+    """The file of a name in that list, `mini-sd` for the embedded model. Raises SettingError for
+    any other name."""
+    if name == EMBEDDED:
+        return MINI_SD
+    listed = name in checkpoint_names()
+    path = folder_paths.get_full_path("checkpoints", name) if listed else None
+    if path is None:
+        raise SettingError(
+            f"The checkpoint '{name}' is not in models/checkpoints. Put it there and refresh, or "
+            "choose another."
+        )
+    return str(path)
 
 
 OWN = "the checkpoint's own"

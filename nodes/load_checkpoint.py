@@ -62,7 +62,7 @@ class LoadCheckpoint(io.ComfyNode):
     def validate_inputs(cls, checkpoint: str | None = None) -> bool | str:
         try:
             if checkpoint is not None:  # None: another node gives it
-                _file(checkpoint)
+                host.checkpoint_path(checkpoint)
         except SettingError as error:
             return str(error)
         return True
@@ -71,7 +71,7 @@ class LoadCheckpoint(io.ComfyNode):
     def fingerprint_inputs(cls, checkpoint: str | None = None, **others: Any) -> str:
         files: list[str | None] = []
         with suppress(SettingError):  # which the run says
-            files = [checkpoint and _file(checkpoint), *_parts(others)]
+            files = [checkpoint and host.checkpoint_path(checkpoint), *_parts(others)]
         stats = [os.stat(path) for path in files if path and os.path.exists(path)]
         seen = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
         return f"{checkpoint}|{sorted((DEFAULTS | others).items())}|{seen}"
@@ -82,13 +82,12 @@ class LoadCheckpoint(io.ComfyNode):
         checkpoint: str,
         **chosen: Any,
     ) -> io.NodeOutput:
-        path = _file(checkpoint)
         vae, *encoders = _parts(chosen)
         how = read_settings(ModelConfig, {k: v for k, v in chosen.items() if k not in PARTS})
         embedded = checkpoint == host.EMBEDDED
         with host.gradients():
             model = load_checkpoint(
-                path,
+                host.checkpoint_path(checkpoint),
                 device=host.device(),
                 dtype=host.dtype(how.precision),
                 eight_bits=how.precision == INT8,
@@ -102,17 +101,6 @@ class LoadCheckpoint(io.ComfyNode):
             )
             model.unet.to("cpu")  # until a node works with it
         return io.NodeOutput(model)
-
-
-def _file(checkpoint: str) -> str:
-    """Raises SettingError for a name that is not in the list: another node may give any text."""
-    path = host.checkpoint_path(checkpoint) if checkpoint in host.checkpoint_names() else None
-    if path is None:
-        raise SettingError(
-            f"The checkpoint '{checkpoint}' is not in models/checkpoints. Put it there and "
-            "refresh, or choose another."
-        )
-    return path
 
 
 def _parts(chosen: dict[str, Any]) -> list[str | None]:

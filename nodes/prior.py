@@ -97,7 +97,7 @@ class PriorImages(io.ComfyNode):
             else:
                 given = Pictures(tuple(from_batches(images)), class_prompt, data)
                 prior = given.encode_all(sd_model, report)
-            pictures = [decode(sd_model, mean[None])[0] for mean in prior.mean]
+            pictures = decode(sd_model, prior.mean)
         pictures = [p.resize(pictures[0].size) for p in pictures]  # they come out as one batch
         shown = to_image([large_enough(picture) for picture in pictures])
         return io.NodeOutput(prior, to_image(pictures), ui=ui.PreviewImage(shown, cls=cls))

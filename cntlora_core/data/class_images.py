@@ -46,7 +46,6 @@ def class_images(
     side = check_resolution(model, resolution)
     cache = LatentCache(folder, model.unet) if folder else None
     words = encode_prompts(model, [prompt], size=(side, side))
-    told = _digest(words)  # another text encoder says something else
     # The same weights draw something else by another schedule, or read from another layer.
     drawn_by = model.schedule.prediction + (
         f", clip skip {model.prompts.clip_skip}" if (model.prompts.clip_skip or 1) > 1 else ""
@@ -54,8 +53,9 @@ def class_images(
     keys = [
         ("class", prompt, side, steps, guidance, drawn_by, PRIOR_SEED + n) for n in range(count)
     ]
-    every = [cache.get((*key, told)) for key in keys] if cache else []
-    held = [found[0].to(model.device) for found in every if found]
+    told = _digest(words) if cache else ""  # by the same prompt another text encoder's differ
+    kept = [(*key, told) for key in keys]
+    held = [found[0].to(model.device) for key in kept if cache and (found := cache.get(key))]
     if len(held) < count:
         observer(Status(f"Drawing {count} pictures of '{prompt}' to preserve"))
         latents = sample_latents(
@@ -68,8 +68,8 @@ def class_images(
             observer=observer,
         )
         held = list(latents.float())
-        for key, latent in zip(keys, held, strict=True) if cache else ():
-            cache.put((*key, told), latent, torch.zeros_like(latent))  # type: ignore[union-attr]
+        for key, latent in zip(kept, held, strict=True) if cache else ():
+            cache.put(key, latent, torch.zeros_like(latent))  # type: ignore[union-attr]
     rows = torch.zeros(count, dtype=torch.long)
     return EncodedImages(
         names=tuple(f"drawn {n}" for n in range(count)),

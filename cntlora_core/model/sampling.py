@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,12 +134,12 @@ def _rescaled(guided: Tensor, with_prompt: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode(model: StableDiffusion, latents: Tensor) -> list[Image.Image]:
-    """Scaled latents `[n, 4, h, w]` -> n RGB pictures."""
+def decode(model: StableDiffusion, latents: Iterable[Tensor]) -> list[Image.Image]:
+    """Scaled latents, each `[4, h, w]`, of any sizes -> RGB pictures."""
     pictures = []
     with model.pictures.working(model.device):
-        for latent in latents.split(1):
-            pixels = model.pictures.decode(latent)
+        for latent in latents:
+            pixels = model.pictures.decode(latent[None])
             array = (
                 ((pixels[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
             )

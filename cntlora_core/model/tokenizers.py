@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,13 @@ def _places(folders: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
 
 def _is_clips(folder: Path) -> bool:
     try:
-        words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        return len(words) == CLIP_SIZE and CLIP_IDS.items() <= words.items()
+        return _are_clips(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
+
+
+def _are_clips(words: Mapping[str, int]) -> bool:
+    return len(words) == CLIP_SIZE and CLIP_IDS.items() <= words.items()
 
 
 def find_tokenizer(folders: Sequence[str | os.PathLike[str]] = ()) -> Path | None:
@@ -62,10 +65,8 @@ def check_tokenizer(tokenizer: Any, size: int, folder: Path) -> None:
     """Raises CheckpointError when a tokenizer does not fit an encoder of `size` tokens: prompts
     would be other words, or all alike."""
     vocabulary = tokenizer.get_vocab()
-    fits = len(tokenizer) == size and len(vocabulary) == size
-    if size == CLIP_SIZE:
-        fits = fits and all(vocabulary.get(word) == n for word, n in CLIP_IDS.items())
-    if not fits:
+    fits = len(tokenizer) == len(vocabulary) == size
+    if not fits or (size == CLIP_SIZE and not _are_clips(vocabulary)):
         raise CheckpointError(
             f"The tokenizer in '{folder}' does not belong to the text encoder: it has "
             f"{len(tokenizer):,} entries of {size:,}, or other words. Use CLIP's vocab.json and "

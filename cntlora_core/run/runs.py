@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..calibration.calibrate import Calibration, calibrate, continued
 from ..calibration.constraints import Metric
 from ..calibration.natural import NaturalStart
@@ -15,7 +17,7 @@ from ..data.batches import NoisedSet
 from ..data.encoded import EncodedImages
 from ..defaults import default_learning_rate
 from ..devices import first_that_fits
-from ..distributed import ALONE, Group, least
+from ..distributed import ALONE, Group, gathered
 from ..effects import without_effect_in_training, without_effect_on_natural_steps
 from ..errors import NonFiniteError, SettingError
 from ..events import Base, Notice, Observer, Status, Training, Validation, ignore
@@ -142,8 +144,8 @@ def run_training(
 
 def _found_by_all(saved: SavedState | None, group: Group) -> SavedState | None:
     """Raises SettingError where the processes would not go on from the same step."""
-    step = saved.story["step"] if saved else -1
-    if least(step, group) != step or least(-step, group) != -step:
+    steps = gathered(torch.tensor(float(saved.story["step"] if saved else -1)), group)
+    if (steps != steps[0]).any():
         raise SettingError(
             "Not every process finds the same checkpoint to go on from: the output must be on a "
             "disk that all of them see. Or start afresh, without --resume."

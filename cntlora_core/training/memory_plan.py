@@ -137,13 +137,11 @@ def fitted_calibration(
     adapters = (
         4 * config.rank * sum(p.parameters_per_rank for p in projections if not p.feed_forward)
     )
-    rows = recorded_bytes(projections, model.dtype)
+    steps = natural_bytes(projections, config.batch_size, model.dtype)
     sketches = sketch_bytes(projections, sketch_width(config.rank)) + SKETCHING_BYTES
     phases = (
-        _Phase(
-            COPIES_OF_ADAPTERS * adapters + metric_bytes(projections) + config.batch_size * rows
-        ),
-        _Phase(sketches, rows),
+        _Phase(COPIES_OF_ADAPTERS * adapters + steps),
+        _Phase(sketches, recorded_bytes(projections, model.dtype)),
     )
     plan = _plan(model, config, resolution, observer, phases, group)
     if plan is None:
@@ -165,8 +163,8 @@ def fitted_training(
     way."""
     fixed = COPIES_OF_ADAPTERS * sum(f.up.nbytes + f.down.nbytes for f in start.lora.values())
     if start.natural and config.optimizer in ("auto", "natural"):
-        projections, pictures = start.natural.projections, config.batch_size * config.accumulation
-        fixed += metric_bytes(projections) + pictures * recorded_bytes(projections, model.dtype)
+        pictures = config.batch_size * config.accumulation
+        fixed += natural_bytes(start.natural.projections, pictures, model.dtype)
     report = start.report
     passes = report.forward_passes + 2 * report.backward_passes
     each = report.seconds / passes if report.backward_passes else None
@@ -239,6 +237,12 @@ def smaller_precision(model: StableDiffusion) -> str | None:
     if model.dtype == torch.float32:
         return "precision bf16"
     return None if model.lender else "precision int8"
+
+
+def natural_bytes(projections: Sequence[Projection], pictures: int, dtype: torch.dtype) -> int:
+    """Of natural-gradient steps that see so many pictures: the metric, and the rows it is brought
+    up to date by."""
+    return metric_bytes(projections) + pictures * recorded_bytes(projections, dtype)
 
 
 def metric_bytes(projections: Sequence[Projection]) -> int:

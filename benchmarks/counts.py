@@ -158,7 +158,7 @@ def phases(
         recomputing_activations(unet, gradient_checkpointing),
     ):
         steps = training_steps(model, projections, adapters, backward, held)
-    sketches = Sketches(sketch_width(rank))
+    sketches, moments = Sketches(sketch_width(rank)), Moments()
 
     def sweep() -> None:
         with (
@@ -169,9 +169,12 @@ def phases(
                 backward=True,
                 gradient=sketches.add,
                 recomputes=gradient_checkpointing,
-            ),
+            ) as recording,
         ):
             backward()
+            moments.take_in(recording.take())
+
+    sweep()  # makes the sums that every further batch adds to
 
     return [
         counted("pass without gradients", forward, held),

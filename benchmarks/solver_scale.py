@@ -61,8 +61,8 @@ def main() -> None:
         for p in group:
             x, delta = (synthetic(n, generator)[None] for n in (p.in_features, p.out_features))
             if input_key(p) not in seen.rows:
-                seen.add(input_key(p), x, ROWS, p.diagonal_in)
-            seen.add(output_key(p), delta, ROWS, p.diagonal_out)
+                seen.add(input_key(p), x, ROWS, p.diagonal_in, 1.0)
+            seen.add(output_key(p), delta, ROWS, p.diagonal_out, 1.0)
             sketches.add(p.name, delta, x)
         started = time.perf_counter()
         moments.take_in(seen)

@@ -51,7 +51,7 @@ def cholesky(X: Tensor) -> Tensor:
     """The lower factor. Not a number where there is none: to be told so, a host would wait for its
     device."""
     factor, info = _near(lambda x: tuple(torch.linalg.cholesky_ex(x)), X)
-    return torch.where(info[..., None, None] == 0, factor, torch.nan)
+    return factor.masked_fill_((info != 0)[..., None, None], torch.nan)
 
 
 def inverse_factor(X: Tensor) -> Tensor:
@@ -105,8 +105,9 @@ def straightened(X: Tensor, shift: float = 0.0) -> Tensor:
 
 def shifted(core: Tensor, shift: Tensor) -> Tensor:
     """With `shift` added on the diagonal."""
-    eye = torch.eye(core.shape[-1], device=core.device, dtype=core.dtype)
-    return core + shift[..., None, None] * eye
+    moved = core.clone()
+    moved.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
+    return moved
 
 
 def _cosines(m: int, k: int, like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from .second_moment import RANK, Diagonal, LowRank, Rows, SecondMoment, moved, s
 from .sketch import Sketches
 
 TOGETHER = 64  # layers of one shape that are worked on at once
+TAKEN_IN = 128  # moments of one shape, of which little is made beside their rows
 
 Item = TypeVar("Item")
 Kind = TypeVar("Kind")
@@ -55,25 +56,28 @@ class Moments:
 
     @torch.no_grad()
     def take_in(self, seen: Seen) -> None:
-        """Those of one shape and age together."""
+        """Those of one shape together, of which the new rows are one share: tokens are as many
+        times more in a layer as pictures were, so that it is one for all that saw the same."""
 
-        def kind(key: str) -> tuple[bool, tuple[torch.Size, ...], int, int]:
+        def kind(key: str) -> tuple[float, bool, tuple[torch.Size, ...], float]:
             shapes = tuple(part.shape for part in seen.rows[key])
-            return key in seen.diagonal, shapes, seen.tokens[key], self.tokens.get(key, 0)
+            new = seen.tokens[key]
+            share = new / (self.tokens.get(key, 0) + new)
+            return share, key in seen.diagonal, shapes, seen.scales[key]
 
         # whatever the order of the passes
-        for (diagonal, _, new, before), keys in alike(sorted(seen.rows), kind):
-            own = [torch.cat(seen.rows[key]).flatten(0, 1) for key in keys]
-            rows = Rows(torch.stack(own).float())
+        for (share, diagonal, shapes, scale), keys in alike(sorted(seen.rows), kind, TAKEN_IN):
+            parts = [part.flatten(0, 1) for key in keys for part in seen.rows[key]]
+            every = torch.cat(parts).view(len(keys), -1, shapes[0][-1]).float()
+            rows = Rows(every if scale == 1 else every / scale)
             moment: SecondMoment
-            if before:
+            if share < 1:
                 old = stack([self.seconds[key] for key in keys])
-                fresh = Diagonal.of(rows) if diagonal else rows
-                moment = old.merged(fresh, new / (before + new))
+                moment = old.merged(Diagonal.of(rows) if diagonal else rows, share)
             else:
                 moment = Diagonal.of(rows) if diagonal else LowRank.of(rows)
             self.seconds |= dict(zip(keys, unstack(moment), strict=True))
-            self.tokens |= {key: before + new for key in keys}
+            self.tokens |= {key: self.tokens.get(key, 0) + seen.tokens[key] for key in keys}
 
     def on(self, device: torch.device) -> Moments:
         """Without G, on `device`. What is taken in takes a moment's place and never changes it, so

@@ -74,6 +74,17 @@ class _Metrics:
     K_inverse: SecondMoment
 
 
+@dataclass(frozen=True)
+class _Move:
+    """The natural direction `step` `[g, ...]` of one factor of g projections of one shape, its
+    squared natural lengths `[g]`, and the `weights` that it moves."""
+
+    keys: Sequence[str]
+    weights: Sequence[Tensor]
+    step: Tensor
+    squares: Tensor
+
+
 class NaturalGradient(torch.optim.Optimizer):
     """Steps on the adapters' weights, in the shape of torch's optimisers.
 
@@ -148,8 +159,14 @@ class NaturalGradient(torch.optim.Optimizer):
         if fresh or not self.metrics:
             self.metrics = [own for group in self.groups for own in self._metrics(group)]
         grads = self._gradients()
-        for metrics in self.metrics:
-            self._move(metrics, grads)
+        moves = [move for metrics in self.metrics for move in self._moves(metrics, grads)]
+        squares = torch.cat([move.squares for move in moves])
+        held = self._held([key for move in moves for key in move.keys], squares.clamp_min(0).sqrt())
+        shares = (self.share * held).split([len(move.keys) for move in moves])
+        for move, share in zip(moves, shares, strict=True):
+            move.step.mul_(share[:, None, None])
+        weights = [part for move in moves for part in move.weights]
+        torch._foreach_sub_(weights, [part for move in moves for part in move.step])
         settings["made"] += 1
 
     def _gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -164,8 +181,10 @@ class NaturalGradient(torch.optim.Optimizer):
         each = iter(torch._foreach_div([part for pair in found.values() for part in pair], tokens))
         return {name: (next(each), next(each)) for name in found}
 
-    def _move(self, metrics: _Metrics, grads: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """A step of the projections of one shape."""
+    def _moves(
+        self, metrics: _Metrics, grads: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> Iterator[_Move]:
+        """Of both factors of the projections of one shape."""
         names = metrics.names
         ups = [self.adapters.weights[name].up for name in names]
         downs = [self.adapters.weights[name].down for name in names]
@@ -175,13 +194,12 @@ class NaturalGradient(torch.optim.Optimizer):
             torch.stack(ups), torch.stack(downs), grad_up, grad_down,
             metrics.P, metrics.K, metrics.P_inverse, metrics.K_inverse,
         )  # fmt: skip
-        for half, moved, grad, step in (
+        for half, weights, grad, step in (
             ("B", ups, grad_up, step_up),
             ("A", downs, grad_down, step_down),
         ):
             keys = [f"{name}.{half}" for name in names]
-            held = self._held(keys, (grad * step).sum((1, 2)).clamp_min(0).sqrt())
-            torch._foreach_sub_(moved, list(step * (self.share * held)[:, None, None]))
+            yield _Move(keys, weights, step, (grad * step).sum((1, 2)))
 
     def _held(self, keys: Sequence[str], lengths: Tensor) -> Tensor:
         """What a step keeps of each direction whose natural length is `lengths` `[g]`: of what is

@@ -20,31 +20,36 @@ GOLDEN, NEXT = 0.618034, 0.754878
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
 # Of a layer's name, the gradients of its outputs and its inputs, both `[n, tokens, features]`, and
-# what those gradients were multiplied by: the squared norm of each picture's delta x^T `[n]`.
+# what those gradients were multiplied by: the norm of each picture's delta x^T `[n]`.
 Gradient = Callable[[str, Tensor, Tensor, float], Tensor]
 
 
 @dataclass
 class Seen:
     """What passes left behind, by key: rows `[pictures, n, d]` in their own dtype (of a `diagonal`
-    the mean square's root `[1, 1, d]`), and the tokens they stand for."""
+    the mean square's root `[1, 1, d]`), which are `scales` times what they should be, and the
+    tokens they stand for."""
 
     rows: dict[str, list[Tensor]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
     diagonal: set[str] = field(default_factory=set)
 
-    def add(self, key: str, rows: Tensor, tokens: int, diagonal: bool) -> None:
+    def add(self, key: str, rows: Tensor, tokens: int, diagonal: bool, scale: float) -> None:
         if diagonal:
-            rows = rows.float().square().mean((0, 1), keepdim=True).sqrt()
+            n, full = rows.shape[:2].numel(), torch.float32
+            rows = torch.linalg.vector_norm(rows, dim=(0, 1), keepdim=True, dtype=full) / n**0.5
             self.diagonal.add(key)
         self.rows.setdefault(key, []).append(rows)
         self.tokens[key] = self.tokens.get(key, 0) + tokens
+        self.scales[key] = scale
 
     def extend(self, other: Seen) -> None:
-        """With what further passes left."""
+        """With what further passes of the same scale left."""
         for key, rows in other.rows.items():
             self.rows.setdefault(key, []).extend(rows)
             self.tokens[key] = self.tokens.get(key, 0) + other.tokens[key]
+        self.scales |= other.scales
         self.diagonal |= other.diagonal
 
     def came_back(self, projections: Sequence[Projection]) -> Iterator[tuple[Projection, int]]:
@@ -56,11 +61,11 @@ class Seen:
         if group.size == 1:
             return self
         rows = {
-            key: [gathered(torch.cat(parts).float(), group).transpose(0, 1).flatten(0, 1)]
+            key: [gathered(part.float(), group).transpose(0, 1).flatten(0, 1) for part in parts]
             for key, parts in self.rows.items()
         }
         tokens = {key: count * group.size for key, count in self.tokens.items()}
-        return Seen(rows, tokens, self.diagonal)
+        return Seen(rows, tokens, self.scales, self.diagonal)
 
 
 class Recording:
@@ -77,7 +82,7 @@ class Recording:
     ) -> None:
         self.seen, self.turn, self.recomputes = Seen(), turn, recomputes
         self.backward, self.gradient, self.loss_scale = backward, gradient, loss_scale
-        self.squares: list[Tensor] = []
+        self.norms: list[Tensor] = []
         # a layer's input and its gradient wait for each other, by projection
         self.inputs: dict[str, Tensor] = {}
         self.deltas: dict[str, Tensor] = {}
@@ -100,8 +105,8 @@ class Recording:
 
     def gradient_norms(self) -> Tensor:
         """Of each picture since this was last asked, over all projections `[n]`, on the host."""
-        norms = torch.stack(self.squares).sum(0).sqrt().cpu()
-        self.squares.clear()
+        norms = torch.linalg.vector_norm(torch.stack(self.norms), dim=0).cpu()
+        self.norms.clear()
         return norms
 
     def before(self, projection: Projection) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -142,7 +147,7 @@ class Recording:
     def _meet(self, name: str) -> None:
         if self.gradient is not None and name in self.inputs and name in self.deltas:
             x, delta = _by_picture(self.inputs.pop(name)), _by_picture(self.deltas.pop(name))
-            self.squares.append(self.gradient(name, delta, x, self.loss_scale))
+            self.norms.append(self.gradient(name, delta, x, self.loss_scale))
 
     def _keep(self, key: str, x: Tensor, diagonal: bool, scale: float = 1.0) -> None:
         every = x.reshape(len(x), -1, x.shape[-1])
@@ -151,11 +156,7 @@ class Recording:
             if tokens not in self.places:
                 self.places[tokens] = _spread(tokens, self.turn, x.device)
             every = every[:, self.places[tokens]]
-        if scale != 1:
-            if every.dtype == torch.float16:
-                every = every.float()  # what the scale is for
-            every = every / scale
-        self.seen.add(key, every, len(x) * tokens, diagonal)
+        self.seen.add(key, every, len(x) * tokens, diagonal, scale)
 
 
 @contextmanager
@@ -204,8 +205,7 @@ def recorded_bytes(projections: Sequence[Projection], dtype: torch.dtype) -> int
     next to nothing."""
     inputs = {p.input_key: p.in_features for p in projections if not p.diagonal_in}
     outputs = sum(p.out_features for p in projections if not p.diagonal_out)
-    each = dtype.itemsize, 4 if dtype == torch.float16 else dtype.itemsize
-    return ROWS * (each[0] * sum(inputs.values()) + each[1] * outputs)
+    return ROWS * dtype.itemsize * (sum(inputs.values()) + outputs)
 
 
 def _by_picture(x: Tensor) -> Tensor:

@@ -87,18 +87,19 @@ class LowRank:
 
     def trace(self) -> Tensor:
         d, k = self.basis.shape[-2:]
-        return self.core.diagonal(dim1=-2, dim2=-1).sum(-1) + (d - k) * self.rest
+        return self.core.diagonal(dim1=-2, dim2=-1).sum(-1).add(self.rest, alpha=d - k)
 
     def matmul(self, X: Tensor) -> Tensor:
         inside, rest = self.basis.mT @ X, self.rest[..., None, None]
-        return rest * X + self.basis @ (self.core @ inside - rest * inside)
+        beyond = torch.addcmul(self.core @ inside, rest, inside, value=-1)  # what the rest is not
+        return torch.addcmul(self.basis @ beyond, rest, X)
 
     def diagonal(self) -> Tensor:
         rest = self.rest[..., None]
         return rest + ((self.basis @ self.core - rest[..., None] * self.basis) * self.basis).sum(-1)
 
     def damped(self, rho: float) -> LowRank:
-        shift = rho * self.trace() / self.basis.shape[-2] + tiny(self.rest)
+        shift = self.trace() * (rho / self.basis.shape[-2]) + tiny(self.rest)
         return LowRank(self.basis, linalg.shifted(self.core, shift), self.rest + shift)
 
     def plus(self, other: LowRank, weight: float) -> LowRank:
@@ -184,9 +185,9 @@ def _power_step(basis: Tensor, matmul: Matmul, trace: Tensor) -> Tensor:
     d, k = basis.shape[-2:]
     if k == d:
         return basis
-    shift = DAMPING * trace / d + tiny(trace)
-    moved = matmul(basis) + shift[..., None, None] * basis
-    moved = moved @ _inverse(_symmetric(basis.mT @ moved))
+    shift = trace * (DAMPING / d) + tiny(trace)
+    moved = torch.addcmul(matmul(basis), shift[..., None, None], basis)
+    moved = linalg.solve(_symmetric(basis.mT @ moved), moved.mT).mT
     return linalg.straightened(linalg.straightened(moved))
 
 
@@ -226,12 +227,12 @@ def moved(moment: SecondMoment, device: torch.device) -> SecondMoment:
 
 
 def _symmetric(core: Tensor) -> Tensor:
-    return (core + core.mT) / 2
+    return core.lerp(core.mT, 0.5)
 
 
 def _inverse(core: Tensor) -> Tensor:
-    half = linalg.inverse_factor(core)
-    return half.mT @ half
+    eye = torch.eye(core.shape[-1], device=core.device, dtype=core.dtype)
+    return linalg.solve(core, eye.expand_as(core))
 
 
 def tiny(like: Tensor) -> float:

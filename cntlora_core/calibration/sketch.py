@@ -43,25 +43,27 @@ class Sketches:
         """What pictures' gradients `delta` `[n, tokens, m]`, which are `scale` times what they
         should be, and inputs `x` `[n, tokens, d]` bring; of any dtype, taken to fp32 in parts.
 
-        Returns the squared norm of each picture's G `[n]` as Omega sees it, right in the mean.
+        Returns the norm of each picture's G `[n]` as Omega sees it, its square right in the mean.
         `counts`: off for what another process adds.
         """
         omega = self._probe(x.shape[-1], self.width, x.device)
         psi = self._probe(delta.shape[-1], 2 * self.width + 1, x.device)
-        each = x.new_zeros(len(x), delta.shape[-1], omega.shape[-1], dtype=torch.float32)
-        Z = x.new_zeros(psi.shape[-1], x.shape[-1], dtype=torch.float32)
+        each = x.new_empty(len(x), delta.shape[-1], omega.shape[-1], dtype=torch.float32)
+        if name not in self.sums:
+            Z = torch.zeros(psi.shape[-1], x.shape[-1], device=x.device)
+            self.sums[name], self.tokens[name] = (torch.zeros_like(each[0]), Z), 0
+        Y, Z = self.sums[name]
         for pictures, rows in _parts(x.shape, delta.shape):
             part, own = delta[pictures, rows].float(), x[pictures, rows].float()
-            each[pictures].baddbmm_(part.mT, own @ omega, alpha=1 / scale)
-            Z.addmm_((part @ psi).flatten(0, 1).T, own.flatten(0, 1), alpha=1 / scale)
+            more = 1 if rows.start else 0  # to what a picture's first tokens gave
+            each[pictures].baddbmm_(part.mT, own @ omega, beta=more, alpha=1 / scale)
+            if counts:
+                Z.addmm_((part @ psi).flatten(0, 1).T, own.flatten(0, 1), alpha=1 / scale)
             del part, own  # before the next are made
-        if name not in self.sums:
-            self.sums[name], self.tokens[name] = (torch.zeros_like(each[0]), torch.zeros_like(Z)), 0
         if counts:
-            for total, more in zip(self.sums[name], (each.sum(0), Z), strict=True):
-                total += more
+            Y += each.sum(0) if len(each) > 1 else each[0]
             self.tokens[name] += delta.shape[:-1].numel()
-        return each.square().sum((1, 2))
+        return torch.linalg.vector_norm(each, dim=(1, 2))
 
     def combine(self, group: Group) -> None:
         """The sums of all processes."""

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cntlora_core.calibration.moments import Moments, moment_bytes
-from cntlora_core.calibration.recording import ROWS, _spread, record, recorded_bytes
+from cntlora_core.calibration.recording import ROWS, Seen, _spread, record, recorded_bytes
 from cntlora_core.calibration.sketch import Sketches
 from cntlora_core.lora.targets import Projection
 
@@ -193,6 +193,24 @@ def test_bytes_of_the_rows_are_those_that_are_kept(dtype):
     seen = seen_of_wide_layers(2, 100, dtype, scale=0.5)
     rows = [t for k, parts in seen.rows.items() if k not in seen.diagonal for t in parts]
     assert 2 * recorded_bytes(WIDE, dtype) == sum(t.nbytes for t in rows)
+
+
+def test_parts_of_a_batch_may_have_other_shapes_and_scales_go_out():
+    """Two sizes of picture, each with fewer tokens than rows are kept, of a scaled loss."""
+    torch.manual_seed(0)
+    seen, plain = Seen(), []
+    for pictures, tokens in ((1, 50), (2, 40)):
+        part = seen_of_wide_layers(pictures, tokens, scale=8.0)
+        plain += [8.0 * rows.flatten(0, 1) for rows in part.rows["S.a"]]
+        seen.extend(part)
+    moments = Moments()
+    moments.take_in(seen)
+    seen.scales = dict.fromkeys(seen.scales, 1 / 8)
+    moments.take_in(seen)
+    rows = torch.cat(plain)
+    found = moments.seconds["S.a"].matmul(torch.eye(rows.shape[-1]))
+    expected = rows.T @ rows / len(rows) * (1 / 8**4 + 1) / 2
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_an_input_that_was_not_computed_again_is_told():

@@ -58,7 +58,7 @@ def test_norms_of_single_pictures_are_right_in_the_mean():
     for seed in range(30):
         delta, x = passes(64, 96, 20, 4, seed)
         real = (delta.mT @ x).square().sum((1, 2))
-        ratios.append(Sketches(26).add("p", delta, x) / real)
+        ratios.append(Sketches(26).add("p", delta, x).square() / real)
     ratios = torch.cat(ratios)
     assert float(ratios.mean()) == pytest.approx(1, abs=0.05)
     assert float(ratios.std()) < 0.3

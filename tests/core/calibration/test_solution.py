@@ -37,8 +37,8 @@ def seen_of(projections, seed, strengths=(1.0,), directions=4):
         delta = torch.randn(2, 40, directions, generator=g)
         delta = delta @ torch.randn(directions, p.out_features, generator=g) / directions
         delta = delta * strengths[i % len(strengths)]
-        seen.add(input_key(p), x, 80, p.diagonal_in)
-        seen.add(output_key(p), delta, 80, p.diagonal_out)
+        seen.add(input_key(p), x, 80, p.diagonal_in, 1.0)
+        seen.add(output_key(p), delta, 80, p.diagonal_out, 1.0)
         sketches.add(p.name, delta, x)
     return seen, sketches
 

@@ -128,13 +128,14 @@ def main() -> None:
         for folder in args.subjects:
             for name in args.variants:
                 key = {"rank": args.rank, "subject": folder.name, "seed": seed, "variant": name}
+                key["model"] = model.name
                 if any(key.items() <= row.items() for row in read(args.output)):
                     continue
                 loss, seconds = run(model, folder, VARIANTS[name], args.rank, seed)
                 row = key | {"loss": round(loss, 5), "seconds": round(seconds, 2)}
                 with args.output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-    print(report(read(args.output), args.rank))
+    print(report([r for r in read(args.output) if r["model"] == model.name], args.rank))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
 """Which start reaches the best loss at what cost: CNTLoRA's beside PEFT's, each at its best
 learning rate.
 
-    python benchmarks/convergence.py --output results.jsonl                             # quick: the
-    embedded subject python benchmarks/convergence.py --output results.jsonl --methods all --seeds 0
-    1 2 \\
-        --tune subjects/cat_faces subjects/hearts subjects/animal_faces --test subjects/clocks
-        subjects/birds
+    python benchmarks/convergence.py --output quick.jsonl
+    python benchmarks/convergence.py --output results.jsonl --methods all --seeds 0 1 2 \\
+        --tune subjects/{cat_faces,hearts,animal_faces} --test subjects/{clocks,birds}
 
-A subject is a folder with `train/` and `heldout/` (benchmarks/mini_sd/subjects.py makes them).
-Every method's learning rate is chosen on the `--tune` subjects with the first seed, from a grid of
-factors of 2 that grows until the best is inside it, and then kept: for their other seeds and for
-the `--test` subjects. Every run is a line of the results file, and no run is made twice; several
-processes with different `--methods` may share the file. Every run has `--cost` training steps to
-spend, calibration included: a forward and a backward pass of a batch are a step, and a forward pass
-alone is half of one.
+The first is of the embedded subject. A subject is a folder with `train/` and `heldout/`
+(benchmarks/mini_sd/subjects.py makes them). Every method's learning rate is chosen on the `--tune`
+subjects with the first seed, from a grid of factors of 2 that grows until the best is inside it,
+and then kept: for their other seeds and for the `--test` subjects. Every run is a line of the
+results file, and no run is made twice; several processes with different `--methods` may share the
+file. Every run has `--cost` training steps to spend, calibration included: a forward and a backward
+pass of a batch are a step, and a forward pass alone is half of one.
 """
 
 from __future__ import annotations
@@ -66,6 +64,7 @@ def run(
         seed=seed,
         validate_every=args.every,
         keep_best=False,
+        patience=0,
     )
 
     def note(event: Event) -> None:
@@ -180,10 +179,11 @@ def main() -> None:
                 for seed in args.seeds:
                     results.get(folder, method, lr, seed)
     results.read()
+    rows = [r for r in results.rows.values() if r["key"][4:] == [args.cost, args.rank]]
     names = ([f.name for f in args.tune], [f.name for f in args.test])
     print(
         report(
-            list(results.rows.values()),
+            rows,
             *names,
             baselines=("default", "gaussian"),
             peers=tuple(METHODS),

@@ -1,14 +1,15 @@
 """What the loss does not tell: whether a LoRA draws its subject, still draws the rest, and how much
 it has forgotten.
 
-    python benchmarks/fidelity.py lora.safetensors                                # the embedded
-    subject python benchmarks/fidelity.py lora.safetensors --subject subjects/hearts --data
-    mini-sd-build/data
+    python benchmarks/fidelity.py lora.safetensors
+    python benchmarks/fidelity.py lora.safetensors --subject subjects/hearts \\
+        --data mini-sd-build/data
 
-Prints one JSON object for a LoRA of the embedded model: its scores, the base model's, and those of
-the subject's training pictures. `--subject` is a folder with `train/` and `heldout/`
-(benchmarks/mini_sd/subjects.py makes them), `--data` what benchmarks/mini_sd/prepare_data.py made:
-without it forgetting is left out. The functions measure the model as it stands.
+The first is of the embedded subject. Prints one JSON object for a LoRA of the embedded model: its
+scores, the base model's, and those of the subject's training pictures. `--subject` is a folder with
+`train/` and `heldout/` (benchmarks/mini_sd/subjects.py makes them), `--data` what
+benchmarks/mini_sd/prepare_data.py made: without it forgetting is left out. The functions measure
+the model as it stands.
 """
 
 from __future__ import annotations

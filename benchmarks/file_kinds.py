@@ -74,7 +74,10 @@ ACCEPTED: dict[str, Kind] = {
     "SDXL, `v_pred` and `ztsnr`": Kind(plain("sdxl", v_pred=MARK, ztsnr=MARK), "sdxl", V_ZERO),
     "SD 1, `v_pred`": Kind(plain("sd1", v_pred=MARK), "sd1", V),
     "SDXL, v by its metadata": Kind(
-        lambda s: s.save(s.base("sdxl"), metadata={"modelspec.prediction_type": "v"}), "sdxl", V
+        lambda s: s.save(s.base("sdxl"), metadata={"modelspec.prediction_type": "v"}),
+        "sdxl",
+        V,
+        says="not whether its schedule ends without any signal",
     ),
     "SDXL, v by its file's name alone": Kind(
         lambda s: s.save(s.base("sdxl"), "merge_vPred"), "sdxl", says="looks like v-prediction"

@@ -58,7 +58,13 @@ def main() -> None:
                 calibration = CalibrationConfig(
                     init=init, rank=args.rank, rank_rule=args.rank_rule, seed=seed
                 )
-                training = TrainConfig(steps=args.steps, learning_rate=rate, seed=seed)
+                training = TrainConfig(
+                    steps=args.steps,
+                    learning_rate=rate,
+                    seed=seed,
+                    optimizer="adamw",  # natural steps have no rate
+                    patience=0,
+                )
                 run = run_training(model, subject, calibration, training, validate=validate)
                 curves.append([loss / base for _, loss in run.validations])
             row = {

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import METHODS, Method, rank_of
+from contestants import METHODS, ORDINARY, Method, rank_of
 from factor_optimizers import factor_optimizer
 from opponents_report import Results, figure, report
 from peer_starts import peer_start, without
@@ -93,8 +94,11 @@ def run(
     rate: float,
     rank: int,
     seed: int,
+    until: float = math.inf,
 ) -> dict[str, Any]:
-    """What the LoRA was worth at every cost, and the seconds it took without the looks."""
+    """What the LoRA was worth at every cost `until` one, and the seconds it took without the
+    looks."""
+    costs = [cost for cost in COSTS if cost <= until]
     began, away = time.perf_counter(), 0.0
     config = replace(method.start, rank=rank_of(method, rank), seed=seed)
     start, taken_off = _begin(model, subject, method.peer, config)
@@ -105,7 +109,7 @@ def run(
         start = replace(start, importance=Importance.usual())
     spent = cost_of(start.report.forward_passes, start.report.backward_passes)
     spent += cost_of(len(STRENGTHS) * VALIDATION_TIMESTEPS, 0) if method.held_out else 0
-    later = [cost for cost in COSTS if cost >= spent]
+    later = [cost for cost in costs if cost >= spent]
     at = {round((cost - spent) * STEP / method.batch): cost for cost in later}
     plain = method.alpha or method.optimizer == "schedulefree"
     training = TrainConfig(
@@ -118,7 +122,7 @@ def run(
         validate_every=0,
     )
     untouched = {"loss": 1.0, "whole": 1.0, "strength": 1.0}
-    found = dict.fromkeys(COSTS, untouched)
+    found = dict.fromkeys(costs, untouched)
     # Of what took its start off the base weights no part can be given out by itself.
     strengths = STRENGTHS[:1] if taken_off else STRENGTHS
     with (
@@ -177,6 +181,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--model", default=MINI_SD)
+    parser.add_argument("--rates", nargs="+", type=float, help="of ordinary LoRAs, not the usual")
+    parser.add_argument("--until", type=int, default=COSTS[-1], help="this cost")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--figure", type=Path, help="also draw what the file holds")
@@ -185,7 +191,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if not args.report:
         _run_all(args)
-    what = Results(args.output), args.rank, [s.name for s in args.subjects], args.methods
+    what = (
+        Results(args.output, Path(args.model).stem),
+        args.rank,
+        [s.name for s in args.subjects],
+        args.methods,
+    )
     print(report(*what))
     if args.figure:
         figure(*what).save(args.figure)
@@ -200,13 +211,13 @@ def _run_all(args: argparse.Namespace) -> None:
             training, one = with_validation(subject)
             alone = Judge(judge.validate, validation_loss(model, one, 8))
             for name in args.methods:
-                for rate in METHODS[name].rates:
+                for rate in (args.rates if name in ORDINARY else None) or METHODS[name].rates:
                     key = [args.rank, folder.name, name, rate, seed]
-                    results = Results(args.output)
+                    results = Results(args.output, model.name)
                     if json.dumps(key) not in results.rows:
                         method = METHODS[name]
                         halves = (training, alone) if method.held_out else (subject, judge)
-                        row = run(model, *halves, method, rate, args.rank, seed)
+                        row = run(model, *halves, method, rate, args.rank, seed, args.until)
                         results.add(key, row)
 
 

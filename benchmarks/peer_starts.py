@@ -50,11 +50,10 @@ def peer_start(
     method: str,
     rank: int,
     seed: int,
-    passes: int = 8,
-    batch_size: int = 4,
+    passes: int,
+    batch_size: int,
 ) -> PeerStart:
-    """The start that PEFT computes on a copy of the UNet, shown as many pictures as our default
-    calibration sees."""
+    """The start that PEFT computes on a copy of the UNet, shown `passes` batches of pictures."""
     generator = torch.Generator().manual_seed(seed)
     triples = draw_noised(subject, passes * batch_size, len(model.schedule), generator)
     other = replace(model, unet=copy.deepcopy(model.unet).requires_grad_(False))

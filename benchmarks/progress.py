@@ -99,7 +99,8 @@ def looks(
 def subject_and_class(
     model: StableDiffusion, folder: Path, prompt: str, class_prompt: str
 ) -> tuple[EncodedImages, NoisedSet]:
-    """The pictures to train on, and what the model draws for the class."""
+    """The pictures to train on, and what the model draws for the class. The drawing is not counted
+    as a cost: it is made once for a model and a class."""
     subject = read_subject(model, folder, prompt, PROMPT_ALONE)
     drawn = class_images(model, class_prompt, subject.resolution)
     return subject, class_noised(model, drawn)

@@ -23,6 +23,7 @@ from cntlora_core.lora.targets import Projection, find_projections
 from cntlora_core.model.loader import StableDiffusion
 
 BATCH = 4
+SHOWN = CalibrationConfig().passes * CalibrationConfig().batch_size  # pictures of our sweep
 OURS = {
     "target thorough": CalibrationConfig(effort="thorough"),
     "target balanced": CalibrationConfig(effort="balanced"),
@@ -75,7 +76,7 @@ def make_start(
     """The start, and what was passed on the way to it: the loss after every fourth batch of a
     refinement."""
     if method in METHODS:
-        return peer_start(model, subject, method, rank, seed), []
+        return peer_start(model, subject, method, rank, seed, SHOWN, 1), []
     if method == "random directions":
         return _random(model, subject, rank, seed), []
     if method == "gaussian with feed-forward":
@@ -136,7 +137,7 @@ def _random(model: StableDiffusion, subject: EncodedImages, rank: int, seed: int
     """Gaussian rows scaled to unit response on the subject, B = 0."""
     generator = torch.Generator().manual_seed(seed)
     projections = find_projections(model.unet)
-    triples = draw_noised(subject, 8 * BATCH, len(model.schedule), generator)
+    triples = draw_noised(subject, SHOWN, len(model.schedule), generator)
     moments = Moments()
     with record(model.unet, projections, backward=False) as recording, torch.no_grad():
         for batch in triples.batches(BATCH):

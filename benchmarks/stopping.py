@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def run(model: StableDiffusion, folder: Path, method: str, seed: int) -> dict[st
     """The held-out losses at every look, of each decay."""
     subject, held_out = read_halves(model, folder)
     validate = validation_loss(model, held_out, 8)
-    config = METHODS[method]
+    config = replace(METHODS[method], seed=seed)
     with convolutions_as_matmul(model.unet):
         base = validate()
     start = run_calibration(model, subject, config)
@@ -58,7 +59,7 @@ def run(model: StableDiffusion, folder: Path, method: str, seed: int) -> dict[st
         attached_lora(model.unet, start.lora, trainable=True) as adapters,
     ):
         state = start_state(model, adapters, training, start.natural, start.importance)
-        means = {decay: RunningAverage(state.live, decay) for decay in DECAYS}
+        means = {decay: _mean(state, decay) for decay in DECAYS}
 
         def look(state: TrainState) -> None:
             if state.step:
@@ -75,6 +76,13 @@ def run(model: StableDiffusion, folder: Path, method: str, seed: int) -> dict[st
     return curves
 
 
+def _mean(state: TrainState, decay: float) -> RunningAverage:
+    """As a run begins it: where the calibration's mean stands; with no decay the last weights."""
+    mean = RunningAverage(state.average.value if decay else state.live, decay)
+    mean.count = state.average.count if decay else 0
+    return mean
+
+
 def stopped(curve: Sequence[float], patience: int) -> tuple[int, float]:
     """The steps made and the lowest loss, where so many looks without a better one end the run."""
     best = 0
@@ -87,18 +95,23 @@ def stopped(curve: Sequence[float], patience: int) -> tuple[int, float]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: medians over the subjects, then each subject with its lowest losses."""
+    """Markdown: the lowest losses of each subject, their median, and that of the last losses' share
+    of the lowest without a mean; then what each patience saves and loses."""
     parts = []
     for method in METHODS:
-        mine = {r["subject"]: r["curves"] for r in rows if r["method"] == method}
+        mine = _means(r for r in rows if r["method"] == method)
         if not mine:
             continue
-        parts.append(f"| {method}: weights averaged | " + " | ".join(mine) + " | median |")
-        parts.append("|---" * (len(mine) + 2) + "|")
+        parts.append(f"| {method}: weights averaged | {' | '.join(mine)} | median | at the end |")
+        parts.append("|---" * (len(mine) + 3) + "|")
+        lowest = [min(curves[str(DECAYS[0])]) for curves in mine.values()]
         for decay in map(str, DECAYS):
             best = [min(curves[decay]) for curves in mine.values()]
-            cells = [f"{b:.3f}" for b in best] + [f"{statistics.median(best):.3f}"]
-            parts.append(f"| {decay} | " + " | ".join(cells) + " |")
+            ends = [
+                curves[decay][-1] / low for curves, low in zip(mine.values(), lowest, strict=True)
+            ]
+            cells = [*best, statistics.median(best), statistics.median(ends)]
+            parts.append(f"| {decay} | " + " | ".join(f"{x:.3f}" for x in cells) + " |")
         parts.append("")
         parts.append(f"| {method}: patience | steps | lost | " + " | ".join(mine) + " |")
         parts.append("|---" * (len(mine) + 3) + "|")
@@ -111,6 +124,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             parts.append(f"| {patience} | {steps:.0f} | {worst:.1%} | " + " | ".join(cells) + " |")
         parts.append("")
     return "\n".join(parts)
+
+
+def _means(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """By subject its curves, each look's mean over the seeds."""
+    seeds: dict[str, list[dict[str, list[float]]]] = {}
+    for row in rows:
+        seeds.setdefault(row["subject"], []).append(row["curves"])
+    return {
+        name: {
+            decay: [statistics.mean(look) for look in zip(*(o[decay] for o in own), strict=True)]
+            for decay in own[0]
+        }
+        for name, own in seeds.items()
+    }
 
 
 def main() -> None:

@@ -185,12 +185,15 @@ def main() -> None:
     args = parser.parse_args()
     held = args.output.read_text(encoding="utf-8").splitlines() if args.output.is_file() else []
     rows: list[Row] = [json.loads(line) for line in held]
+    if other := {r["lr"] for r in rows} - {args.lr}:
+        raise SystemExit(f"'{args.output}' is of rate {min(other):g}: give another --output.")
     done = {
         (r["subject"], r["seed"])
         for r in rows
         if r["when"] == f"{LOOKS[-1]} + {OURS_STEPS[-1]}"
         and r["contestant"] == f"target, {PRIORS[-1]}"
     }
+    rows = [r for r in rows if (r["subject"], r["seed"]) in done]  # the others are made anew
     model = load_checkpoint(MINI_SD)
     of = domain(model, args.data)
     for folder in tqdm(args.subjects):
@@ -209,7 +212,7 @@ def main() -> None:
                 continue
             for contestant, when, lora in looks(model, subject, priors, args, seed):
                 row = {"subject": folder.name, "seed": seed, "contestant": contestant, "when": when}
-                row |= _look(model, lora, validate, base, to, of)
+                row |= {"lr": args.lr} | _look(model, lora, validate, base, to, of)
                 rows.append(row)
                 with args.output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")

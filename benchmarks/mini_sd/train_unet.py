@@ -3,8 +3,9 @@ diffusers pipeline (fp16).
 
     python benchmarks/mini_sd/train_unet.py --steps 20000 --output DIR/model
 
-`--width 0.5` gives the UNet half the channels: a second size of model, for what should carry over
-between sizes. With `--vae cntlora_core/mini_sd/model/vae` it reads the embedded model's latents.
+`--size half` gives the UNet half the channels, `--size sd1` attention as wide as SD 1.5's two outer
+levels have it, with as many heads and as long words: for what should carry over between sizes. With
+`--vae cntlora_core/mini_sd/model/vae` they read the embedded model's latents.
 
 The loss of each of 32 timestep strata is divided by its running mean, so that every noise level
 counts alike. Categories of least interest are drawn rarely.
@@ -13,8 +14,10 @@ counts alike. Categories of least interest are drawn rarely.
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +86,41 @@ TEXT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 32,
     "hidden_act": "quick_gelu",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What differs from `UNET` and `TEXT`, and how it is trained: the share of the learning
+    rates."""
+
+    unet: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=dict)
+    rate: float = 1.0
+    warm_up: int = WARM_UP
+    ema_decay: float = EMA_DECAY
+
+
+WIDE_WORDS = {
+    "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768,
+    "num_hidden_layers": 2, "num_attention_heads": 12,
+}  # fmt: skip
+SIZES = {
+    "embedded": Size(),
+    "half": Size({"block_out_channels": (32, 48, 48)}),
+    # SD 1.5's first level has most places; here a narrow one stands before it, for a CPU's sake.
+    "sd1": Size(
+        {
+            "block_out_channels": (64, 320, 640),
+            "norm_num_groups": 32,
+            "cross_attention_dim": 768,
+            "attention_head_dim": 8,
+        },
+        WIDE_WORDS,
+        rate=0.3,  # as widths go, and for some hundred steps of 32 pictures
+        warm_up=30,
+        ema_decay=0.98,
+    ),
 }
 SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -176,10 +214,9 @@ class Losses:
 
 
 def build(
-    tokenizer_folder: Path, vae_folder: Path, init: Path | None = None, width: float = 1.0
+    tokenizer_folder: Path, vae_folder: Path, init: Path | None = None, size: Size = Size()
 ) -> StableDiffusionPipeline:
-    """fp32, with fresh weights unless `init` is a saved pipeline; `width` times the embedded UNet's
-    channels."""
+    """fp32, with fresh weights of this size unless `init` is a saved pipeline."""
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     if init:
         unet = UNet2DConditionModel.from_pretrained(
@@ -190,9 +227,8 @@ def build(
         )
     else:
         ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
-        channels = tuple(round(c * width) for c in UNET["block_out_channels"])
-        unet = UNet2DConditionModel(**(UNET | {"block_out_channels": channels}))
-        text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **ids, **TEXT))
+        unet = UNet2DConditionModel(**(UNET | size.unet))
+        text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **ids, **(TEXT | size.text)))
     return StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(
             vae_folder, torch_dtype=torch.float32, local_files_only=True
@@ -207,9 +243,9 @@ def build(
     )
 
 
-def parameter_groups(pipe: StableDiffusionPipeline) -> list[dict]:
+def parameter_groups(pipe: StableDiffusionPipeline, rate: float) -> list[dict]:
     groups: list[dict] = []
-    for module, lr in ((pipe.unet, UNET_LR), (pipe.text_encoder, TEXT_LR)):
+    for module, lr in ((pipe.unet, rate * UNET_LR), (pipe.text_encoder, rate * TEXT_LR)):
         matrices = [p for p in module.parameters() if p.ndim > 1]
         others = [p for p in module.parameters() if p.ndim <= 1]
         groups += [{"params": matrices, "peak": lr, "weight_decay": WEIGHT_DECAY}]
@@ -252,11 +288,12 @@ def train(
     plan: Plan,
     *,
     batch: int,
+    rate: float = 1.0,
 ) -> float:
     """Train the pipeline's UNet and text encoder in place, up to their averaged weights.
 
-    `latents` `[copies, n, 2, 4, 16, 16]` of `encode_copies`; `batch` is a multiple of 32. Returns
-    the mean epsilon-MSE since the last report.
+    `latents` `[copies, n, 2, 4, 16, 16]` of `encode_copies`; `batch` is a multiple of 32,
+    `rate` the share of the learning rates. Returns the mean epsilon-MSE since the last report.
     """
     if batch % STRATA:
         raise SystemExit(f"--batch-size is {batch}: give a multiple of {STRATA}.")
@@ -286,7 +323,7 @@ def train(
 
     modules = nn.ModuleDict({"unet": pipe.unet, "text": pipe.text_encoder})
     running = (losses.mean, losses.steps)
-    return Training(modules, parameter_groups(pipe), loss, plan, running).run()
+    return Training(modules, parameter_groups(pipe, rate), loss, plan, running).run()
 
 
 def save(pipe: StableDiffusionPipeline, tokenizer_folder: Path, folder: Path) -> None:
@@ -301,9 +338,7 @@ def save(pipe: StableDiffusionPipeline, tokenizer_folder: Path, folder: Path) ->
 def main() -> None:
     parser = arguments(__doc__, BUILD / "model", steps=20000)
     add_arguments(parser, BATCH)
-    parser.add_argument(
-        "--width", type=float, default=1.0, help="of the UNet, where none is given by --init"
-    )
+    parser.add_argument("--size", choices=SIZES, default="embedded", help="where --init is not")
     parser.add_argument("--copies", type=int, default=24, help="variations of every drawing")
     parser.add_argument("--init", type=Path, help="a saved pipeline to start from")
     parser.add_argument("--tokenizer", type=Path, default=EMBEDDED / "tokenizer")
@@ -311,10 +346,11 @@ def main() -> None:
     args = parser.parse_args()
     start(args)
     images, rows = load_drawings(args.data)
-    pipe = build(args.tokenizer, args.vae, args.init, args.width).to(args.device)
+    size = SIZES[args.size]
+    pipe = build(args.tokenizer, args.vae, args.init, size).to(args.device)
     latents = encode_copies(pipe.vae, images, rows, args.copies)
-    steps = plan(args, WARM_UP, EMA_DECAY)
-    loss = train(pipe, latents, rows, steps, batch=args.batch_size)
+    steps = plan(args, size.warm_up, size.ema_decay)
+    loss = train(pipe, latents, rows, steps, batch=args.batch_size, rate=size.rate)
     save(pipe, args.tokenizer, args.output)
     record(args.output, args, epsilon_mse=round(loss, 4))
 

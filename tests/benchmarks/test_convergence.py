@@ -34,7 +34,7 @@ def test_a_peers_start_leaves_the_models_function_as_it_is(bench, mini_sd, subje
     peers = bench.peer_starts
     validate = validation_loss(mini_sd, subject.only([0]), 8)
     before, weights = validate(), {k: v.clone() for k, v in mini_sd.unet.state_dict().items()}
-    start = peers.peer_start(mini_sd, subject, method, 2, 0, passes=1)
+    start = peers.peer_start(mini_sd, subject, method, 2, 0, passes=1, batch_size=4)
     with peers.without(mini_sd, start.residuals), attached_lora(mini_sd.unet, start.lora):
         assert validate() == pytest.approx(before, rel=1e-4)
     assert bool(start.residuals) == (method in ("pissa", "corda", "lora_ga"))

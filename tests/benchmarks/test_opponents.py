@@ -102,9 +102,14 @@ def results(opponents, tmp_path):
         for (method, rate, seed), losses in LOSSES.items():
             by = 1 - 0.1 * number
             found = [[c, x if x == 1 else x * by] for c, x in zip(COSTS, losses, strict=True)]
-            results = opponents.Results(tmp_path / "runs.jsonl")
+            results = opponents.Results(tmp_path / "runs.jsonl", "mini-sd")
             results.add([4, name, method, rate, seed], {"loss": found})
-    return opponents.Results(tmp_path / "runs.jsonl")
+    return opponents.Results(tmp_path / "runs.jsonl", "mini-sd")
+
+
+def test_a_file_is_of_one_model(opponents, results):
+    with pytest.raises(SystemExit, match="holds runs of 'mini-sd': give another --output"):
+        opponents.Results(results.path, "other")
 
 
 def test_the_strongest_is_the_best_setting_at_each_cost(opponents, results):
@@ -127,7 +132,11 @@ def test_the_report_says_shares_and_when_the_best_is_reached(opponents, results)
     # 0.7 at cost 10 and 0.55 at cost 30: 0.6 is reached at 23.3, of 60
     assert "| cat faces: ours | 0.600, 60 | 0.39, 0.917 |" in lines
     assert "| ours, of with feed-forward, 1 at 0.003 | 1.000 | 0.733 | 0.812 |" in lines
-    assert report.report(results, 16, ["cars"], METHODS) == "No ordinary LoRA was run yet."
+    assert not any("so far: ours, held out" in line for line in lines)  # that were hindsight
+    alone = report.report(results, 4, ["cars"], ["ours", "ours, held out"]).splitlines()
+    assert alone[0] == "| rank 4 | 10 | 30 | 60 |"
+    assert alone[3] == "| cars: ours, held out |  | 0.576 | 0.540 |"
+    assert report.report(results, 16, ["cars"], METHODS) == "Nothing was run yet."
 
 
 def test_what_is_never_reached_has_no_cost(opponents):

@@ -94,6 +94,16 @@ class Training(Event):
 
 
 @dataclass(frozen=True)
+class Resumed(Event):
+    """What a run that goes on has behind it: the loss of every step, and its validations as (step,
+    loss)."""
+
+    type: ClassVar[str] = "resumed"
+    losses: list[float]
+    validations: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
 class Step(Event):
     """One optimiser step: `loss` is the mean over its batch."""
 

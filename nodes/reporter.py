@@ -108,7 +108,7 @@ class Reporter:
     def _ending(self, error: BaseException | None) -> str:
         if isinstance(error, host.Cancelled):
             return "Cancelled; what was trained is kept" if self.saved else "Cancelled"
-        return "Done" if error is None else str(error)
+        return "Done" if error is None else str(error) or type(error).__name__
 
     def note(self, event: Event) -> None:
         """Tell without looking for Cancel: for what must be said while a cancelled run ends."""

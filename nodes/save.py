@@ -7,11 +7,11 @@ from torch import Tensor
 from ..cntlora_core.config import RunConfig
 from ..cntlora_core.devices import DTYPES
 from ..cntlora_core.errors import CNTLoRAError, LoRAFileError
-from ..cntlora_core.events import Event, Notice
+from ..cntlora_core.events import Event, Notice, Status
 from ..cntlora_core.files import DISK, free_name
 from . import host
 from .host import io
-from .reporter import shown
+from .reporter import Reporter, shown
 from .types import LoRAModel
 from .widgets import widgets_of
 
@@ -46,6 +46,7 @@ class SaveLoRA(io.ComfyNode):
                     tooltip="The name in Load LoRA's list, after a refresh (R).",
                 )
             ],
+            hidden=host.IDENTITY,
             is_output_node=True,
         )
 
@@ -76,4 +77,6 @@ class SaveLoRA(io.ComfyNode):
         path = free_name(host.lora_path(name))
         saved = host.lora_name(lora.write(path, DTYPES[save_precision], note, cls.disk))
         text = " ".join([f"Saved as {saved}", *said])
+        with Reporter(host.identity(cls), "CNTLoRASaveLoRA", disk=cls.disk) as report:
+            report.note(Status(text))  # for a page that is opened later
         return io.NodeOutput(saved, ui={"text": (text,), **shown(*lora.traces)})

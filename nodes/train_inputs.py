@@ -29,6 +29,7 @@ from ..cntlora_core.training.validation import validation_loss
 from . import host
 from .reporter import Reporter
 from .types import CalibratedStart, LoRAModel, Pictures, lora_model
+from .unfinished import GO_ON
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,9 @@ class Keeper:
         path = free_name(host.lora_path(f"cntlora-interrupted/{moment}_step{run.kept_step}"))
         saved = self.inputs.finished(run).write(path, observer=self._note, disk=self.disk)
         name = host.lora_name(saved)
-        self.report.note(Saved(name))
         elsewhere = saved.is_absolute() and name == str(saved)
         self.places.append(name if elsewhere else f"loras/{name}")
+        self.report.note(Saved(self.places[-1]))
 
     @contextmanager
     def keeping(self, run: RunResult) -> Iterator[None]:
@@ -186,6 +187,8 @@ class Keeper:
             raise
         except host.Cancelled:
             if checkpoints.ours:
-                said = "Queue the same graph again and the run goes on where it stopped."
+                first = "" if checkpoints.resume else f"Set unfinished to '{GO_ON}': "
+                said = f"{first}queue the same graph again and the run goes on where it stopped."
+                said = said[0].upper() + said[1:]
                 self.report.note(Notice(said))
             raise

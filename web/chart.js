@@ -56,7 +56,13 @@ export class Chart {
     this.root = make("div", "cntlora-chart", { role: "img", "aria-label": "" });
     this.resize = new ResizeObserver(() => this.#redraw());
     this.resize.observe(this.root);
-    this.theme = new MutationObserver(() => this.#redraw());
+    this.theme = null;
+  }
+
+  // Only of a chart in the page: a node that the host makes to copy it is never removed, and what
+  // listens to the whole page would keep it.
+  #followTheme() {
+    this.theme ??= new MutationObserver(() => this.#redraw());
     for (const element of [document.documentElement, document.body]) {
       this.theme.observe(element, { attributes: true, attributeFilter: ["class", "style"] });
     }
@@ -84,6 +90,7 @@ export class Chart {
     // A canvas cannot read CSS variables: colours are fixed when it is made.
     if (this.plot && key !== this.colours) this.#clear();
     if (!this.plot) {
+      this.#followTheme();
       this.colours = key;
       this.plot = new uPlot(options(size, theme), columns(this.state), this.root);
       return;
@@ -99,7 +106,7 @@ export class Chart {
 
   destroy() {
     this.resize.disconnect();
-    this.theme.disconnect();
+    this.theme?.disconnect();
     this.#clear();
   }
 }

@@ -2,8 +2,8 @@
 // without it.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { readRun, readWords } from "./api_client.js";
-import { executionIdOf, nodeOf } from "./graph.js";
+import { readRun, readWords, readWorkflow } from "./api_client.js";
+import { everyNode, executionIdOf, nodeOf } from "./graph.js";
 import { Panel } from "./panel.js";
 import { say, useWords } from "./say.js";
 import { Words } from "./words.js";
@@ -17,7 +17,9 @@ const WORDS = {
     say("After a run: how many pictures, their sizes, the prompt, what was skipped")),
   CNTLoRASaveLoRA: () => say("After a run: the name of the file"),
 };
+const KEPT = ["CNTLoRASaveLoRA"]; // of those with words: the server keeps what they said last
 const WIDGET_HEIGHT = 20;
+const TEXT_HEIGHT = 80; // of a widget that is an element
 const REJECTED_WITHIN = 8000; // ms in which a prompt that was just sent is refused, if it is
 
 const shown = new WeakMap(); // node -> Panel or Words
@@ -36,7 +38,7 @@ async function lastRun(node) {
   if (id === null) return [];
   const events = await readRun({ workflow: workflowId(), node: id, class: node.comfyClass });
   if (executionIdOf(root(), node) !== id) return events; // another graph is open by now
-  for (const trace of events[0]?.before ?? []) shownOf(trace)?.retrace(trace);
+  for (const trace of events[0]?.before ?? []) shownOf(trace)?.retrace(trace, { older: false });
   return events;
 }
 
@@ -61,11 +63,19 @@ function addElement(node, name, display, height) {
 function addPanel(node, { kind, height }) {
   const panel = new Panel({ kind, read: () => lastRun(node) });
   addElement(node, "cntlora_panel", panel, height);
-  setTimeout(() => panel.replay().catch(() => {}), 0); // when the node has its id
+  replaySoon(panel);
 }
 
 function addWords(node, text) {
-  addElement(node, "cntlora_words", new Words(text), 72);
+  const read = KEPT.includes(node.comfyClass) ? () => lastRun(node) : undefined;
+  const words = new Words(text, read);
+  addElement(node, "cntlora_words", words, 72);
+  replaySoon(words);
+}
+
+// When the node has its id.
+function replaySoon(display) {
+  setTimeout(() => display.replay().catch(() => {}), 0);
 }
 
 // The Vue renderer folds by `options.advanced`, the canvas by `advanced`, which leaves the row: it
@@ -74,7 +84,8 @@ function foldAdvanced(node) {
   for (const widget of node.widgets ?? []) {
     if (!widget.options?.advanced) continue;
     widget.advanced = true;
-    widget.computeSize = (width) => [width ?? 0, node.showAdvanced ? WIDGET_HEIGHT : -4];
+    const height = widget.element ? TEXT_HEIGHT : WIDGET_HEIGHT;
+    widget.computeSize = (width) => [width ?? 0, node.showAdvanced ? height : -4];
   }
 }
 
@@ -111,22 +122,41 @@ function tellRejected() {
   setTimeout(look, 200);
 }
 
+// The host tells of a prompt whatever tab is open: another's nodes may have the same ids.
+let running = { prompt: null, workflow: null };
+
+async function isOfThisTab(prompt) {
+  if (prompt !== running.prompt) return true; // begun before this page
+  const workflow = await running.workflow;
+  return workflow === undefined || workflow === workflowId();
+}
+
 const LISTENERS = {
+  execution_start: ({ prompt_id: prompt }) => {
+    running = { prompt, workflow: readWorkflow(prompt) };
+  },
   "cntlora.event": ({ workflow, events, ...source }) => {
     if (workflow === workflowId()) shownOf(source)?.take(events);
   },
   // Also for what ComfyUI's cache answers: the nodes then show what made the result, those before
   // this one too. (The cache answers a node of ours under its own id only.)
-  executed: ({ node, display_node: display, output }) => {
+  executed: async ({ node, display_node: display, output, prompt_id: prompt }) => {
+    if (!await isOfThisTab(prompt)) return;
     shown.get(nodeOf(root(), display ?? node))?.executed?.(output ?? {});
     for (const text of output?.cntlora_shown ?? []) {
       const trace = JSON.parse(text);
       shownOf(trace)?.retrace(trace);
     }
   },
-  execution_error: ({ node_id: id, exception_message: text }) => {
+  execution_error: async ({ prompt_id: prompt, node_id: id, ...error }) => {
+    if (!await isOfThisTab(prompt)) return;
     const node = nodeOf(root(), id);
-    if (node?.comfyClass?.startsWith("CNTLoRA")) tell(node, text.trim());
+    const sentence = error.exception_message?.trim() || error.exception_type;
+    if (node?.comfyClass?.startsWith("CNTLoRA")) tell(node, sentence);
+  },
+  // What was sent meanwhile is lost, and the server may be another.
+  reconnected: () => {
+    for (const node of everyNode(root())) shown.get(node)?.replay({ anew: true }).catch(() => {});
   },
   promptQueueing: tellRejected,
 };

@@ -11,6 +11,14 @@ function find(graph, id) {
   return graph?.nodes?.find((node) => String(node.id) === id);
 }
 
+// Every node, those inside subgraphs too.
+export function* everyNode(graph) {
+  for (const node of graph?.nodes ?? []) {
+    yield node;
+    yield* everyNode(node.subgraph);
+  }
+}
+
 export function executionIdOf(graph, wanted, prefix = "") {
   for (const node of graph?.nodes ?? []) {
     if (node === wanted) return prefix + node.id;

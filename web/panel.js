@@ -3,7 +3,9 @@ import { pictureAddress, readRun } from "./api_client.js";
 import { Chart } from "./chart.js";
 import { make, scrolls } from "./dom.js";
 import { RankMap } from "./rank_map.js";
-import { accept, emptyState, headline, lossText, numbers } from "./run_state.js";
+import {
+  accept, acceptAnyway, emptyState, headline, isLater, isNewer, lossText, numbers, spoken,
+} from "./run_state.js";
 import { say } from "./say.js";
 import { Strip } from "./strip.js";
 
@@ -24,12 +26,14 @@ export class Panel {
   // `kind`: "train" or "calibrate"; `read`: () => promise of all events of the node's last run.
   constructor({ kind, read }) {
     Object.assign(this, { kind, read, state: emptyState(), failure: null, parts: [] });
-    this.headline = make("div", "cntlora-headline", { role: "status", "aria-live": "polite" });
+    this.headline = make("div", "cntlora-headline");
+    this.spoken = make("div", "cntlora-spoken", { role: "status", "aria-live": "polite" });
     this.numbers = make("div", "cntlora-numbers");
     const warnings = { role: "log", "aria-label": say("Warnings"), tabindex: 0 };
     this.notices = make("div", "cntlora-notices", warnings);
     scrolls(this.notices);
-    this.root = make("div", "cntlora-panel", {}, this.headline, this.numbers, this.notices);
+    const told = [this.headline, this.spoken, this.numbers, this.notices];
+    this.root = make("div", "cntlora-panel", {}, ...told);
     if (kind === "train") this.#withChart();
     else this.#add(new RankMap());
     this.#show();
@@ -50,27 +54,37 @@ export class Panel {
     this.#add(new Strip(pictureAddress));
   }
 
-  // Live events. A page that came late, or missed some, reads the whole run again.
-  take(events) {
+  // Live events. A page that came late, or missed some, reads the whole run again, once for all
+  // that come meanwhile; what even then lacks those before it (the server could not keep them)
+  // is taken as it is.
+  async take(events) {
     this.failure = null;
-    for (const event of events) {
-      if (accept(this.state, event) === "gap") return this.replay();
+    if (events.some((event) => accept(this.state, event) === "gap")) {
+      this.reading ??= this.replay().catch(() => {}).finally(() => { this.reading = null; });
+      await this.reading;
+      for (const event of events) acceptAnyway(this.state, event);
     }
     this.#show();
   }
 
-  async replay() {
+  // What the server keeps of the last run. `anew`: after it was away, when it may have lost it.
+  async replay({ anew = false } = {}) {
     const state = stateOf(await this.read());
-    if (state.run !== this.state.run || state.seq > this.state.seq) this.state = state;
+    if (isNewer(state, this.state)) this.state = state;
+    else if (anew && !state.run && this.state.run && !this.state.ended) {
+      this.failure = say("ComfyUI was restarted: this run has ended");
+    }
     this.#show();
   }
 
-  // The run that made what an output gave, which may be one of another tab's workflow.
-  async retrace(trace) {
-    this.failure = null;
-    if (trace.run !== this.state.run) {
+  // The run that made what an output gave, which may be one of another tab's workflow. `older`:
+  // also in place of a later one.
+  async retrace(trace, { older = true } = {}) {
+    if (older) this.failure = null;
+    const wanted = () => trace.run !== this.state.run && (older || isLater(trace, this.state));
+    if (wanted()) {
       const state = stateOf(await readRun(trace).catch(() => []));
-      if (state.run) this.state = state;
+      if (state.run && wanted()) this.state = state;
     }
     this.#show();
   }
@@ -85,12 +99,18 @@ export class Panel {
     const failed = this.failure !== null || state.ended?.ok === false;
     this.headline.textContent = this.failure ?? (state.run ? headline(state) : HINTS[this.kind]());
     this.headline.title = this.headline.textContent;
+    this.#speak(this.failure ?? spoken(state));
     this.headline.classList.toggle("cntlora-failed", failed);
     this.headline.classList.toggle("cntlora-hint", !failed && !state.run);
     this.numbers.textContent = this.numbers.title = numbers(state);
     this.#showNotices(state.notices);
     if (this.legend) this.legend.hidden = !lossText(state);
     for (const part of this.parts) part.show(state);
+  }
+
+  // For those who do not see it: a sentence when something begins or ends, not every number.
+  #speak(sentence) {
+    if (sentence !== this.spoken.textContent) this.spoken.textContent = sentence;
   }
 
   #showNotices(said) {

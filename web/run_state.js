@@ -18,7 +18,7 @@ function addStep(state, event) {
   const n = state.losses.length;
   state.average = state.average * SMOOTHING + event.loss * (1 - SMOOTHING);
   state.smooth.push([event.step, state.average / (1 - SMOOTHING ** n)]);
-  state.marks.push([event.time, event.step]);
+  state.marks = [...state.marks, [event.time, event.step]];
   if (state.marks.length > 30) state.marks.shift();
 }
 
@@ -32,7 +32,13 @@ const HANDLERS = {
   status: (s, e) => { s.status = e.text; s.phase = null; },
   training: (s, e) => { // steps may have been auto until now
     const status = say("Training {steps} steps", e);
-    Object.assign(s, { steps: e.steps, plan: s.status, status, phase: null });
+    Object.assign(s, { steps: e.steps, step: e.done, plan: s.status, status, phase: null });
+  },
+  resumed: (s, e) => {
+    const { marks } = s;
+    e.losses.forEach((loss, at) => addStep(s, { step: at + 1, loss }));
+    for (const [step, loss] of e.validations) addValidation(s, { step, loss });
+    s.marks = marks; // it took no time now
   },
   warning: (s, e) => s.notices.push(e.text),
   progress: (s, e) => { s.phase = e; },
@@ -61,6 +67,22 @@ export function accept(state, event) {
   return "ok";
 }
 
+// Although those before it are missing.
+export function acceptAnyway(state, event) {
+  if (accept(state, event) !== "gap") return;
+  if (state.run && event.run < state.run) return; // what is left of an earlier one
+  if (event.run !== state.run) Object.assign(state, emptyState(), { run: event.run });
+  state.seq = event.seq - 1;
+  accept(state, event);
+}
+
+// A run is named by the time at which it began, in digits of one length.
+export const isLater = ({ run }, shown) => !shown.run || run > shown.run;
+
+// Whether what was read says more than what is shown.
+export const isNewer = (read, shown) => (
+  Boolean(read.run) && (isLater(read, shown) || (read.run === shown.run && read.seq > shown.seq)));
+
 export function speed(state) {
   const [first, last] = [state.marks[0], state.marks.at(-1)];
   if (state.marks.length < 4 || last[0] <= first[0]) return null;
@@ -78,7 +100,8 @@ function clock(seconds) {
 export function headline(state) {
   if (state.ended) {
     const ended = say(state.ended.text);
-    return state.saved ? say("{ended} in loras/{path}", { ended, path: state.saved }) : ended;
+    const kept = state.saved && state.ended.text.startsWith("Cancelled");
+    return kept ? say("{ended} in {path}", { ended, path: state.saved }) : ended;
   }
   if (state.phase) {
     const phase = say(state.phase.phase);
@@ -86,6 +109,12 @@ export function headline(state) {
     return text[0].toUpperCase() + text.slice(1);
   }
   return state.status || say("Starting");
+}
+
+// The same without what counts up.
+export function spoken(state) {
+  if (!state.run) return "";
+  return state.phase && !state.ended ? say(state.phase.phase) : headline(state);
 }
 
 export function numbers(state) {

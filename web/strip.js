@@ -3,13 +3,15 @@
 import { make, scrolls } from "./dom.js";
 import { say } from "./say.js";
 
+const NEAR_THE_END = 40; // px
+
 const what = ({ step, kept }) => (
   kept ? say("Samples at step {step}, the weights kept", { step })
     : say("Samples at step {step}", { step }));
 
 export class Strip {
   constructor(address) {
-    Object.assign(this, { address, abort: new AbortController(), drawn: "" });
+    Object.assign(this, { address, abort: new AbortController(), drawn: "", buttons: new Map() });
     this.root = make("div", "cntlora-strip", { role: "group", "aria-label": say("Samples") });
     scrolls(this.root);
   }
@@ -21,29 +23,48 @@ export class Strip {
     const key = JSON.stringify([folder, inOrder]);
     if (key === this.drawn) return;
     this.drawn = key;
-    this.root.replaceChildren(...inOrder.map((sample) => this.#button(folder, sample)));
+    const { scrollTop, scrollHeight, clientHeight } = this.root;
+    this.follows = scrollTop + clientHeight >= scrollHeight - NEAR_THE_END;
+    const rows = inOrder.map((sample) => this.#row(folder, sample));
+    this.buttons = new Map(rows.map((row) => [row.source, row]));
+    // One who looks at a row, or has the keyboard on it, keeps it.
+    const stay = new Set(rows.map(({ button }) => button));
+    for (const child of [...this.root.children]) if (!stay.has(child)) child.remove();
+    rows.forEach(({ button }, at) => {
+      const there = this.root.children[at];
+      if (there !== button) this.root.insertBefore(button, there ?? null);
+    });
   }
 
-  #button(folder, sample) {
+  // The one that is there already, said anew.
+  #row(folder, sample) {
     const source = this.address(folder, sample.file);
-    const image = make("img", "", { src: source, alt: what(sample) });
-    const text = sample.kept ? say("step {step} · kept", sample) : say("step {step}", sample);
-    const label = say("{samples}, enlarge", { samples: what(sample) });
-    const button = make(
-      "button",
-      `cntlora-sample${sample.kept ? " cntlora-kept" : ""}`,
-      { type: "button", "aria-label": label, "data-step": sample.step },
-      image,
-      make("span", "cntlora-step", {}, text),
-    );
+    const row = this.buttons.get(source) ?? this.#button(source, sample);
+    const { button, image, text } = row;
+    row.says = what(sample);
+    image.alt = row.says;
+    text.textContent = sample.kept ? say("step {step} · kept", sample) : say("step {step}", sample);
+    button.setAttribute("aria-label", say("{samples}, enlarge", { samples: row.says }));
+    button.classList.toggle("cntlora-kept", sample.kept);
+    if (sample.kept) this.root.scrollTop = button.offsetTop;
+    return row;
+  }
+
+  #button(source, { step }) {
+    const image = make("img", "", { src: source });
+    const text = make("span", "cntlora-step");
+    const attributes = { type: "button", "data-step": step };
+    const button = make("button", "cntlora-sample", attributes, image, text);
+    const row = { source, button, image, text, says: "" };
     const { signal } = this.abort;
-    button.addEventListener("click", () => enlarge(source, what(sample)), { signal });
-    // The kept one, or else the newest, comes into sight.
+    button.addEventListener("click", () => enlarge(source, row.says), { signal });
+    // The kept one, or else the newest, comes into sight, unless somebody looks at another.
     image.addEventListener("load", () => {
       const kept = this.root.querySelector(".cntlora-kept");
-      this.root.scrollTop = kept ? kept.offsetTop : this.root.scrollHeight;
+      if (kept) this.root.scrollTop = kept.offsetTop;
+      else if (this.follows) this.root.scrollTop = this.root.scrollHeight;
     }, { signal });
-    return button;
+    return row;
   }
 
   destroy() {

@@ -1,8 +1,10 @@
-// A node's own sentence: what it found or wrote, or what was wrong.
+// A node's own sentence: what it found or wrote, or what was wrong. `read`: () => promise of the
+// events of its last run, if it keeps them.
 import { make, scrolls } from "./dom.js";
 
 export class Words {
-  constructor(before) {
+  constructor(before, read = async () => []) {
+    this.read = read;
     this.text = make("div", "cntlora-text", { role: "status", "aria-live": "polite" });
     this.root = make("div", "cntlora-panel cntlora-words", {}, this.text);
     scrolls(this.text);
@@ -12,6 +14,15 @@ export class Words {
   #show(text, className = "") {
     this.text.className = `cntlora-text ${className}`;
     this.text.textContent = this.root.title = text;
+  }
+
+  take(events) {
+    const said = events.filter(({ type }) => type === "status").at(-1);
+    if (said) this.#show(said.text);
+  }
+
+  async replay() {
+    this.take(await this.read());
   }
 
   executed(output) {

@@ -20,7 +20,7 @@ from ..devices import first_that_fits
 from ..distributed import ALONE, Group, gathered
 from ..effects import without_effect_in_training, without_effect_on_natural_steps
 from ..errors import NonFiniteError, SettingError
-from ..events import Base, Notice, Observer, Status, Training, Validation, ignore
+from ..events import Base, Notice, Observer, Resumed, Status, Training, Validation, ignore
 from ..lora.adapter import attached_lora, scaled
 from ..lora.targets import ALL, find_projections
 from ..model.gradient_checkpointing import recomputing_activations
@@ -98,6 +98,8 @@ def run_training(
     for text in without_effect_in_training(training, validate is not None, prior is not None):
         observer(Notice(text))
     saved = _found_by_all(checkpoints.read() if checkpoints else None, group)
+    if checkpoints and saved:
+        checkpoints.check_steps(saved, training.steps)
     base_loss = _base_loss(model, validate, training, subject.resolution, observer)
     if start is None and (saved is None or preserve is not None):
         start = run_calibration(
@@ -118,6 +120,8 @@ def run_training(
         if saved:
             saved.restore(state)
         observer(Training(training.steps, state.step))
+        if state.step:
+            observer(Resumed(state.losses, state.validations))
         written = None if group.rank else checkpoints
         run = Ongoing(start, state, training, base_loss, written, observer)
         preservation = start.preservation and start.preservation.on(model.device)

@@ -127,6 +127,15 @@ class RunSnapshots:
         self.ours = True
         return saved
 
+    def check_steps(self, saved: SavedState, steps: int) -> None:
+        """Raises SettingError where the run has made more than are asked for: what it was after
+        those is gone."""
+        if saved.story["step"] > steps:
+            raise SettingError(
+                f"'{self.path}' has made {saved.story['step']} steps already, and steps is "
+                f"{steps}: give as many at least, or start afresh."
+            )
+
     def remove(self) -> None:
         """A run that ended needs no checkpoint."""
         if self.ours:

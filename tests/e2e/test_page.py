@@ -192,3 +192,50 @@ def test_a_wrong_input_is_a_red_node_with_a_sentence(page):
         timeout=10_000,
     )
     page.shot("red_node")
+
+
+def test_what_runs_in_another_tab_says_nothing_here_and_is_read_on_return(page):
+    page.open_example("train_a_subject")
+    first = page.graph()
+    page.run(**SHORT)
+    page.wait_for("headline", "Training|Calibrating|encoding|^Done", 60)
+    page.open_graph({key: value for key, value in first.items() if key != "id"})
+    page.wait_until_idle()
+    page.page.wait_for_timeout(1000)
+    page.wait_for("headline", "^Press Run", 10)
+    page.wait_for("text", "^After a run", 10)
+    page.open_graph(first)
+    page.wait_for("headline", "^Done$", 10)
+    page.wait_for("text", "6 pictures|^Saved as", 10)
+
+
+def test_what_was_missed_while_the_server_was_away_is_read(page):
+    page.open_example("train_a_subject")
+    page.run(**SHORT)
+    page.wait_for("headline", "^Done$")
+    page.wait_until_idle()
+    page.evaluate(
+        """() => { for (const line of document.querySelectorAll('.cntlora-headline'))
+            line.textContent = 'step 3 of 8'; }"""
+    )
+    page.evaluate("() => window.app.api.dispatchEvent(new CustomEvent('reconnected'))")
+    page.wait_for("headline", "^Done$", 10)
+
+
+def test_a_text_among_the_advanced_inputs_can_be_read(page):
+    """On the canvas a widget's height is our word: an element needs more than a line."""
+    page.open_example("train_a_subject")
+    page.evaluate(
+        """() => { const train = window.app.graph.nodes.find(
+            (node) => node.comfyClass === 'CNTLoRATrain');
+            train.showAdvanced = true; train.setSize(train.computeSize());
+            window.app.canvas.draw(true, true); }"""
+    )
+    page.page.wait_for_timeout(1500)
+    heights = page.evaluate(
+        """() => window.app.graph.nodes.find((node) => node.comfyClass === 'CNTLoRATrain')
+            .widgets.filter((w) => w.name === 'sample_prompt' && w.element?.offsetParent)
+            .map((w) => w.element.clientHeight)"""
+    )
+    page.shot("advanced")
+    assert page.renderer == "vue" or (heights and min(heights) >= 40)

@@ -72,6 +72,8 @@ def test_a_cancelled_run_goes_on_to_the_same_end(pack, inputs, whole, stop):
     resumed = run(pack.TrainLoRA, **inputs).values
     assert "Goes on after step 3 of the run that was stopped." in said(pack)
     assert [e["step"] for e in events(pack) if e["type"] == "step"] == [4]
+    (behind,) = [e for e in events(pack) if e["type"] == "resumed"]
+    assert behind["losses"] == pytest.approx(whole[1]["loss"][:3], rel=1e-6)
     assert all(torch.equal(resumed[0][key], whole[0][key]) for key in whole[0])
     assert resumed[1] == whole[1]  # the losses of all four steps
     assert not states(pack)
@@ -116,6 +118,22 @@ def test_starting_afresh_and_removing(pack, inputs, stop):
     assert len(states(pack)) == 1  # its own took the place of the old one, and ended
     run(pack.TrainLoRA, **inputs | {"steps": 1, "unfinished": "remove all"})
     assert not states(pack)
+
+
+def test_what_to_set_is_said_where_the_next_run_would_not_go_on(pack, inputs, stop):
+    stop(1, unfinished="start afresh")
+    assert said(pack)[-1].startswith("Set unfinished to 'go on': queue the same graph again")
+    run(pack.TrainLoRA, **inputs)
+    assert not states(pack)
+
+
+def test_fewer_steps_than_were_made_are_refused_and_nothing_is_lost(pack, inputs, stop):
+    """What the run was after those is gone: its end would be that of more steps."""
+    stop(3)
+    with pytest.raises(ValueError, match="has made 3 steps already, and steps is 2"):
+        run(pack.TrainLoRA, **inputs | {"steps": 2})
+    run(pack.TrainLoRA, **inputs)
+    assert [e["step"] for e in events(pack) if e["type"] == "step"] == [4]
 
 
 def test_a_lora_of_the_folder_is_trained_on(pack, inputs):

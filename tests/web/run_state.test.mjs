@@ -6,7 +6,9 @@ import { test } from "node:test";
 const read = (name) => readFileSync(new URL(`../../web/${name}`, import.meta.url), "utf8");
 const address = (source) => `data:text/javascript,${encodeURIComponent(source)}`;
 const say = address(read("say.js"));
-const { accept, columns, emptyState, headline, lossText, numbers, rankRows, speed } =
+const {
+  accept, acceptAnyway, columns, emptyState, headline, isNewer, lossText, numbers, rankRows, speed, spoken,
+} =
   await import(address(read("run_state.js").replace("./say.js", say)));
 const { useWords } = await import(say);
 
@@ -54,7 +56,7 @@ test("words and numbers", () => {
   const state = stateAfter(start, step(1, 0.5), step(2, 0.5), step(3, 0.5), step(4, 0.5));
   assert.equal(speed(state), 1);
   assert.match(numbers(state), /^step 4\/10 · 1\.0 steps\/s · 0:06 left/);
-  accept(state, { type: "saved", run: "a", seq: 6, time: 105, path: "cat.safetensors" });
+  accept(state, { type: "saved", run: "a", seq: 6, time: 105, path: "loras/cat.safetensors" });
   accept(state, { type: "end", run: "a", seq: 7, time: 3761, ok: false, text: "Cancelled; what was trained is kept" });
   assert.equal(headline(state), "Cancelled; what was trained is kept in loras/cat.safetensors");
   assert.match(numbers(state), /1:01:01 in all/);
@@ -110,4 +112,56 @@ test("the panel speaks the page's language, and English where the table has no w
   const state = stateAfter(start, phase);
   assert.equal(headline(state), "9 中的 3：细化");
   assert.equal(numbers(state), "step 0/10");
+});
+
+test("a run that goes on shows what it has behind it, and its speed without that", () => {
+  const of = (seq, more) => ({ run: "a", seq, time: 100, ...more });
+  const state = stateAfter(
+    start,
+    of(2, { type: "training", steps: 10, done: 4 }),
+    of(3, { type: "resumed", losses: [0.5, null, 0.4, 0.3], validations: [[0, 0.6], [2, 0.2]] }),
+  );
+  assert.deepEqual([state.step, state.losses.length, state.best], [4, 3, [2, 0.2]]);
+  assert.match(numbers(state), /^step 4\/10 · best 0\.2000 at step 2/);
+  assert.equal(speed(state), null);
+});
+
+test("where it is kept is said of what was cancelled, once", () => {
+  const ended = (text) => stateAfter(
+    start,
+    { type: "saved", run: "a", seq: 2, time: 1, path: "/mnt/output/cat.safetensors" },
+    { type: "end", run: "a", seq: 3, time: 1, ok: false, text },
+  );
+  const cancelled = "Cancelled; what was trained is kept";
+  assert.equal(headline(ended(cancelled)), `${cancelled} in /mnt/output/cat.safetensors`);
+  assert.equal(headline(ended("It broke. Look in x.")), "It broke. Look in x.");
+});
+
+test("only what was read later, or further, takes the place of what is shown", () => {
+  const shown = stateAfter({ ...start, run: "b" }, { ...step(1, 0.5), run: "b" });
+  const read = (run, seq) => Object.assign(emptyState(), { run, seq });
+  const newer = [["a", 9], ["b", 2], ["b", 3], ["c", 1], [null, 0]].map((r) => isNewer(read(...r), shown));
+  assert.deepEqual(newer, [false, false, true, true, false]);
+  assert.equal(isNewer(read("a", 1), emptyState()), true);
+});
+
+test("an event whose forerunners nobody has is taken all the same, none of an earlier run", () => {
+  const state = stateAfter(start);
+  acceptAnyway(state, step(7, 0.2));
+  acceptAnyway(state, step(7, 0.2));
+  acceptAnyway(state, { ...step(8, 0.9), run: "0" });
+  assert.deepEqual([state.losses, state.seq], [[[7, 0.2]], 8]);
+  acceptAnyway(state, { ...step(3, 0.4), run: "b" });
+  assert.deepEqual([state.run, state.losses], ["b", [[3, 0.4]]]);
+});
+
+test("what is spoken does not count", () => {
+  const progress = (seq, done) => (
+    { type: "progress", run: "a", seq, time: 1, phase: "calibrating", done, total: 9 });
+  const state = stateAfter(start, progress(2, 1));
+  const first = spoken(state);
+  accept(state, progress(3, 2));
+  assert.equal(spoken(state), first);
+  assert.notEqual(headline(state), spoken(state));
+  assert.equal(spoken(emptyState()), "");
 });

@@ -67,7 +67,8 @@ def with_preset(config: Config, name: str) -> Config:
 def help_text() -> str:
     """For the widget and the option: every preset with its reason."""
     kinds = [f"{name}: {p.reason}" for name, p in PRESETS.items() if name != NONE]
-    return " ".join(["Settings by what is learnt; what you change yourself stays.", *kinds])
+    stays = "what you change yourself stays (a value at its default counts as not said)."
+    return " ".join([f"Settings by what is learnt; {stays}", *kinds])
 
 
 def told(name: str) -> str:

@@ -107,7 +107,8 @@ class CalibrateLoRA(io.ComfyNode):
                 title="Rank and energy of each projection",
                 params=parameter_count(start.lora),
             )
-        made_from = f"{encoded.digest} {encoded.captions} {prior and prior.digest}"
+        kept_as = prior and (prior.digest, prior.prompt, prior.resolution)
+        made_from = f"{encoded.digest} {encoded.captions} {kept_as}"
         lora = lora_model(run.lora, sd_model, encoded, config)
         lora.traces = (report.trace, *subject.traces)
         return io.NodeOutput(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,15 @@ def _hosts_work() -> Iterator[None]:
         management.unload_all_models()
 
 
+# Not escaped, and not `(words:1.2)`, which is meant as a weight.
+BARE_PARENTHESES = re.compile(r"(?<!\\)\((?![^()]*:\s*[\d.]+\s*\))")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    known = getattr(management, "is_oom", None)  # newer hosts know more of them
+    return bool(known(error)) if known else isinstance(error, management.OOM_EXCEPTION)
+
+
 @dataclass
 class ComfyUIPrompts:
     """A CLIP: chunks, weights in parentheses, embeddings and its layer are those of generation."""
@@ -33,8 +43,10 @@ class ComfyUIPrompts:
     clip: Any
     family: str
     features: int  # that the UNet reads
+    observer: Observer = ignore
     max_tokens: int | None = None
     modules: tuple[nn.Module, ...] = ()  # none is ours to drop
+    told: bool = False  # of parentheses
 
     @property
     def pooled(self) -> bool:
@@ -51,6 +63,14 @@ class ComfyUIPrompts:
     def encode(
         self, prompts: Sequence[str], device: torch.device
     ) -> list[tuple[Tensor, Tensor | None]]:
+        weighed = [text for text in prompts if BARE_PARENTHESES.search(text)]
+        if weighed and not self.told:
+            self.told = True
+            said = (
+                f"'{weighed[0]}' holds parentheses, which ComfyUI reads as weights. Where they are "
+                r"part of a name write \( and \), here as when you generate."
+            )
+            self.observer(Notice(said))
         with _hosts_work():
             rows = [self._encode(prompt) for prompt in prompts]
         return [(tokens.clone(), None if p is None else p.clone()) for tokens, p in rows]
@@ -105,12 +125,17 @@ class ComfyUIPictures:
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.inference_mode():
-            mean, std = self._whole_or_tiled(pixels)
-        return mean.float() * self.factor, std.float() * self.factor
+            each = [self._whole_or_tiled(picture) for picture in pixels.split(1)]
+            mean, std = (torch.cat(parts).float() for parts in zip(*each, strict=True))
+        return mean * self.factor, std * self.factor
 
     def _whole_or_tiled(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        with suppress(management.OOM_EXCEPTION):
+        """Of one picture `[1, 3, h, w]`: the host makes room for no more."""
+        try:
             return self._posterior(pixels)
+        except Exception as error:
+            if not _out_of_memory(error):
+                raise
         text = "Memory did not suffice for the VAE: the pictures are encoded in tiles."
         self.observer(Notice(text))
         mean = self.vae.encode_tiled((pixels.movedim(1, -1) + 1) / 2)

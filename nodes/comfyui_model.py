@@ -16,6 +16,7 @@ from ..cntlora_core.events import Notice, Observer, ignore
 from ..cntlora_core.model.families import check_depth, config_of, detect_family, distilled
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.model.noise_schedule import NoiseSchedule
+from ..cntlora_core.model.prediction import V_IN_NAME
 from ..cntlora_core.model.single_file import empty_unet
 from ..cntlora_core.model.tensor_file import SCALES
 from .comfyui_encoders import ComfyUIPictures, ComfyUIPrompts
@@ -65,9 +66,16 @@ def use_model(
     check_depth(weights, config["unet"])
     if warning := distilled(weights.path.name):
         observer(Notice(warning))
+    if schedule.prediction_type == "epsilon" and V_IN_NAME.search(weights.path.name):
+        said = (
+            f"'{weights.path.name}' looks like v-prediction by its name, but the MODEL samples as "
+            "epsilon and is trained so. If it is one, connect it through ModelSamplingDiscrete "
+            "(v_prediction, for most SDXL models with zsnr), as before a KSampler."
+        )
+        observer(Notice(said))
     return StableDiffusion(
         unet=empty_unet(config["unet"]).eval().requires_grad_(False),
-        prompts=ComfyUIPrompts(clip, family, config["unet"]["cross_attention_dim"]),
+        prompts=ComfyUIPrompts(clip, family, config["unet"]["cross_attention_dim"], observer),
         pictures=ComfyUIPictures(vae, model.model.latent_format.scale_factor, observer),
         schedule=schedule,
         scheduler_config=config["scheduler"] | {"prediction_type": schedule.prediction_type},

@@ -156,7 +156,7 @@ def lora_path(name: str) -> Path:
 def lora_name(path: Path) -> str:
     """The name under which Load LoRA lists the file; its whole path where it does not."""
     folder = _loras_folder()
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def other_folders() -> list[Path]:

@@ -88,7 +88,6 @@ class LoadCheckpoint(io.ComfyNode):
         with host.gradients():
             model = load_checkpoint(
                 host.checkpoint_path(checkpoint),
-                device=host.device(),
                 dtype=host.dtype(how.precision),
                 eight_bits=how.precision == INT8,
                 prediction=how.prediction,
@@ -99,7 +98,7 @@ class LoadCheckpoint(io.ComfyNode):
                 tokenizer=None if embedded else host.tokenizer_folder(),
                 observer=host.notices(cls),
             )
-            model.unet.to("cpu")  # until a node works with it
+            model.device = host.device()  # where it goes while a node works with it
         return io.NodeOutput(model)
 
 

@@ -45,6 +45,7 @@ class PriorImages(io.ComfyNode):
                 ),
                 *widgets_of(RunConfig, "class_count"),
                 *widgets_of(DataConfig, "resolution"),
+                *widgets_of(RunConfig, "class_steps"),
             ],
             outputs=[
                 Prior.Output(
@@ -54,8 +55,8 @@ class PriorImages(io.ComfyNode):
                 ),
                 io.Image.Output(
                     display_name="pictures",
-                    tooltip="What is preserved: your pictures, or what the model drew, quickly: "
-                    "rough, but its own.",
+                    tooltip="What is preserved: your pictures, or what the model drew: with few "
+                    "steps rough, but its own.",
                 ),
             ],
             hidden=host.IDENTITY,
@@ -65,12 +66,18 @@ class PriorImages(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, class_prompt: Any = None, resolution: Any = None, class_count: Any = None
+        cls,
+        class_prompt: Any = None,
+        resolution: Any = None,
+        class_count: Any = None,
+        class_steps: Any = None,
     ) -> bool | str:
         class_prompt = one(class_prompt)
         if class_prompt is not None and not class_prompt.strip():
             return "class_prompt is empty: name the class without the trigger, e.g. 'a dog'."
-        wrong = refusal(RunConfig, {"class_count": one(class_count)})
+        wrong = refusal(
+            RunConfig, {"class_count": one(class_count), "class_steps": one(class_steps)}
+        )
         return refusal(DataConfig, {"resolution": one(resolution)}) if wrong is True else wrong
 
     @classmethod
@@ -79,19 +86,20 @@ class PriorImages(io.ComfyNode):
         settings = {name: one(value) for name, value in single.items()}
         sd_model: StableDiffusion = settings.pop("sd_model")
         class_prompt = settings.pop("class_prompt")
-        class_count = settings.pop("class_count", 0)
+        drawn = {name: settings.pop(name, 0) for name in ("class_count", "class_steps")}
         with (
             Reporter(host.identity(cls), "CNTLoRAPriorImages") as report,
             host.working(sd_model),
         ):
             data = read_settings(DataConfig, settings)
-            count = read_settings(RunConfig, {"class_count": class_count}).class_count
+            how = read_settings(RunConfig, drawn)
             if images is None:
                 prior = class_images(
                     sd_model,
                     class_prompt,
                     data.resolution,
-                    count=count or MEASURED[0],
+                    count=how.class_count or MEASURED[0],
+                    steps=how.class_steps or MEASURED[1],
                     observer=report,
                 )
             else:

@@ -132,9 +132,9 @@ class Sampler:
             self.draw(event.step)
 
     def finish(self, run: RunResult) -> None:
-        """Draw with the weights that are given out, where they are not those of the last
-        samples."""
-        if run.kept_step != run.steps:
+        """Draw with the weights that are given out, where they are not those of the last samples,
+        or not at their strength."""
+        if run.kept_step != run.steps or run.strength != 1:
             with attached_lora(self.model.unet, run.lora):
                 self.draw(run.kept_step)
         self.report.kept(run.kept_step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -44,6 +44,10 @@ class Metric:
     rho: float
     prior: Moments | None = None
     weight: float = 0.0
+
+    def on(self, device: torch.device) -> Metric:
+        """With what is known of the prior on `device`."""
+        return replace(self, prior=self.prior and self.prior.on(device))
 
     def K(self, projection: Projection, moments: Moments) -> SecondMoment:
         """Of the layer's inputs `[d, d]`."""

@@ -96,7 +96,7 @@ class NaturalGradient(torch.optim.Optimizer):
         super().__init__([adapters.flat], {"step": start.step, "made": start.made})
         self.adapters, self.projections = adapters, start.projections
         device = adapters.flat.device
-        self.metric, self.group = start.metric, group
+        self.metric, self.group = start.metric.on(device), group
         self.moments = start.moments.on(device)
         by_rank = sorted(start.projections, key=self._rank)
         self.groups = [group for _, group in alike(by_rank, shape_of, most=len(by_rank))]
@@ -232,7 +232,7 @@ class NaturalGradient(torch.optim.Optimizer):
         (settings,) = self.param_groups
         return NaturalStart(
             self.projections,
-            self.metric,
+            self.metric.on(torch.device("cpu")),
             self.moments.on(torch.device("cpu")),
             settings["step"],
             settings["made"],

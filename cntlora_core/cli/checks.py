@@ -54,17 +54,21 @@ def without_effect(
 ) -> list[str]:
     """Options that do nothing beside the others, a sentence each."""
     preserved, trained = class_preserved(args), args.prior_loss == "images"
+    how = settings_from(RunConfig, args)
+    drawn = [
+        (
+            bool(asked) and (bool(args.class_images) or not (preserved or trained)),
+            f"--{name} has no effect: the model draws no pictures of the class.",
+        )
+        for name, asked in (("class-count", how.class_count), ("class-steps", how.class_steps))
+    ]
     rules = [
         (
             bool(args.class_prompt) and not preserved and args.prior_loss in ("none", "masked"),
             "--class-prompt has no effect here: nothing is calibrated that would preserve the "
             "class. Add --prior-loss images or --prior-loss base.",
         ),
-        (
-            bool(settings_from(RunConfig, args).class_count)
-            and (bool(args.class_images) or not (preserved or trained)),
-            "--class-count has no effect: the model draws no pictures of the class.",
-        ),
+        *drawn,
         (
             bool(args.class_images) and not preserved and not trained,
             "--class-images has no effect: nothing asks for pictures of the class.",

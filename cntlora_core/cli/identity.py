@@ -16,6 +16,7 @@ OPTIONS = (
     "prior_loss",
     "class_prompt",
     "class_count",
+    "class_steps",
     "continue_from",
     "continue_shared",
     "precision",

@@ -135,13 +135,14 @@ def _class_pictures(
         return read_subject(
             model, args.class_images, args.class_prompt, data, words=words, observer=observer
         )
-    usual, steps = TRAINED if args.prior_loss == "images" else MEASURED
+    usual, usual_steps = TRAINED if args.prior_loss == "images" else MEASURED
+    how = settings_from(RunConfig, args)
     return class_images(
         model,
         args.class_prompt,
         resolution,
-        count=settings_from(RunConfig, args).class_count or usual,
-        steps=steps,
+        count=how.class_count or usual,
+        steps=how.class_steps or usual_steps,
         folder=Path(args.cache) if args.cache else None,
         observer=observer,
     )

@@ -88,7 +88,7 @@ def _prior(parser: argparse.ArgumentParser) -> Any:
         metavar="DIR",
         help="pictures of the class (default: the model draws them)",
     )
-    add_settings(prior, RunConfig, ["class_count"])
+    add_settings(prior, RunConfig, ["class_count", "class_steps"])
     return prior
 
 

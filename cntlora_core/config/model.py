@@ -27,9 +27,9 @@ class ModelConfig:
     )
     prediction: Prediction = setting(
         "auto",
-        "What the checkpoint was trained to predict. auto: what the file says of itself, as "
-        "ComfyUI reads it. Set it for a v-prediction file that does not say so: trained as the "
-        "wrong kind a LoRA is useless.",
+        "What the checkpoint was trained to predict. auto: what the file says of itself, by "
+        "the marks that ComfyUI reads or in its metadata. Set it for a v-prediction file that does "
+        "not say so: trained as the wrong kind a LoRA is useless.",
         advanced=True,
     )
     clip_skip: int = setting(

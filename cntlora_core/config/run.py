@@ -32,6 +32,15 @@ class RunConfig:
         unit="pictures",
         auto=True,
     )
+    class_steps: int = setting(
+        0,
+        "Sampling steps of each of these pictures. auto: 12, enough to calibrate with; 25 where "
+        "the command line trains on them too. For Train LoRA's prior give 25 and more pictures.",
+        low=1,
+        high=1000,
+        unit="steps",
+        auto=True,
+    )
     continue_shared: bool = setting(
         False,
         "Of a LoRA that is continued, leave out layers that CNTLoRA does not train (text encoder, "

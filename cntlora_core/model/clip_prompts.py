@@ -72,8 +72,9 @@ class CLIPPrompts:
         return int(self.encoders[which].config.max_position_embeddings) - 2
 
     def _ids(self, which: int, prompts: Sequence[str]) -> list[list[int]]:
-        """Without start and end."""
-        rows = self.tokenizers[which](list(prompts), verbose=False).input_ids
+        """Without start and end. Escaped parentheses are parentheses, as ComfyUI reads them."""
+        texts = [text.replace(r"\(", "(").replace(r"\)", ")") for text in prompts]
+        rows = self.tokenizers[which](texts, verbose=False).input_ids
         return [row[1:-1] for row in rows]
 
     def _run(

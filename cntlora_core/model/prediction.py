@@ -45,8 +45,8 @@ def detect_prediction(
     """`epsilon`, `v` or `v + zero terminal SNR`; `asked` settles it unless it is `auto`.
 
     Markers count before metadata, metadata before SD 2's statistic of the weights (a small tensor
-    is read). A name alone gives a Notice. Raises CheckpointError for models of another
-    parametrisation (EDM).
+    is read). A name alone gives a Notice, and SDXL's v without a word on its schedule. Raises
+    CheckpointError for models of another parametrisation (EDM).
     """
     name, marks = source.path.name, {n.removeprefix(UNET_PREFIX) for n in source.shapes}
     for mark, what in EDM_MARKS.items():
@@ -66,6 +66,14 @@ def detect_prediction(
             "epsilon and v models. If the file is wrong, set prediction."
         )
     found = SPOKEN[spoken.lower()] if spoken is not None else _by_weights(source, family)
+    if found == V and family == "sdxl":
+        observer(
+            Notice(
+                f"'{name}' says that it predicts v, but not whether its schedule ends without any "
+                "signal, as NoobAI's and most SDXL models of this kind do. If it does, set "
+                f"prediction to '{V_ZERO_SNR}'."
+            )
+        )
     if found == EPSILON and V_IN_NAME.search(source.path.stem):
         observer(
             Notice(

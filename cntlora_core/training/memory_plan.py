@@ -72,7 +72,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         how = described(f"{self.batch_size} x {self.accumulation}", self.gradient_checkpointing)
-        time = "" if self.minutes is None else f", about {_minutes(self.minutes)}"
+        time = "" if self.minutes is None else f", about {_minutes(self.minutes)} without samples"
         text = (
             f"{self.free / 1e9:.1f} GB of memory free: {how}, about {self.needed / 1e9:.1f} GB "
             f"beside the model{time}."

@@ -34,6 +34,7 @@ def said(*more):
         ([*CLASS, "--preservation", "0"], "--class-prompt has no effect"),
         ([*CLASS, *ORDINARY, "--class-images", "c"], "--class-images has no effect"),
         (["--class-count", "9"], "--class-count has no effect"),
+        (["--class-steps", "9"], "--class-steps has no effect"),
         ([*CLASS, *ORDINARY, "--class-count", "9"], "--class-count has no effect"),
         (
             [*CLASS, "--prior-loss", "images", "--class-images", "c", "--class-count", "9"],
@@ -77,7 +78,7 @@ def test_what_has_no_effect_is_said(options, words):
     [
         [],
         CLASS,
-        [*CLASS, "--class-count", "9"],
+        [*CLASS, "--class-count", "9", "--class-steps", "25"],
         [*CLASS, *ORDINARY, "--prior-loss", "base"],
         [*CLASS, *CONTINUED, "--prior-loss", "images", "--class-count", "9"],
         [*CLASS, "--preservation", "2"],

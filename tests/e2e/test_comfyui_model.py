@@ -321,6 +321,32 @@ def test_pictures_are_tiled_where_memory_does_not_suffice(models, monkeypatch):
     assert not std.any()
 
 
+def test_pictures_are_encoded_one_at_a_time(models, monkeypatch):
+    """The host makes room for one."""
+    _, _, vae = theirs = models.theirs()
+    used, seen = models.use(*theirs), []
+    forward = vae.first_stage_model.encoder.forward
+    monkeypatch.setattr(
+        vae.first_stage_model.encoder,
+        "forward",
+        lambda x: seen.append(len(x)) or forward(x),
+    )
+    pixels = torch.rand(3, 3, 64, 64) * 2 - 1
+    mean, std = used.pictures.encode(pixels)
+    assert seen == [1, 1, 1]
+    alone = used.pictures.encode(pixels[1:2])
+    torch.testing.assert_close(mean[1:2], alone[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(std[1:2], alone[1], rtol=1e-4, atol=1e-5)
+
+
+def test_parentheses_that_are_no_weights_are_told_once(models):
+    prompts, told = models.use(*models.theirs()).prompts, []
+    prompts.observer = told.append
+    for text in ("a (red:1.2) cat", r"saber \(fate\)", "saber (fate)", "1girl, :(, smile"):
+        prompts.encode([text], torch.device("cpu"))
+    assert ["saber (fate)" in notice.text for notice in told] == [True]
+
+
 @pytest.fixture(scope="module")
 def full_size(comfyui):
     """SD 1.5's shapes with random weights, under the name that the template gives."""

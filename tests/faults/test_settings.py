@@ -55,6 +55,7 @@ def values(setting):
 MORE = {
     "class_prompt": st.sampled_from(["a cat", "", "{class} {nothing}"]),
     "class_count": st.integers(0, 2),
+    "class_steps": st.integers(0, 2),
     "prior_loss": st.sampled_from(RUN["prior_loss"].choices),
     "checkpoint_every": st.integers(0, 2),
     "save_precision": st.sampled_from(RUN["save_precision"].choices),

@@ -21,6 +21,15 @@ def test_a_long_prompt_is_read_in_chunks_of_their_own(mini_sd):
     torch.testing.assert_close(whole, torch.cat([first, second], 1))
 
 
+def test_escaped_parentheses_are_those_that_comfyui_reads(mini_sd):
+    plain, escaped, other = (
+        encode_prompts(mini_sd, [text]).tokens
+        for text in ("cat (red)", r"cat \(red\)", r"cat \red")
+    )
+    assert torch.equal(plain, escaped)
+    assert not torch.equal(plain, other)
+
+
 def test_captions_that_differ_after_the_first_chunk_differ(mini_sd):
     a, b = (encode_prompts(mini_sd, ["cat " * 50 + word]).tokens for word in ("red", "blue"))
     assert torch.equal(a[:, :WIDTH], b[:, :WIDTH])

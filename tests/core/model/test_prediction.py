@@ -69,6 +69,23 @@ def test_continuous_noise_levels_are_refused_by_name(tmp_path, mark, what, asked
         detect_prediction(source, "sdxl", asked)
 
 
+@pytest.mark.parametrize(
+    ("family", "metadata", "asked", "told"),
+    [
+        ("sdxl", "v", AUTO, True),
+        ("sdxl", "epsilon", AUTO, False),
+        ("sdxl", "v", V, False),
+        ("sd2", "v", AUTO, False),
+    ],
+)
+def test_v_of_sdxl_without_a_word_on_its_schedule_is_told(tmp_path, family, metadata, asked, told):
+    """Most of them end without any signal, which a marker tensor says and metadata do not."""
+    words = {"modelspec.prediction_type": metadata}
+    source, notices = write(tmp_path / "x.safetensors", family, metadata=words), []
+    detect_prediction(source, family, asked, notices.append)
+    assert [V_ZERO_SNR in notice.text for notice in notices] == [True] * told
+
+
 def test_an_unknown_word_in_the_metadata_is_refused(tmp_path):
     source = write(
         tmp_path / "x.safetensors", "sdxl", metadata={"modelspec.prediction_type": "flow"}

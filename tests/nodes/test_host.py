@@ -65,7 +65,8 @@ def test_a_model_is_moved_outside_inference_mode(pack, monkeypatch):
             assert not torch.is_inference_mode_enabled()
         with pytest.raises(KeyError), pack.host.working(model):
             raise KeyError
-    assert model.unet.inside == [False] * 5
+    assert model.unet.inside == [False] * 4
+    assert model.device == pack.host.device()  # where it goes, not where it was loaded
 
 
 def test_a_host_that_knows_no_folding_hands_the_word_on(pack):

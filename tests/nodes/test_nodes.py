@@ -172,7 +172,8 @@ def test_cancel_leaves_within_one_step_and_keeps_the_work(pack, model, pictures,
     assert len(calls) == 8
     events = last_run(pack)
     (saved,) = [e["path"] for e in events if e["type"] == "saved"]
-    assert (pack.base / "loras" / saved).is_file()
+    assert saved.startswith("loras/")
+    assert (pack.base / saved).is_file()
     assert events[-1]["text"] == "Cancelled; what was trained is kept"
 
 
@@ -187,7 +188,8 @@ def test_a_run_cancelled_while_its_last_samples_are_drawn_is_kept(
         pack.run(pack.TrainLoRA, sd_model=model, subject=pictures, steps=2, sample_every=0, **TRAIN)
     events = last_run(pack)
     (saved,) = [e["path"] for e in events if e["type"] == "saved"]
-    assert (pack.base / "loras" / saved).is_file()
+    assert saved.startswith("loras/")
+    assert (pack.base / saved).is_file()
 
 
 def test_samples_without_memory_do_not_stop_the_training(pack, model, pictures, monkeypatch):
@@ -319,15 +321,16 @@ def test_training_goes_on_in_the_metric_of_the_calibration(pack, model, pictures
         validate_every=0,
         sample_every=0,
     ).values[0]
-    told = [e["text"] for e in last_run(pack) if e["type"] == "warning"]
-    assert not [text for text in told if "adamw" in text]
+    run = last_run(pack)
+    assert not [e for e in run if e["type"] == "warning" and "adamw" in e["text"]]
     saved = pack.run(pack.SaveLoRA, lora=lora, name="runs/natural", save_precision="fp16")
     (name,) = saved.values
     # Also what is shown by nodes before: no host tells of them when its cache answers for all.
     traces = {trace["class"]: trace for trace in map(json.loads, saved.ui["cntlora_shown"])}
     assert list(traces) == ["CNTLoRATrain", "CNTLoRACalibrate", "CNTLoRASubjectImages"]
     assert traces["CNTLoRASubjectImages"]["text"].startswith("6 pictures")
-    assert last_run(pack)[0]["before"] == list(traces.values())[1:]
+    assert run[0]["before"] == list(traces.values())[1:]
+    assert [e["text"] for e in last_run(pack) if e["type"] == "status"] == list(saved.ui["text"])
     with safe_open(pack.base / "loras" / name, "pt") as file:
         assert file.metadata()["ss_optimizer"].startswith("cntlora.NaturalGradient")
 

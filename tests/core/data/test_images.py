@@ -1,6 +1,7 @@
 """A folder of pictures as people keep them."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -229,10 +230,11 @@ def test_min_snr_weighs_noisy_steps_more():
     torch.testing.assert_close(v, torch.minimum(snr, torch.tensor(5.0)) / (snr + 1))
 
 
-def test_an_optimiser_that_is_not_installed_is_a_sentence(mini_sd, subject):
+def test_an_optimiser_that_is_not_installed_is_a_sentence(mini_sd, subject, monkeypatch):
     from cntlora_core.config import CalibrationConfig
     from cntlora_core.run.runs import run_training
 
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(SettingError, match="pip install prodigyopt"):
         run_training(
             mini_sd,

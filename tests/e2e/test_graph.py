@@ -156,7 +156,7 @@ def test_cancel_keeps_the_work_and_the_next_prompt_runs(comfyui):
     last = max(e["step"] for e in events if e["type"] == "step")
     assert last < 5000
     (saved,) = [e["path"] for e in events if e["type"] == "saved"]
-    with safe_open(comfyui.base / "models/loras" / saved, framework="pt") as file:
+    with safe_open(comfyui.base / "models" / saved, framework="pt") as file:
         assert file.metadata()["ss_steps"] == str(last)
     assert events[-1] | {"ok": False, "type": "end"} == events[-1]
     assert comfyui.run(short())["status"]["status_str"] == "success"

@@ -11,14 +11,19 @@ export function emptyState() {
 
 const SMOOTHING = 0.9; // of the moving average; its start is corrected as in Adam's moments
 
-function addStep(state, event) {
-  state.step = event.step;
-  if (event.loss === null) return; // it was not a finite number
-  state.losses.push([event.step, event.loss]);
+function addLoss(state, step, loss) {
+  state.step = step;
+  if (loss === null) return; // it was not a finite number
+  state.losses.push([step, loss]);
   const n = state.losses.length;
-  state.average = state.average * SMOOTHING + event.loss * (1 - SMOOTHING);
-  state.smooth.push([event.step, state.average / (1 - SMOOTHING ** n)]);
-  state.marks = [...state.marks, [event.time, event.step]];
+  state.average = state.average * SMOOTHING + loss * (1 - SMOOTHING);
+  state.smooth.push([step, state.average / (1 - SMOOTHING ** n)]);
+}
+
+function addStep(state, { step, loss, time }) {
+  addLoss(state, step, loss);
+  if (loss === null) return;
+  state.marks.push([time, step]);
   if (state.marks.length > 30) state.marks.shift();
 }
 
@@ -35,10 +40,8 @@ const HANDLERS = {
     Object.assign(s, { steps: e.steps, step: e.done, plan: s.status, status, phase: null });
   },
   resumed: (s, e) => {
-    const { marks } = s;
-    e.losses.forEach((loss, at) => addStep(s, { step: at + 1, loss }));
+    e.losses.forEach((loss, at) => addLoss(s, at + 1, loss));
     for (const [step, loss] of e.validations) addValidation(s, { step, loss });
-    s.marks = marks; // it took no time now
   },
   warning: (s, e) => s.notices.push(e.text),
   progress: (s, e) => { s.phase = e; },

@@ -11,7 +11,7 @@ const what = ({ step, kept }) => (
 
 export class Strip {
   constructor(address) {
-    Object.assign(this, { address, abort: new AbortController(), drawn: "", buttons: new Map() });
+    Object.assign(this, { address, abort: new AbortController(), drawn: "", rows: new Map() });
     this.root = make("div", "cntlora-strip", { role: "group", "aria-label": say("Samples") });
     scrolls(this.root);
   }
@@ -25,21 +25,20 @@ export class Strip {
     this.drawn = key;
     const { scrollTop, scrollHeight, clientHeight } = this.root;
     this.follows = scrollTop + clientHeight >= scrollHeight - NEAR_THE_END;
-    const rows = inOrder.map((sample) => this.#row(folder, sample));
-    this.buttons = new Map(rows.map((row) => [row.source, row]));
-    // One who looks at a row, or has the keyboard on it, keeps it.
-    const stay = new Set(rows.map(({ button }) => button));
-    for (const child of [...this.root.children]) if (!stay.has(child)) child.remove();
-    rows.forEach(({ button }, at) => {
+    const before = this.rows;
+    this.rows = new Map(inOrder.map((sample) => this.#row(folder, sample)));
+    for (const [source, { button }] of before) if (!this.rows.has(source)) button.remove();
+    // One who looks at a row, or has the keyboard on it, keeps it: only what is new is put in.
+    [...this.rows.values()].forEach(({ button }, at) => {
       const there = this.root.children[at];
       if (there !== button) this.root.insertBefore(button, there ?? null);
     });
   }
 
-  // The one that is there already, said anew.
+  // The one that is there already, said anew, by its address.
   #row(folder, sample) {
     const source = this.address(folder, sample.file);
-    const row = this.buttons.get(source) ?? this.#button(source, sample);
+    const row = this.rows.get(source) ?? this.#button(source, sample);
     const { button, image, text } = row;
     row.says = what(sample);
     image.alt = row.says;
@@ -47,7 +46,7 @@ export class Strip {
     button.setAttribute("aria-label", say("{samples}, enlarge", { samples: row.says }));
     button.classList.toggle("cntlora-kept", sample.kept);
     if (sample.kept) this.root.scrollTop = button.offsetTop;
-    return row;
+    return [source, row];
   }
 
   #button(source, { step }) {
@@ -55,7 +54,7 @@ export class Strip {
     const text = make("span", "cntlora-step");
     const attributes = { type: "button", "data-step": step };
     const button = make("button", "cntlora-sample", attributes, image, text);
-    const row = { source, button, image, text, says: "" };
+    const row = { button, image, text, says: "" };
     const { signal } = this.abort;
     button.addEventListener("click", () => enlarge(source, row.says), { signal });
     // The kept one, or else the newest, comes into sight, unless somebody looks at another.

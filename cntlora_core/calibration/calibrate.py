@@ -93,7 +93,8 @@ def calibrate(
 
     # refine
     importance = Importance.measured(swept.timesteps, swept.norms, timesteps)
-    natural = NaturalStart(projections, metric, moments.on(torch.device("cpu")), step)
+    host = torch.device("cpu")  # where it waits for the steps
+    natural = NaturalStart(projections, metric.on(host), moments.on(host), step)
     if config.refinements:
         refined, reached = passes.refined(subject, lora, natural, importance, generator)
         # Against the base, not the start: the start was fitted to these very triples, so its loss

@@ -16,22 +16,24 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from cntlora_core.calibration.constraints import Metric
+from cntlora_core.calibration import solution
+from cntlora_core.calibration.constraints import Metric, Target
 from cntlora_core.calibration.moments import Moments
 from cntlora_core.calibration.natural import FRESH, REFRESH, NaturalStart
 from cntlora_core.calibration.recording import record
 from cntlora_core.calibration.sketch import Sketches, sketch_width
-from cntlora_core.config import EFFORTS, TrainConfig
+from cntlora_core.config import EFFORTS, CalibrationConfig, TrainConfig
 from cntlora_core.lora.adapter import Adapters, attached_lora
 from cntlora_core.lora.targets import Projection, find_projections
 from cntlora_core.model.families import config_of
@@ -51,6 +53,7 @@ VIEWS = {
 
 
 WAITS = {"_local_scalar_dense", "_linalg_check_errors", "equal", "is_nonzero", "nonzero"}
+ON_HOST = {"_linalg_svd"}  # what linalg.py does not leave to a GPU, there and back
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Counted(Live):
     def __init__(self, held: Any) -> None:
         super().__init__(held)
         self.kernels: list[tuple[float, int]] = []
-        self.waits = 0
+        self.waits = self.to_host = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -101,7 +104,16 @@ class Counted(Live):
             count = flop_registry.get(func._overloadpacket)
             flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
             tensors = [t for t in tree_iter((args, kwargs, out)) if isinstance(t, Tensor)]
-            self.kernels.append((flops, sum(t.numel() * t.element_size() for t in tensors)))
+            size = sum(t.numel() * t.element_size() for t in tensors)
+            if name in ON_HOST:
+                self.to_host, self.waits = self.to_host + size, self.waits + 1
+            else:
+                # of tensors that do not lie in one piece torch makes a kernel each
+                scattered = name.startswith("_foreach") and any(
+                    not t.is_contiguous() for t in tensors
+                )
+                times = len(args[0]) if scattered else 1
+                self.kernels += [(flops / times, size // times)] * times
         return out
 
     def seconds(self, card: Card) -> float:
@@ -111,9 +123,7 @@ class Counted(Live):
         return max(working, len(self.kernels) * card.launch_us * 1e-6)
 
 
-def counted(
-    phase: str, run: Callable[[], None], held: Any, *, to_host: int = 0, waits: int = 0
-) -> Counts:
+def counted(phase: str, run: Callable[[], None], held: Any, *, waits: int = 0) -> Counts:
     with Counted(held) as counts:
         run()
     return Counts(
@@ -122,7 +132,7 @@ def counted(
         sum(size for _, size in counts.kernels) / 1e9,
         counts.peak / 1e9,
         len(counts.kernels),
-        to_host / 1e6,
+        counts.to_host / 1e6,
         waits + counts.waits,
         tuple(counts.seconds(card) for card in CARDS),
     )
@@ -158,7 +168,8 @@ def phases(
         recomputing_activations(unet, gradient_checkpointing),
     ):
         steps = training_steps(model, projections, adapters, backward, held)
-    sketches, moments = Sketches(sketch_width(rank)), Moments()
+    sketches = Sketches(sketch_width(rank))
+    moments = Moments(gradients=sketches)
 
     def sweep() -> None:
         with (
@@ -180,7 +191,35 @@ def phases(
         counted("pass without gradients", forward, held),
         *steps,
         counted("batch of a sweep", sweep, held, waits=2),
+        solving(model, projections, moments, rank, held),
     ]
+
+
+def solving(
+    model: Any,
+    projections: Sequence[Projection],
+    moments: Moments,
+    rank: int,
+    held: Sequence[Tensor],
+) -> Counts:
+    """All layers solved and cut, once, between the sweep and the first step. Their scores are
+    numbers that nobody has here: each layer gets the mean rank."""
+    waited: list[int] = []  # bytes
+
+    def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+        waited.append(sum(t.numel() * t.element_size() for t in tensors))
+        return [torch.ones(t.shape) for t in tensors]
+
+    config, ranks = CalibrationConfig(rank=rank), {p.name: rank for p in projections}
+    constraint, generator = Target(Metric(config.rho)), torch.Generator()
+
+    def run() -> None:
+        solution.solve(model, projections, constraint, moments, config, ranks, generator)
+
+    with patch.object(solution, "on_host", on_host):
+        found = counted("layers solved, once", run, held)
+    waits = found.waits + len(waited)
+    return replace(found, to_host_mb=found.to_host_mb + sum(waited) / 1e6, waits=waits)
 
 
 def training_steps(
@@ -233,11 +272,12 @@ def table(family: str, found: list[Counts]) -> str:
 def lengths(found: Sequence[Counts]) -> str:
     """Each length of a calibration in training steps of the same batch, on each card. The step's
     fit and the last check pass a sweep's batches without gradients three times at most."""
-    forward, adamw, new, kept, sweep = found
+    forward, adamw, new, kept, sweep, solved = found
     lines = []
     for effort, (sweeps, steps) in EFFORTS.items():
         fresh = sum(made < FRESH or made % REFRESH == 0 for made in range(steps))
-        times = ((sweeps, sweep), (fresh, new), (steps - fresh, kept), (3 * sweeps, forward))
+        times = ((sweeps, sweep), (1, solved), (fresh, new), (steps - fresh, kept))
+        times += ((3 * sweeps, forward),)
         seconds = [sum(n * c.seconds[i] for n, c in times) for i in range(len(CARDS))]
         told = (
             f"{s / adamw.seconds[i]:.1f} steps, {s:.1f} s on {card.name}"

@@ -45,13 +45,10 @@ class Components:
     down: Tensor
     score: Tensor
 
-    def truncated(self, rank: int) -> Components:
-        return Components(self.up[:, :rank], self.sigma[:rank], self.down[:rank], self.score[:rank])
-
 
 def output_power(rows: Tensor, C: SecondMoment) -> Tensor:
-    """E[(a x)^2] for every row a `[r, d]`: how strongly it answers, `[r]`."""
-    return (rows.T * C.matmul(rows.T)).sum(0)
+    """E[(a x)^2] for every row a `[..., r, d]`: how strongly it answers, `[..., r]`."""
+    return (rows.mT * C.matmul(rows.mT)).sum(-2)
 
 
 def svd(
@@ -114,10 +111,8 @@ def target_components(
     U, sigma = Q @ inner[..., :rank], sigma[..., :rank]
     Vh = outer[..., :rank, :] @ V.mT
     up, sigma, down = signed(-M.matmul(U), sigma, N.matmul(Vh.mT).mT)
-    return [
-        Components(B, own, A, count * own.square())
-        for B, own, A, count in zip(up, sigma, down, tokens, strict=True)
-    ]
+    score = torch._foreach_mul(sigma.square().unbind(), [float(n) for n in tokens])
+    return [Components(*own) for own in zip(up, sigma, down, score, strict=True)]
 
 
 def domain_components(
@@ -144,8 +139,8 @@ def domain_components(
 
 
 def unit_response(up: Tensor, down: Tensor, C: SecondMoment) -> tuple[Tensor, Tensor]:
-    """Rescale so that every row a of `down` answers the subject with unit power, a^T C a = 1; `up @
-    down` stays.
+    """Rescale so that every row a of `down` `[..., r, d]` answers the subject with unit power,
+    a^T C a = 1; `up @ down` stays.
 
     It makes one learning rate mean the same in every layer and at every rank.
     """
@@ -153,13 +148,14 @@ def unit_response(up: Tensor, down: Tensor, C: SecondMoment) -> tuple[Tensor, Te
 
 
 def rescaled(up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The same `up @ down`, rows of `down` divided by `scale` `[r]`."""
-    return up * scale, down / scale[:, None]
+    """The same `up @ down`, rows of `down` divided by `scale` `[..., r]`."""
+    return up * scale[..., None, :], down / scale[..., None]
 
 
 def response(down: Tensor, C: SecondMoment) -> Tensor:
-    """Root mean square of each row's answer to the subject, `(a^T C a)^1/2` `[r]`, above 0."""
-    floor = 1e-12 * down.square().sum(1) * C.diagonal().mean() + torch.finfo(down.dtype).tiny
+    """Root mean square of each row's answer to the subject, `(a^T C a)^1/2` `[..., r]`, above 0."""
+    strength = C.diagonal().mean(-1, keepdim=True)
+    floor = 1e-12 * down.square().sum(-1) * strength + torch.finfo(down.dtype).tiny
     return output_power(down, C).clamp_min(floor).sqrt()
 
 
@@ -172,21 +168,23 @@ def factor_steps(
     K: SecondMoment,
     P_inverse: SecondMoment,
     K_inverse: SecondMoment,
+    ranks: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The natural-gradient directions of both factors of D = B A, each with the other fixed
     (derived here).
 
     Of g layers of one shape at once: `up` B `[g, m, r]`, `down` A `[g, r, d]` and their gradients G
-    A^T, B^T G; `P` `[g, m, m]` is the outputs' metric, `K` `[g, d, d]` the inputs'. The quadratic
-    model <G, D> + 1/2 tr(P D K D^T) is least along P^-1 G A^T (A K A^T)^-1 in B, and along (B^T P
-    B)^-1 B^T G K^-1 in A. Rows of A answer alike (unit response), columns of B do not:
-    `COLUMN_DAMPING` times their mean strength is added, so that a faint component does not throw
-    its row about.
+    A^T, B^T G, all zero beyond a layer's own rank, of the `ranks` `[g]`; `P` `[g, m, m]` is the
+    outputs' metric, `K` `[g, d, d]` the inputs'. The quadratic model <G, D> + 1/2 tr(P D K D^T) is
+    least along P^-1 G A^T (A K A^T)^-1 in B, and along (B^T P B)^-1 B^T G K^-1 in A. Rows of A
+    answer alike (unit response), columns of B do not: `COLUMN_DAMPING` times their mean strength is
+    added, so that a faint component does not throw its row about.
     """
     rows = down @ K.matmul(down.mT)
     columns = up.mT @ P.matmul(up)
-    step_up = _solved(_batch_damped(rows, ROW_DAMPING), P_inverse.matmul(grad_up).mT).mT
-    step_down = _solved(_batch_damped(columns, COLUMN_DAMPING), K_inverse.matmul(grad_down.mT).mT)
+    rows, columns = _damped(rows, ROW_DAMPING, ranks), _damped(columns, COLUMN_DAMPING, ranks)
+    step_up = _solved(rows, P_inverse.matmul(grad_up).mT).mT
+    step_down = _solved(columns, K_inverse.matmul(grad_down.mT).mT)
     return step_up, step_down
 
 
@@ -195,8 +193,8 @@ def _solved(moments: Tensor, right: Tensor) -> Tensor:
     return torch.nan_to_num(linalg.solve(moments, right), 0.0, 0.0, 0.0)
 
 
-def _batch_damped(moments: Tensor, rho: float) -> Tensor:
-    strength = moments.diagonal(dim1=-2, dim2=-1).mean(-1)
+def _damped(moments: Tensor, rho: float, ranks: Tensor) -> Tensor:
+    strength = moments.diagonal(dim1=-2, dim2=-1).sum(-1) / ranks
     return linalg.shifted(moments, rho * strength + tiny(moments))
 
 

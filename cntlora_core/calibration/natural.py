@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from ..lora.targets import Projection
 from .closed_form import factor_steps
 from .constraints import Metric
 from .moments import Moments, alike, shape_of
+from .ragged import Ragged, grouped
 from .recording import Seen, record
 from .second_moment import SecondMoment, split
 
@@ -64,10 +65,9 @@ class NaturalStart:
 
 @dataclass(frozen=True)
 class _Metrics:
-    """The metrics of g projections of one shape and rank, `K` `[g, d, d]` of inputs and `P` `[g, m,
-    m]` of outputs, and their inverses."""
+    """The metrics of g projections of one shape, `K` `[g, d, d]` of inputs and `P` `[g, m, m]` of
+    outputs, and their inverses."""
 
-    names: tuple[str, ...]
     P: SecondMoment
     K: SecondMoment
     P_inverse: SecondMoment
@@ -76,12 +76,12 @@ class _Metrics:
 
 @dataclass(frozen=True)
 class _Move:
-    """The natural direction `step` `[g, ...]` of one factor of g projections of one shape, its
-    squared natural lengths `[g]`, and the `weights` that it moves."""
+    """The natural directions of both factors of the `layers`, of all their columns `up` `[m, N]`
+    and rows `down` `[N, d]`, and their squared natural lengths `[2, g]`."""
 
-    keys: Sequence[str]
-    weights: Sequence[Tensor]
-    step: Tensor
+    layers: Ragged
+    up: Tensor
+    down: Tensor
     squares: Tensor
 
 
@@ -99,11 +99,14 @@ class NaturalGradient(torch.optim.Optimizer):
         self.metric, self.group = start.metric.on(device), group
         self.moments = start.moments.on(device)
         by_rank = sorted(start.projections, key=self._rank)
-        self.groups = [group for _, group in alike(by_rank, shape_of, most=len(by_rank))]
+        self.shapes = [
+            (group, [*grouped({p.name: self._rank(p) for p in group}, sum(shape[:2]), device)])
+            for shape, group in alike(by_rank, shape_of, most=len(by_rank))
+        ]
         self.seen, self.pictures = Seen(), 1
         self.tokens = dict(start.tokens)  # of a picture, by projection
         self.lengths = {key: value.to(device) for key, value in start.lengths.items()}
-        self.metrics: list[_Metrics] = []
+        self.metrics: list[tuple[Ragged, _Metrics]] = []
 
     def _rank(self, projection: Projection) -> int:
         return self.adapters.shapes[projection.name][0][0]
@@ -157,16 +160,22 @@ class NaturalGradient(torch.optim.Optimizer):
             self.tokens |= {p.name: n / self.pictures for p, n in seen.came_back(self.projections)}
             self.moments.take_in(seen)
         if fresh or not self.metrics:
-            self.metrics = [own for group in self.groups for own in self._metrics(group)]
+            self.metrics = [own for shape in self.shapes for own in self._metrics(*shape)]
         grads = self._gradients()
-        moves = [move for metrics in self.metrics for move in self._moves(metrics, grads)]
-        squares = torch.cat([move.squares for move in moves])
-        held = self._held([key for move in moves for key in move.keys], squares.clamp_min(0).sqrt())
-        shares = (self.share * held).split([len(move.keys) for move in moves])
+        moves = [self._move(*own, grads) for own in self.metrics]
+        keys = [f"{name}.{half}" for m in moves for half in "BA" for name in m.layers.names]
+        squares = torch.cat([move.squares.flatten() for move in moves])
+        held = self._held(keys, squares.clamp_min(0).sqrt())
+        shares = (self.share * held).split([move.squares.numel() for move in moves])
+        ups: list[Tensor] = []
+        downs: list[Tensor] = []
         for move, share in zip(moves, shares, strict=True):
-            move.step.mul_(share[:, None, None])
-        weights = [part for move in moves for part in move.weights]
-        torch._foreach_sub_(weights, [part for move in moves for part in move.step])
+            layers, (of_up, of_down) = move.layers, share.chunk(2)
+            ups += move.up.mul_(of_up[layers.of]).split(layers.ranks, 1)
+            downs += move.down.mul_(of_down[layers.of][:, None]).split(layers.ranks)
+        own = [self.adapters.weights[name] for move in moves for name in move.layers.names]
+        torch._foreach_sub_([factors.up for factors in own], ups)
+        torch._foreach_sub_([factors.down for factors in own], downs)
         settings["made"] += 1
 
     def _gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -181,25 +190,20 @@ class NaturalGradient(torch.optim.Optimizer):
         each = iter(torch._foreach_div([part for pair in found.values() for part in pair], tokens))
         return {name: (next(each), next(each)) for name in found}
 
-    def _moves(
-        self, metrics: _Metrics, grads: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> Iterator[_Move]:
-        """Of both factors of the projections of one shape."""
-        names = metrics.names
-        ups = [self.adapters.weights[name].up for name in names]
-        downs = [self.adapters.weights[name].down for name in names]
-        grad_up = torch.stack([grads[name][0] for name in names])
-        grad_down = torch.stack([grads[name][1] for name in names])
+    def _move(
+        self, layers: Ragged, metrics: _Metrics, grads: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> _Move:
+        own = [self.adapters.weights[name] for name in layers.names]
+        of_up, of_down = zip(*(grads[name] for name in layers.names), strict=True)
+        up, grad_up = layers.columns([factors.up for factors in own], of_up)
+        down, grad_down = layers.rows([factors.down for factors in own], of_down)
         step_up, step_down = factor_steps(
-            torch.stack(ups), torch.stack(downs), grad_up, grad_down,
-            metrics.P, metrics.K, metrics.P_inverse, metrics.K_inverse,
+            up, down, grad_up, grad_down,
+            metrics.P, metrics.K, metrics.P_inverse, metrics.K_inverse, layers.counts,
         )  # fmt: skip
-        for half, weights, grad, step in (
-            ("B", ups, grad_up, step_up),
-            ("A", downs, grad_down, step_down),
-        ):
-            keys = [f"{name}.{half}" for name in names]
-            yield _Move(keys, weights, step, (grad * step).sum((1, 2)))
+        squares = (grad_up * step_up).sum((1, 2)), (grad_down * step_down).sum((1, 2))
+        steps = layers.every_column(step_up), layers.every_row(step_down)
+        return _Move(layers, *steps, torch.stack(squares))
 
     def _held(self, keys: Sequence[str], lengths: Tensor) -> Tensor:
         """What a step keeps of each direction whose natural length is `lengths` `[g]`: of what is
@@ -218,14 +222,14 @@ class NaturalGradient(torch.optim.Optimizer):
         excess = (lengths / usual.clamp_min(torch.finfo(lengths.dtype).tiny) / UNUSUAL).square()
         return ((1 + UNUSUAL**-2) / (1 + excess)).clamp_max(1.0)
 
-    def _metrics(self, group: Sequence[Projection]) -> Iterator[_Metrics]:
-        """From the moments as they are, of layers of one shape together; apart by rank."""
-        P, K = self.metric.of(group, self.moments)
+    def _metrics(
+        self, projections: Sequence[Projection], groups: Sequence[Ragged]
+    ) -> Iterator[tuple[Ragged, _Metrics]]:
+        """From the moments as they are, of layers of one shape together."""
+        P, K = self.metric.of(projections, self.moments)
         together = P, K, P.inverse(), K.inverse()
-        counts = [len(list(same)) for _, same in groupby(group, self._rank)]
-        names = iter(p.name for p in group)
-        for count, *own in zip(counts, *(split(m, counts) for m in together), strict=True):
-            yield _Metrics(tuple(islice(names, count)), *own)
+        parts = (split(m, [len(layers.names) for layers in groups]) for m in together)
+        return zip(groups, starmap(_Metrics, zip(*parts, strict=True)), strict=True)
 
     def reached(self) -> NaturalStart:
         """What further steps would start from, in all that was seen."""

@@ -11,7 +11,7 @@ with k = d nothing is left out. Leading dimensions are those of layers that are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -36,6 +36,10 @@ class SecondMoment(Protocol):
 
     def diagonal(self) -> Tensor:
         """`[d]`."""
+
+    def power(self, weights: Iterable[Tensor]) -> Tensor:
+        """E|W x|^2 of each of g `weights` `[m, d]` of g layers; of any dtype, taken to the moment's
+        one at a time, `[g]`."""
 
     def merged(self, other: Any, share: float) -> SecondMoment:
         """The mean of both, of which `other`, of the same kind, is `share`."""
@@ -98,6 +102,15 @@ class LowRank:
         rest = self.rest[..., None]
         return rest + ((self.basis @ self.core - rest[..., None] * self.basis) * self.basis).sum(-1)
 
+    def power(self, weights: Iterable[Tensor]) -> Tensor:
+        each = (W.to(self.basis.dtype) for W in weights)
+        pairs = [
+            (W @ U, torch.linalg.vector_norm(W)) for W, U in zip(each, self.basis, strict=True)
+        ]
+        inside, norms = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        beyond = norms.square() - inside.square().sum((-2, -1))
+        return (inside @ self.core * inside).sum((-2, -1)) + self.rest * beyond.clamp_min(0)
+
     def damped(self, rho: float) -> LowRank:
         shift = self.trace() * (rho / self.basis.shape[-2]) + tiny(self.rest)
         return LowRank(self.basis, linalg.shifted(self.core, shift), self.rest + shift)
@@ -142,6 +155,11 @@ class Diagonal:
 
     def diagonal(self) -> Tensor:
         return self.values
+
+    def power(self, weights: Iterable[Tensor]) -> Tensor:
+        roots = self.values.sqrt()
+        each = zip(weights, roots, strict=True)
+        return torch.stack([torch.linalg.vector_norm(W * root) for W, root in each]).square()
 
     def damped(self, rho: float) -> Diagonal:
         return Diagonal(self.values + rho * self.values.mean(-1, keepdim=True) + tiny(self.values))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,11 +14,11 @@ from torch import Tensor
 from ..config import CalibrationConfig
 from ..lora.adapter import Factors, LoRA, scaled
 from ..lora.targets import Projection
-from .closed_form import Components, output_power, unit_response
+from .closed_form import Components, unit_response
 from .constraints import Constraint
 from .moments import Moments, alike, shape_of
 from .ranks import MAX_RANK_FACTOR, budget_of, data_ranks, uniform_ranks
-from .second_moment import SecondMoment
+from .second_moment import SecondMoment, stack
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
@@ -56,19 +57,28 @@ def solve(
     """The best update of every projection; `ranks` instead of the rule's."""
     most = config.rank * (MAX_RANK_FACTOR if config.rank_rule == "data" else 1)
     weight = partial(_weight, model)
-    solved: dict[str, Components] = {}
+    solved: dict[str, Factors] = {}
+    scores: dict[str, Tensor] = {}
+    changes: dict[str, Tensor] = {}
     for _, group in alike(projections, shape_of):
-        found = constraint.components(group, weight, moments, most, generator)
-        solved |= {p.name: parts for p, parts in zip(group, found, strict=True)}
-    scores = dict(zip(solved, on_host([parts.score for parts in solved.values()]), strict=True))
+        names = [p.name for p in group]
+        parts = constraint.components(group, weight, moments, most, generator)
+        C = stack([moments.C(p) for p in group])
+        factors, moved = _factors(parts, C)
+        solved |= dict(zip(names, factors, strict=True))
+        scores |= {name: own.score for name, own in zip(names, parts, strict=True)}
+        power = C.power(map(weight, group)).clamp_min(1e-30)
+        changes |= dict(zip(names, moved / power[:, None], strict=True))
+    told = iter(on_host([*scores.values(), *changes.values()]))
+    scores, changes = ({name: next(told) for name in solved} for _ in range(2))
     ranks = ranks or _ranks(projections, scores, config)
     chosen = [p for p in projections if ranks[p.name]]
     energy = {p.name: float(scores[p.name][: ranks[p.name]].sum()) for p in chosen}
     slope = -sum(energy.values()) if constraint.backward else 0.0
-    update = {
-        p.name: _factors(solved[p.name].truncated(ranks[p.name]), moments.C(p)) for p in chosen
-    }
-    first = FIRST_CHANGE / max(_relative_change(chosen, weight, update, moments), 1e-12)
+    # root mean square over the layers
+    change = statistics.fmean(float(changes[p.name][: ranks[p.name]][-1]) for p in chosen) ** 0.5
+    update = {p.name: _cut(solved[p.name], ranks[p.name]) for p in chosen}
+    first = FIRST_CHANGE / max(change, 1e-12)
     return Solution(chosen, _lora_on_host(update), first, slope, energy)
 
 
@@ -85,24 +95,20 @@ def _ranks(
     return data_ranks(projections, scores, budget, max_rank=MAX_RANK_FACTOR * config.rank)
 
 
-def _factors(components: Components, C: SecondMoment) -> Factors:
-    return Factors(*unit_response(components.up * components.sigma, components.down, C))
+def _factors(parts: Sequence[Components], C: SecondMoment) -> tuple[list[Factors], Tensor]:
+    """Of g layers of one shape, with unit response; and how far their update D moves the outputs,
+    ||D C^1/2||^2, of its first term, of its first two, and so on `[g, k]`."""
+    up, sigma, down = (
+        torch.stack([getattr(own, name) for own in parts]) for name in ("up", "sigma", "down")
+    )
+    up, down = unit_response(up * sigma[:, None], down, C)
+    terms = up.mT @ up * (down @ C.matmul(down.mT))
+    moved = terms.cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
+    return [Factors(*own) for own in zip(up, down, strict=True)], moved
 
 
-def _relative_change(
-    projections: Sequence[Projection],
-    weight: Callable[[Projection], Tensor],
-    update: Mapping[str, Factors],
-    moments: Moments,
-) -> float:
-    """Root mean square over layers of ||D C^1/2|| / ||W C^1/2||: how far the update moves the
-    outputs."""
-    squares = []
-    for p in projections:
-        C, own = moments.C(p), update[p.name]
-        moved = (own.up.T @ own.up * (own.down @ C.matmul(own.down.T))).sum()
-        squares.append(moved / output_power(weight(p).float(), C).sum().clamp_min(1e-30))
-    return float(torch.stack(squares).cpu().mean().sqrt())
+def _cut(factors: Factors, rank: int) -> Factors:
+    return Factors(factors.up[:, :rank], factors.down[:rank])
 
 
 def _lora_on_host(update: Mapping[str, Factors]) -> LoRA:

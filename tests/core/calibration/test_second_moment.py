@@ -68,6 +68,18 @@ def test_of_a_wide_layer_the_leading_directions_are_kept(d):
     torch.testing.assert_close(streamed.diagonal(), dense(streamed).diagonal())
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.sampled_from([5, RANK + 8]), st.booleans(), st.integers(1, 9), seeds)
+def test_how_strongly_weights_answer(d, thin, m, seed):
+    """In their own precision too: half of it is brought to the moment's."""
+    each = [Rows(rows_of(60, d, seed + i)) for i in range(3)]
+    moments = stack([(Diagonal if thin else LowRank).of(rows) for rows in each])
+    weights = torch.randn(3, m, d, generator=torch.Generator().manual_seed(seed)).half()
+    found = moments.power(iter(weights))
+    for own, W, power in zip(unstack(moments), weights.double(), found, strict=True):
+        torch.testing.assert_close(power, (W @ dense(own) @ W.T).trace())
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.sampled_from([5, RANK + 8]), st.floats(0.01, 1), st.floats(0.1, 4), seeds)
 def test_its_algebra_is_that_of_matrices(d, rho, weight, seed):
@@ -140,6 +152,7 @@ def test_what_has_no_factor_moves_nothing():
     assert torch.equal(linalg.cholesky(both)[0], torch.eye(2))
     metric = LowRank(torch.eye(2).expand(2, 2, 2), both, torch.ones(2))
     ones = torch.ones(2, 2, 2)
-    for step in factor_steps(ones, ones, ones, ones, metric, metric, metric, metric.inverse()):
+    metrics = metric, metric, metric, metric.inverse()
+    for step in factor_steps(ones, ones, ones, ones, *metrics, torch.tensor([2, 2])):
         assert step[0].abs().min() > 0
         assert torch.equal(step[1], torch.zeros(2, 2))

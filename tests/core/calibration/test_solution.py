@@ -14,7 +14,7 @@ from cntlora_core.calibration.moments import Moments
 from cntlora_core.calibration.natural import NaturalGradient, NaturalStart
 from cntlora_core.calibration.recording import Seen, input_key, output_key
 from cntlora_core.calibration.sketch import Sketches
-from cntlora_core.calibration.solution import solve
+from cntlora_core.calibration.solution import FIRST_CHANGE, solve
 from cntlora_core.config import CalibrationConfig
 from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.lora.targets import Projection
@@ -159,6 +159,21 @@ def test_a_device_gives_what_the_cpu_gives(constraint):
         )
 
 
+@pytest.mark.parametrize("ranks", [None, {"p0": 1, "p1": 3, "p2": 0, "wide": 2}])
+def test_the_first_step_moves_the_outputs_by_so_much(ranks):
+    torch.manual_seed(0)
+    model, projections, moments, metric = problem("cpu", 3)
+    config, generator = CalibrationConfig(rank=2), torch.Generator()
+    found = solve(model, projections, Target(metric), moments, config, ranks, generator)
+    changes = []
+    for p in found.projections:
+        D, W = found.update[p.name].delta(), model.unet[p.name].weight
+        C = dense(moments.C(p)).float()
+        changes.append(((D @ C * D).sum() / (W @ C * W).sum()).item())
+        assert not ranks or found.update[p.name].rank == ranks[p.name]
+    assert found.first == pytest.approx(FIRST_CHANGE / (sum(changes) / len(changes)) ** 0.5, 1e-3)
+
+
 def test_the_host_waits_for_shapes_not_for_layers():
     waits = []
     with pretended("cuda") as device:
@@ -167,7 +182,7 @@ def test_the_host_waits_for_shapes_not_for_layers():
             before = device.waits.total()
             solved(model, projections, moments, Target(metric))
             waits.append(device.waits.total() - before)
-    assert waits == [5, 5], "two shapes' small matrices; scores, the first step's length, factors"
+    assert waits == [4, 4], "two shapes' small matrices; what is told of the terms, factors"
 
 
 def test_a_natural_step_never_makes_the_host_wait():

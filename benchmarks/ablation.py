@@ -135,7 +135,7 @@ def main() -> None:
                 row = key | {"loss": round(loss, 5), "seconds": round(seconds, 2)}
                 with args.output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-    print(report([r for r in read(args.output) if r["model"] == model.name], args.rank))
+    print(report([r for r in read(args.output) if r.get("model") == model.name], args.rank))
 
 
 if __name__ == "__main__":

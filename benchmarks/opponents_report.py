@@ -31,7 +31,7 @@ class Results:
         self.path, self.model = path, model
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         self.rows = {json.dumps(row["key"]): row for row in map(json.loads, lines)}
-        for other in {row["model"] for row in self.rows.values()} - {model}:
+        for other in {row.get("model", "?") for row in self.rows.values()} - {model}:
             raise SystemExit(f"'{path}' holds runs of '{other}': give another --output.")
 
     def add(self, key: list[Any], row: Mapping[str, Any]) -> None:

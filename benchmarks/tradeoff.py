@@ -185,8 +185,8 @@ def main() -> None:
     args = parser.parse_args()
     held = args.output.read_text(encoding="utf-8").splitlines() if args.output.is_file() else []
     rows: list[Row] = [json.loads(line) for line in held]
-    if other := {r["lr"] for r in rows} - {args.lr}:
-        raise SystemExit(f"'{args.output}' is of rate {min(other):g}: give another --output.")
+    for rate in {r.get("lr", "?") for r in rows} - {args.lr}:
+        raise SystemExit(f"'{args.output}' is of rate {rate}: give another --output.")
     done = {
         (r["subject"], r["seed"])
         for r in rows

@@ -11,6 +11,7 @@ from typing import Any
 import comfy.model_management as management
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..cntlora_core.errors import CheckpointError
 from ..cntlora_core.events import Notice, Observer, ignore
@@ -36,6 +37,26 @@ def _out_of_memory(error: Exception) -> bool:
     return bool(known(error)) if known else isinstance(error, management.OOM_EXCEPTION)
 
 
+def _content(patcher: Any, setting: str) -> dict[str, Tensor]:
+    """Weights without patches (LoRAs), which stand beside them by strength, and a setting: all that
+    one is told from another by, and no patch is worked out."""
+    weights = dict(patcher.model.state_dict())
+    weights |= {key: own.weight for key, own in patcher.backup.items()}  # while they are loaded
+    patches = {
+        f"{key} changed {n} by {patch[0]:g} of {patch[2]:g}, {part}": value
+        for key, patches in patcher.patches.items()
+        for n, patch in enumerate(patches)
+        for part, value in enumerate(_tensors(patch[1]))
+    }
+    return weights | patches | {setting: torch.empty(0)}
+
+
+def _tensors(patch: Any) -> list[Tensor]:
+    """Of a patch: of a tensor, of several, of an adapter of the host."""
+    parts = tree_leaves(getattr(patch, "weights", patch))
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
 @dataclass
 class ComfyUIPrompts:
     """A CLIP: chunks, weights in parentheses, embeddings and its layer are those of generation."""
@@ -47,6 +68,10 @@ class ComfyUIPrompts:
     max_tokens: int | None = None
     modules: tuple[nn.Module, ...] = ()  # none is ours to drop
     told: bool = False  # of parentheses
+
+    @property
+    def content(self) -> list[dict[str, Tensor]]:
+        return [_content(self.clip.patcher, f"layer {self.clip.layer_idx}")]
 
     @property
     def pooled(self) -> bool:
@@ -110,6 +135,10 @@ class ComfyUIPictures:
                 f"channels, Stable Diffusion's {LATENT_CHANNELS}. Connect the VAE that belongs to "
                 "the MODEL."
             )
+
+    @property
+    def content(self) -> list[dict[str, Tensor]]:
+        return [_content(self.vae.patcher, f"factor {self.factor}")]
 
     @property
     def scale(self) -> int:

@@ -21,8 +21,10 @@ def fill_words(text: str, trigger: str, class_name: str) -> str:
 
 
 def has_words(text: str, words: str) -> bool:
-    """Whether the words stand in the text as they are, in any case."""
-    return bool(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE))
+    """Whether the words stand in the text as they are, in any case and whatever spaces are around
+    them."""
+    own = re.escape(" ".join(words.split()))
+    return bool(own and re.search(rf"(?<!\w){own}(?!\w)", text, re.IGNORECASE))
 
 
 def with_trigger(text: str, trigger: str) -> str:

@@ -49,6 +49,10 @@ class CLIPPrompts:
     def modules(self) -> tuple[nn.Module, ...]:
         return self.encoders
 
+    @property
+    def content(self) -> list[dict[str, Tensor]]:
+        return [encoder.state_dict() for encoder in self.encoders]
+
     def encode(
         self, prompts: Sequence[str], device: torch.device
     ) -> list[tuple[Tensor, Tensor | None]]:

@@ -20,7 +20,7 @@ class PromptEncoder(Protocol):
 
     `clip_skip` (1: the layer that the model was trained on, 2: one earlier) and `max_tokens` of a
     prompt are for the metadata, None where nobody says. `modules` are its own, which may be dropped
-    when all is encoded.
+    when all is encoded; `content` is what tells it from another, weights by name.
     """
 
     @property
@@ -31,6 +31,9 @@ class PromptEncoder(Protocol):
 
     @property
     def modules(self) -> tuple[nn.Module, ...]: ...
+
+    @property
+    def content(self) -> list[dict[str, Tensor]]: ...
 
     def encode(
         self, prompts: Sequence[str], device: torch.device
@@ -52,6 +55,9 @@ class PictureEncoder(Protocol):
 
     @property
     def modules(self) -> tuple[nn.Module, ...]: ...
+
+    @property
+    def content(self) -> list[dict[str, Tensor]]: ...
 
     def working(self, device: torch.device) -> AbstractContextManager[None]:
         """Around `encode` and `decode`, which run on `device`."""
@@ -98,6 +104,10 @@ class VAEPictures:
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         return (self.vae,)
+
+    @property
+    def content(self) -> list[dict[str, Tensor]]:
+        return [self.vae.state_dict()]
 
     @contextmanager
     def working(self, device: torch.device) -> Iterator[None]:

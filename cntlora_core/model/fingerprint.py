@@ -14,8 +14,8 @@ SAMPLES = 16  # numbers of every weight
 def fingerprint(model: StableDiffusion) -> str:
     """A SHA-256 over the names, the shapes and some numbers of every weight, as loaded."""
     digest = hashlib.sha256()
-    for part in (model.unet, *model.pictures.modules, *model.prompts.modules):
-        for name, weight in sorted(part.state_dict().items()):
+    for part in (model.unet.state_dict(), *model.pictures.content, *model.prompts.content):
+        for name, weight in sorted(part.items()):
             flat = weight.detach().flatten()
             some = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to("cpu", torch.float32)
             digest.update(f"{name} {tuple(weight.shape)}".encode())

@@ -29,8 +29,11 @@ def test_shuffled_tags_keep_the_first_and_lose_none():
 def test_the_trigger_is_never_shuffled_away_or_left_out():
     """Wherever it stands: booru captions begin with something else."""
     data = DataConfig(shuffle_tags=True, tag_dropout=0.9)
-    (variants,) = tag_variants(["1girl, red hair, Sks, park, tree"], data, "sks")
-    assert all(text.startswith("1girl, Sks") for text in variants)
+    for trigger in ("sks", " sks "):
+        (variants,) = tag_variants(["1girl, red hair, Sks, park, tree"], data, trigger)
+        assert all(text.startswith("1girl, Sks") for text in variants)
+    (variants,) = tag_variants(["1girl, red hair, park, tree"], data, " ")
+    assert any(text == "1girl" for text in variants), "no trigger keeps nothing"
     (variants,) = tag_variants(["1girl, red hair, my sks dog"], data, "sks")
     assert all("my sks dog" in text for text in variants)
 

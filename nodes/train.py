@@ -28,6 +28,7 @@ from .types import (
     Settings,
     SubjectPictures,
     Traces,
+    check_model,
     check_room,
     to_image,
 )
@@ -102,6 +103,8 @@ class TrainLoRA(io.ComfyNode):
         more = settings or ExtraSettings()
         wanted = Wanted(**{f.name: own.pop(f"sample_{f.name}", f.default) for f in fields(Wanted)})
         config = with_preset(read_settings(TrainConfig, own | more.fields), subject.preset)
+        if start.calibration:
+            check_model(sd_model, start.calibration.lora)
         check_room(sd_model, start.config, start.calibration.lora if start.calibration else None)
         before, node = _traces(start, subject, validation), host.identity(cls)
         with (

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..cntlora_core.config import TrainConfig
-from ..cntlora_core.data.encoded import EncodedImages, unvalidated
+from ..cntlora_core.data.encoded import EncodedImages, unvalidated, unvalidated_subjects
 from ..cntlora_core.defaults import resolve
 from ..cntlora_core.errors import CNTLoRAError
 from ..cntlora_core.events import Event, Notice, Saved
@@ -92,7 +92,9 @@ def prior_identity(prior: EncodedImages | None, prior_loss: str) -> list[str]:
     """Of what the second loss depends on."""
     if prior_loss == "masked":
         return [prior_loss]
-    return [prior_loss, prior.digest, prior.prompt] if prior and prior_loss != "none" else []
+    if not prior or prior_loss == "none":
+        return []
+    return [prior_loss, prior.digest, prior.prompt, str(prior.resolution)]
 
 
 def encoded(
@@ -119,7 +121,10 @@ def encoded(
             "trigger and class_name."
         )
         report(Notice(said))
-    return subject, validation.encode_all(model, report)
+    held_out = validation.encode_all(model, report)
+    for text in unvalidated_subjects(subject, held_out):
+        report(Notice(text))
+    return subject, held_out
 
 
 def without_effect(
@@ -186,7 +191,9 @@ class Keeper:
                 error.add_sentence(f"What was trained is in {place}.")
             raise
         except host.Cancelled:
-            if checkpoints.ours:
+            if checkpoints.failure:
+                self.report.note(Notice(checkpoints.failure))
+            elif checkpoints.ours:
                 first = "" if checkpoints.resume else f"Set unfinished to '{GO_ON}': "
                 said = f"{first}queue the same graph again and the run goes on where it stopped."
                 said = said[0].upper() + said[1:]

@@ -21,12 +21,13 @@ from ..cntlora_core.data.dataset import encode_subject
 from ..cntlora_core.data.decoding import fitted_mask
 from ..cntlora_core.data.encoded import EncodedImages, with_validation
 from ..cntlora_core.data.images import Picture
-from ..cntlora_core.errors import ImageError
+from ..cntlora_core.errors import ImageError, SettingError
 from ..cntlora_core.events import Notice, Observer, ignore
 from ..cntlora_core.files import DISK, Disk, check_space
 from ..cntlora_core.lora.adapter import LoRA
 from ..cntlora_core.lora.file import to_state_dict
 from ..cntlora_core.lora.metadata import Source
+from ..cntlora_core.lora.targets import ALL, find_projections
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.presets import NONE
 from ..cntlora_core.run.saving import save_run
@@ -153,6 +154,17 @@ def lora_model(
 
     state.write, state.prompt = save, subject.prompt
     return state
+
+
+def check_model(model: StableDiffusion, lora: LoRA) -> None:
+    """Raises SettingError for a start that another kind of model was calibrated for."""
+    layers = {p.name: (p.out_features, p.in_features) for p in find_projections(model.unet, ALL)}
+    made_for = {name: (len(f.up), f.down.shape[1]) for name, f in lora.items()}
+    if not made_for.items() <= layers.items():
+        raise SettingError(
+            f"lora_init was made for another kind of model than '{model.name}': connect the same "
+            "sd_model to both nodes."
+        )
 
 
 def check_room(model: StableDiffusion, config: CalibrationConfig, lora: LoRA | None = None) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import NoisedSet
+from ..devices import finer_precision
 from ..distributed import ALONE, Group
 from ..errors import NonFiniteError
 from ..events import Observer, Progress
@@ -115,7 +116,5 @@ def _why_not_finite(model: StableDiffusion) -> str:
                 f"The checkpoint '{model.name}' is damaged: the UNet's weight '{name}' holds NaN "
                 "or infinite values. Download it again or choose another."
             )
-    return (
-        f"The loss of '{model.name}' or its gradient is not finite before training. Try "
-        "precision fp32 or bf16, or another VAE."
-    )
+    ways = " or ".join(filter(None, (finer_precision(model.dtype), "another VAE")))
+    return f"The loss of '{model.name}' or its gradient is not finite before training. Try {ways}."

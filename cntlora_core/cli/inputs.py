@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 from ..config import DataConfig, RunConfig
 from ..data.concepts import join_concepts
 from ..data.dataset import read_subject
-from ..data.encoded import EncodedImages, unvalidated, with_validation
+from ..data.encoded import (
+    EncodedImages,
+    unvalidated,
+    unvalidated_subjects,
+    with_validation,
+)
 from ..distributed import Group
 from ..events import Notice, Observer
 from ..lora.adapter import LoRA
@@ -73,7 +78,10 @@ def _pictures(
     parts += [read(*other) for other in args.and_subject]
     subject = join_concepts(parts, observer=observer)
     if args.validation_images:
-        return subject, read(args.validation_images, args.trigger, args.class_name)
+        held_out = read(args.validation_images, args.trigger, args.class_name)
+        for text in unvalidated_subjects(subject, held_out):
+            observer(Notice(text))
+        return subject, held_out
     if args.validate_every and data.hold_out:
         training, held_out = with_validation(subject)
         for text in unvalidated(training, held_out):

@@ -145,6 +145,17 @@ def with_validation(subject: EncodedImages) -> tuple[EncodedImages, EncodedImage
     return (training, held) if len(held) else (subject, subject)
 
 
+def unvalidated_subjects(subject: EncodedImages, held_out: EncodedImages) -> list[str]:
+    """A sentence where pictures were given to validate with that show fewer subjects."""
+    count, shown = (len(set(part.concepts)) or 1 for part in (subject, held_out))
+    if shown >= count:
+        return []
+    return [
+        f"The pictures to validate with show {shown} of {count} subjects: the best weights and the "
+        "strength of all are chosen by these. Give none, and pictures of each are held out."
+    ]
+
+
 def unvalidated(subject: EncodedImages, held_out: EncodedImages) -> list[str]:
     """A sentence where some of several subjects have no picture among those held out."""
     concepts = set(subject.concepts)

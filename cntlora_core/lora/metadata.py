@@ -145,7 +145,7 @@ def _of_pictures(taught: Taught) -> dict[str, str]:
     size = taught.resolution
     return {
         "ss_resolution": f"({size}, {size})",
-        "ss_num_train_images": str(len(taught.captions)),
+        "ss_num_train_images": str(sum(repeats for _, repeats in taught.captions)),
         "ss_tag_frequency": json.dumps(_tag_frequency(taught), ensure_ascii=False),
         "ss_datasets": json.dumps([{"subsets": _subsets(taught)}], ensure_ascii=False),
         "modelspec.resolution": f"{size}x{size}",

@@ -48,7 +48,10 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
             "norm": float(torch.linalg.matrix_norm(update)),
         }
     if not modules:
-        raise LoRAFileError(f"'{path}' is not a LoRA file: it has no '.lora_down.weight' tensors.")
+        raise LoRAFileError(
+            f"'{path}' is not a LoRA file in kohya's names: it has no '.lora_down.weight' tensors. "
+            "Other trainers' names are read by --continue-from alone."
+        )
     ranks = [m["rank"] for m in modules.values()]
     return {
         "file": str(path),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ..calibration.calibrate import Calibration
 from ..config import TrainConfig
-from ..errors import CNTLoRAError, NonFiniteError, OutputError
+from ..errors import CNTLoRAError, OutputError
 from ..events import Event, Observer
 from ..lora.adapter import LoRA
 from ..training.resume import RunSnapshots
@@ -94,12 +94,13 @@ class Ongoing:
         self.state.abandon_step()
         try:
             if on_stop:
-                on_stop(self.result(best=isinstance(error, NonFiniteError) or self.state.judged))
+                on_stop(self.result(best=self.state.judged))
         finally:
             # Any other exception leaves half a step, and the checkpoint before it stays.
             if self.checkpoints and error is self.left:
                 try:
                     self.checkpoints.write(self.state)
                 except OutputError as failure:
+                    self.checkpoints.failure = str(failure)
                     if isinstance(error, CNTLoRAError):
                         error.add_sentence(str(failure))

@@ -16,7 +16,7 @@ from ..config import CalibrationConfig, TrainConfig
 from ..data.batches import NoisedSet
 from ..data.encoded import EncodedImages
 from ..defaults import default_learning_rate
-from ..devices import first_that_fits
+from ..devices import finer_precision, first_that_fits
 from ..distributed import ALONE, Group, gathered
 from ..effects import without_effect_in_training, without_effect_on_natural_steps
 from ..errors import NonFiniteError, SettingError
@@ -108,7 +108,9 @@ def run_training(
     start = _resumed(saved, model, start, calibration) if saved else start
     assert start is not None
     training, natural = _optimizer(start, training, model.name, calibration.init, observer)
-    training = fitted_training(model, training, start, subject.resolution, observer, group)
+    training = fitted_training(
+        model, training, start, subject.resolution, observer, group, prior=prior is not None
+    )
     ways = _ways(training.batch_size, training.gradient_checkpointing, group)
     smallest = _in_this_way(training, ways[-1])
     with (
@@ -262,9 +264,10 @@ def _base_loss(
     with run_conditions(model, config, resolution):
         loss = validate()
     if not math.isfinite(loss):
+        ways = " or ".join(filter(None, (finer_precision(model.dtype), "another VAE")))
         raise NonFiniteError(
             f"The loss of '{model.name}' is not finite before training: nothing was trained. Try "
-            "precision fp32 or bf16, or another VAE."
+            f"{ways}."
         )
     observer(Base(loss))
     return loss

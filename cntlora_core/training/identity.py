@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -37,10 +38,11 @@ def run_identity(
         "clip skip": model.prompts.clip_skip,
         "max tokens": model.prompts.max_tokens,
         "pictures": subject.digest,
-        "validation": held_out and [held_out.digest, *held_out.names],
+        "validation": held_out and _shown(held_out),
         "prompt": subject.prompt,
         "trigger": subject.trigger,
-        "captions": hashlib.sha256("\n".join(subject.captions).encode()).hexdigest()[:16],
+        "captions": _digest("\n".join(subject.captions)),
+        **({"repeats": [*subject.repeats]} if set(subject.repeats) != {1} else {}),
         **{
             f"data {name}" + f" of subject {n}" * (n > 1): value
             for n, one in enumerate(data, 1)
@@ -49,3 +51,14 @@ def run_identity(
         **{f"calibration {name}": value for name, value in to_dict(calibration).items()},
         **{k: v for k, v in to_dict(training).items() if k not in changing},
     }
+
+
+def _shown(held_out: EncodedImages) -> list[Any]:
+    """All that a validation's loss depends on."""
+    masks = [mask.flatten().tolist() for mask in held_out.masks or ()]
+    words = json.dumps([held_out.prompt, held_out.captions, held_out.repeats, masks])
+    return [held_out.digest, *held_out.names, held_out.resolution, _digest(words)]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -65,7 +65,7 @@ def train(
         # optimiser step
         lr = state.natural.share if state.natural else lr_at(config, state.step + 1)
         loss, norm = _clip(state, config, value)
-        _refuse_no_number(state, loss, norm, lr)
+        _refuse_no_number(state, loss, norm, lr, model.dtype)
         state.optimise(lr, finite=math.isfinite(norm))
         state.end_step()
         state.losses.append(loss)
@@ -172,14 +172,16 @@ def _clip(state: TrainState, config: TrainConfig, value: Tensor) -> tuple[float,
     return loss, length
 
 
-def _refuse_no_number(state: TrainState, loss: float, norm: float, lr: float) -> None:
+def _refuse_no_number(
+    state: TrainState, loss: float, norm: float, lr: float, dtype: torch.dtype
+) -> None:
     """Raises NonFiniteError, with the weights as they were before the step. A gradient that
     overflowed under a moving loss scale is none to stop at."""
     if math.isfinite(loss) and (math.isfinite(norm) or state.scaler.can_fall):
         return
     state.abandon_step()
     wrong = "gradient" if math.isfinite(loss) else "loss"
-    raise NonFiniteError(state.failure(wrong, lr), state.step + 1)
+    raise NonFiniteError(state.failure(wrong, lr, dtype), state.step + 1)
 
 
 def _draw(

@@ -157,17 +157,19 @@ def fitted_training(
     resolution: int,
     observer: Observer,
     group: Group = ALONE,
+    *,
+    prior: bool = False,
 ) -> TrainConfig:
     """`config` so that the training fits into the memory of every process, told in a sentence, with
-    the minutes that it takes by those of the calibration. A step sees the same pictures either
-    way."""
+    the minutes that it takes by those of the calibration, twice as many with a loss of a `prior`. A
+    step sees the same pictures either way."""
     fixed = COPIES_OF_ADAPTERS * sum(f.up.nbytes + f.down.nbytes for f in start.lora.values())
     if start.natural and config.optimizer in ("auto", "natural"):
         pictures = config.batch_size * config.accumulation
         fixed += natural_bytes(start.natural.projections, pictures, model.dtype)
     report = start.report
     passes = report.forward_passes + 2 * report.backward_passes
-    each = report.seconds / passes if report.backward_passes else None
+    each = (1 + prior) * report.seconds / passes if report.backward_passes else None
     plan = _plan(model, config, resolution, observer, (_Phase(fixed),), group, each)
     if plan is None:
         return config

@@ -54,6 +54,7 @@ class RunSnapshots:
     disk: Disk = DISK
     ours: bool = field(default=False, init=False)  # this run has written or read the file
     failed: bool = field(default=False, init=False)
+    failure: str = field(default="", init=False)  # why it could not be written at the end
 
     def due(self, step: int) -> bool:
         return bool(self.every) and step % self.every == 0

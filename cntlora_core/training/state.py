@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..calibration.natural import NaturalGradient, NaturalStart
 from ..config import TrainConfig
 from ..data.importance import Importance
+from ..devices import finer_precision
 from ..distributed import ALONE, Group
 from ..errors import SettingError
 from ..lora.adapter import Adapters, LoRA
@@ -126,22 +127,21 @@ class TrainState:
         with self.natural.recording(model, pictures, self.scaler.value):
             yield
 
-    def failure(self, wrong: str, lr: float) -> str:
-        """What to say, and to try, when the next step gives no numbers."""
-        text = f"The {wrong} became NaN or infinite at step {self.step + 1}"
+    def failure(self, wrong: str, lr: float, dtype: torch.dtype) -> str:
+        """What to say, and to try, when the next step of a model of this `dtype` gives no
+        numbers."""
+        text, finer = f"The {wrong} became NaN or infinite at step {self.step + 1}", []
+        if precision := finer_precision(dtype):
+            finer = [f"use {precision}"]
         if not self.step:  # no step has changed anything: it is none's fault
-            text += (
-                ": nothing was trained. Use precision fp32, or another checkpoint, VAE or LoRA to "
-                "go on from."
-            )
-        elif self.natural:
-            text += "; the weights before it are kept. Use precision fp32, or optimizer adamw."
+            text += ": nothing was trained"
+            ways = [*finer, "use another checkpoint, VAE or LoRA to go on from"]
         else:
-            text += (
-                f"; the weights before it are kept. Lower the learning rate (it was {lr:g}) or use "
-                "precision bf16 or fp32."
-            )
-        return text
+            text += "; what was learnt before it is kept"
+            rate = f"lower the learning rate (it was {self.effective_rate(lr):g})"
+            ways = [*finer, "use optimizer adamw"] if self.natural else [rate, *finer]
+        said = ", or ".join(ways)
+        return f"{text}. {said[0].upper()}{said[1:]}."
 
     def begin_step(self) -> None:
         """Back to the weights that are trained."""

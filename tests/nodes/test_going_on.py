@@ -1,6 +1,7 @@
 """A training that was stopped goes on by itself; a finished LoRA is trained on from its file."""
 
 import json
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -47,6 +48,30 @@ def stop(pack, inputs, monkeypatch):
                 run(pack.TrainLoRA, **inputs | more)
 
     return stopped
+
+
+def test_a_start_for_another_kind_of_model_is_refused(pack, inputs):
+    calibrated = run(pack.CalibrateLoRA, **{k: inputs[k] for k in ("sd_model", "subject")}).values[
+        0
+    ]
+    first = dict(list(calibrated.calibration.lora.items())[:1])
+    wider = {n: replace(f, down=torch.cat([f.down, f.down], 1)) for n, f in first.items()}
+    for lora in (wider, dict.fromkeys(["another.layer"], *first.values())):
+        foreign = replace(calibrated, calibration=replace(calibrated.calibration, lora=lora))
+        with pytest.raises(ValueError, match="another kind of model than 'mini-sd"):
+            run(pack.TrainLoRA, **inputs, lora_init=foreign)
+
+
+def test_an_unfinished_run_that_cannot_be_written_is_told(pack, inputs, stop, monkeypatch):
+    def full(checkpoints, state):
+        raise sys.modules["cntlora_pack.cntlora_core.errors"].OutputError("No space left.")
+
+    with monkeypatch.context() as patched:
+        resume = sys.modules["cntlora_pack.cntlora_core.training.resume"]
+        patched.setattr(resume.RunSnapshots, "write", full)
+        stop(2)
+    assert "No space left." in said(pack)
+    assert not any("goes on where it stopped" in text for text in said(pack))
 
 
 def events(pack):

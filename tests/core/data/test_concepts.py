@@ -8,7 +8,7 @@ from cntlora_core.config import DataConfig
 from cntlora_core.data.batches import batch_order, draw_noised
 from cntlora_core.data.concepts import join_concepts
 from cntlora_core.data.dataset import encode_subject
-from cntlora_core.data.encoded import unvalidated, with_validation
+from cntlora_core.data.encoded import unvalidated, unvalidated_subjects, with_validation
 from cntlora_core.data.images import Picture
 from cntlora_core.errors import SettingError
 
@@ -78,6 +78,14 @@ def test_a_subject_that_is_not_validated_is_told(mini_sd):
     enough = join_concepts([concept(mini_sd, "sks", 5), concept(mini_sd, "zwx", 5)])
     assert unvalidated(*with_validation(enough)) == []
     assert unvalidated(*with_validation(concept(mini_sd, "sks", 5))) == []
+
+
+def test_pictures_of_one_subject_validate_several(mini_sd):
+    one = concept(mini_sd, "sks", 5)
+    both = join_concepts([one, concept(mini_sd, "zwx", 5)])
+    (said,) = unvalidated_subjects(both, one)
+    assert said.startswith("The pictures to validate with show 1 of 2 subjects")
+    assert unvalidated_subjects(both, both) == unvalidated_subjects(one, one) == []
 
 
 def test_one_subject_is_joined_to_itself(mini_sd):

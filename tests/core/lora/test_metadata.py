@@ -53,7 +53,7 @@ def test_tags_are_those_of_the_captions_by_repeats():
     (dataset,) = json.loads(metadata["ss_datasets"])
     counts = {s["num_repeats"]: s["img_count"] for s in dataset["subsets"]}
     assert counts == {1: 2, 10: 1}
-    assert metadata["ss_num_train_images"] == "3"
+    assert metadata["ss_num_train_images"] == "12"  # kohya counts repeats
 
 
 @pytest.mark.parametrize(

@@ -123,8 +123,17 @@ def test_the_result_names_the_optimiser_that_made_the_steps(mini_sd, subject):
 
 
 def test_numbers_that_fail_at_the_first_step_are_no_steps_fault():
-    state = SimpleNamespace(step=0, natural=None)
-    assert "at step 1: nothing was trained." in TrainState.failure(state, "loss", 0.1)
+    state = SimpleNamespace(step=0, natural=None, effective_rate=lambda lr: 3 * lr)
+    half, full = torch.float16, torch.float32
+    said = TrainState.failure(state, "loss", 0.1, full)
+    assert "at step 1: nothing was trained. Use another checkpoint" in said
+    assert "Use precision bf16 or fp32, or use" in TrainState.failure(state, "loss", 0.1, half)
     state.step = 2
-    said = TrainState.failure(state, "gradient", 0.1)
-    assert "at step 3; the weights before it are kept. Lower the learning rate (it was 0.1)" in said
+    said = TrainState.failure(state, "gradient", 0.1, full)
+    kept = "at step 3; what was learnt before it is kept. Lower the learning rate (it was 0.3)"
+    assert said.endswith(kept + ".")
+    said = TrainState.failure(state, "gradient", 0.1, torch.bfloat16)
+    assert said.endswith(kept + ", or use precision fp32.")
+    state.natural = object()
+    said = TrainState.failure(state, "gradient", 0.1, torch.bfloat16)
+    assert said.endswith("Use precision fp32, or use optimizer adamw.")

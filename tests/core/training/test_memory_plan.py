@@ -157,6 +157,8 @@ def test_a_timed_calibration_says_how_long_the_training_takes(mini_sd, monkeypat
     config, told = TrainConfig(steps=90, batch_size=2, accumulation=2), []
     assert fitted_training(mini_sd, config, start, 64, told.append) == config
     assert told[0].text.endswith(", about 36 minutes without samples.")  # 90 x 4 x 3 x 2 s
+    fitted_training(mini_sd, config, start, 64, told.append, prior=True)
+    assert "about 72 minutes" in told.pop().text
     fitted_training(mini_sd, dataclasses.replace(config, steps=1), start, 64, told.append)
     assert told[1].text.endswith(", about a minute without samples.")
     fitted_training(mini_sd, config, continued({}), 64, told.append)

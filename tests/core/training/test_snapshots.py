@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cntlora_core.config import CalibrationConfig, TrainConfig
-from cntlora_core.errors import OutputError, SettingError
+from cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
+from cntlora_core.errors import NonFiniteError, OutputError, SettingError
 from cntlora_core.events import Notice, Step, Validation
+from cntlora_core.lora.adapter import Adapters
 from cntlora_core.model.fingerprint import fingerprint
 from cntlora_core.run.runs import run_training
+from cntlora_core.training.identity import run_identity
 from cntlora_core.training.resume import RunSnapshots
 
 PLAIN = CalibrationConfig(init="gaussian", rank=1)
@@ -144,6 +146,35 @@ def test_a_run_stopped_before_its_training_was_judged_keeps_what_it_learnt(mini_
             on_stop=stopped.append,
         )
     assert stopped[0].kept_step == 2
+
+
+def test_numbers_that_fail_before_a_validation_keep_what_was_learnt(mini_sd, subject, monkeypatch):
+    """Not the start, which was all that had been validated."""
+    stopped, gradient = [], Adapters.gradient
+
+    def fails_at_third(adapters, scale):
+        fails_at_third.steps += 1
+        return gradient(adapters, scale).mul_(torch.nan if fails_at_third.steps == 3 else 1)
+
+    fails_at_third.steps = 0
+    monkeypatch.setattr(Adapters, "gradient", fails_at_third)
+    config = replace(TRAINING, validate_every=10)
+    with pytest.raises(NonFiniteError, match="step 3; what was learnt before it is kept"):
+        run_training(mini_sd, subject, PLAIN, config, validate=lambda: 0.5, on_stop=stopped.append)
+    assert stopped[0].kept_step == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"prompt": "a cat"}, {"captions": ("a",)}, {"resolution": 65}, {"repeats": (9,)},
+     {"masks": (torch.zeros(1, 8, 8),)}],
+)  # fmt: skip
+def test_a_run_that_is_validated_otherwise_is_another(mini_sd, subject, other):
+    def made(held_out):
+        config = CalibrationConfig(), TrainConfig(steps=1)
+        return run_identity(mini_sd, subject, held_out, [DataConfig()], *config)
+
+    assert made(subject) == made(replace(subject)) != made(replace(subject, **other))
 
 
 def test_two_checkpoints_of_one_name_are_told_apart(mini_sd):

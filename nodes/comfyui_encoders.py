@@ -38,23 +38,25 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _content(patcher: Any, setting: str) -> dict[str, Tensor]:
-    """Weights without patches (LoRAs), which stand beside them by strength, and a setting: all that
-    one is told from another by, and no patch is worked out."""
+    """Weights, their patches (LoRAs, merges) beside them, and a setting: all that one is told from
+    another by, and no patch is worked out."""
     weights = dict(patcher.model.state_dict())
     weights |= {key: own.weight for key, own in patcher.backup.items()}  # while they are loaded
     patches = {
-        f"{key} changed {n} by {patch[0]:g} of {patch[2]:g}, {part}": value
+        f"{key} changed {n}": part
         for key, patches in patcher.patches.items()
-        for n, patch in enumerate(patches)
-        for part, value in enumerate(_tensors(patch[1]))
+        for n, part in enumerate(_parts(patches))
     }
     return weights | patches | {setting: torch.empty(0)}
 
 
-def _tensors(patch: Any) -> list[Tensor]:
-    """Of a patch: of a tensor, of several, of an adapter of the host."""
-    parts = tree_leaves(getattr(patch, "weights", patch))
-    return [part for part in parts if isinstance(part, Tensor)]
+def _parts(patch: Any) -> Iterator[Tensor]:
+    """Tensors and numbers of patches: alone, several, merged, in the host's adapters."""
+    for part in tree_leaves(patch):
+        if isinstance(part, (Tensor, int, float)):
+            yield torch.as_tensor(part)
+        elif hasattr(part, "weights"):
+            yield from _parts(part.weights)
 
 
 @dataclass

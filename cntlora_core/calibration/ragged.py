@@ -3,7 +3,6 @@ and columns of zeros, so that the number of kernels is that of shapes and not of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,23 +15,26 @@ MOST = 1 << 23  # numbers of both factors with their zeros that are worked on at
 @dataclass(frozen=True)
 class Ragged:
     """Of g layers of one shape their `names` and `ranks`, of which R is the largest. Of all N rows
-    together the `places` among g R, and again among 2 g R for weights and gradients `[2, N]`, and
-    the layer `of` each `[N]`; `counts` are the ranks `[g]`."""
+    together the `places` among g R and the layer `of` each `[N]`; `sources` `[2 g R]` is the other
+    way, for weights and gradients, 2 N where there are zeros; `counts` are the ranks `[g]`."""
 
     names: Sequence[str]
     ranks: Sequence[int]
     places: Tensor
     of: Tensor
+    sources: Tensor
     counts: Tensor
 
     @classmethod
     def make(cls, ranks: Mapping[str, int], device: torch.device) -> Ragged:
         """Of ranks by name."""
         names, own = zip(*ranks.items(), strict=True)
-        most, total = max(own), max(own) * len(own)
+        most, total, count = max(own), max(own) * len(own), sum(own)
         places = torch.tensor([i * most + k for i, rank in enumerate(own) for k in range(rank)])
         of = torch.tensor([i for i, rank in enumerate(own) for _ in range(rank)])
-        parts = torch.stack([places, places + total]), of, torch.tensor(own, dtype=torch.float32)
+        sources = torch.full((2, total), 2 * count)
+        sources[:, places] = torch.arange(2 * count).view(2, count)
+        parts = places, of, sources.flatten(), torch.tensor(own, dtype=torch.float32)
         return cls(names, own, *(part.to(device) for part in parts))
 
     @property
@@ -42,24 +44,23 @@ class Ragged:
 
     def rows(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
         """`[2, g, R, d]` of each layer's `[r, d]`."""
-        every = torch.cat([*weights, *grads])
-        whole = every.new_zeros(math.prod(self.size), every.shape[1])
-        return whole.index_copy_(0, self.places.flatten(), every).unflatten(0, self.size)
+        zero = weights[0].new_zeros(1, weights[0].shape[1])
+        every = torch.cat([*weights, *grads, zero])
+        return every.index_select(0, self.sources).unflatten(0, self.size)
 
     def columns(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
         """`[2, g, m, R]` of each layer's `[m, r]`."""
-        every = torch.cat([*weights, *grads], 1)
-        whole = every.new_zeros(every.shape[0], math.prod(self.size))
-        whole.index_copy_(1, self.places.flatten(), every)
-        return whole.unflatten(1, self.size).permute(1, 2, 0, 3)
+        zero = weights[0].new_zeros(weights[0].shape[0], 1)
+        every = torch.cat([*weights, *grads, zero], 1)
+        return every.index_select(1, self.sources).unflatten(1, self.size).permute(1, 2, 0, 3)
 
     def every_row(self, padded: Tensor) -> Tensor:
         """`[N, d]`, without the zeros of `padded` `[g, R, d]`."""
-        return padded.flatten(0, 1).index_select(0, self.places[0])
+        return padded.flatten(0, 1).index_select(0, self.places)
 
     def every_column(self, padded: Tensor) -> Tensor:
         """`[m, N]`, without the zeros of `padded` `[g, m, R]`."""
-        return padded.transpose(0, 1).flatten(1, 2).index_select(1, self.places[0])
+        return padded.transpose(0, 1).flatten(1, 2).index_select(1, self.places)
 
 
 def grouped(ranks: Mapping[str, int], width: int, device: torch.device) -> Iterator[Ragged]:

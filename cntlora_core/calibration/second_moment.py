@@ -159,7 +159,9 @@ class Diagonal:
     def power(self, weights: Iterable[Tensor]) -> Tensor:
         roots = self.values.sqrt()
         each = zip(weights, roots, strict=True)
-        return torch.stack([torch.linalg.vector_norm(W * root) for W, root in each]).square()
+        return torch.stack(
+            [torch.linalg.vector_norm(W.to(root.dtype) * root) for W, root in each]
+        ).square()
 
     def damped(self, rho: float) -> Diagonal:
         return Diagonal(self.values + rho * self.values.mean(-1, keepdim=True) + tiny(self.values))

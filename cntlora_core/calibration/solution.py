@@ -103,7 +103,8 @@ def _factors(parts: Sequence[Components], C: SecondMoment) -> tuple[list[Factors
     )
     up, down = unit_response(up * sigma[:, None], down, C)
     terms = up.mT @ up * (down @ C.matmul(down.mT))
-    moved = terms.cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
+    first = torch.ones_like(terms[0]).tril()
+    moved = ((first @ terms) * first).sum(-1)
     return [Factors(*own) for own in zip(up, down, strict=True)], moved
 
 

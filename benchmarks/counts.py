@@ -207,7 +207,7 @@ def solving(
     waited: list[int] = []  # bytes
 
     def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-        waited.append(sum(t.numel() * t.element_size() for t in tensors))
+        waited.append(torch.cat([t.flatten() for t in tensors]).nbytes)  # as it gathers them
         return [torch.ones(t.shape) for t in tensors]
 
     config, ranks = CalibrationConfig(rank=rank), {p.name: rank for p in projections}

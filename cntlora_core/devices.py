@@ -27,11 +27,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INT8 = "int8"  # of the frozen weights' storage; they compute in bf16, on the CPU in fp32
 
 
-def finer_precision(dtype: torch.dtype) -> str:
-    """What to say where numbers overflow: the settings of `precision` that do so less; empty where
-    there is none."""
-    finer = {torch.float16: "precision bf16 or fp32", torch.bfloat16: "precision fp32"}
-    return finer.get(dtype, "")
+def finer_precision(dtype: torch.dtype) -> list[str]:
+    """What to say where numbers overflow: the settings of `precision` that do so less, if any."""
+    finer = {torch.float16: ["precision bf16 or fp32"], torch.bfloat16: ["precision fp32"]}
+    return finer.get(dtype, [])
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -116,5 +116,5 @@ def _why_not_finite(model: StableDiffusion) -> str:
                 f"The checkpoint '{model.name}' is damaged: the UNet's weight '{name}' holds NaN "
                 "or infinite values. Download it again or choose another."
             )
-    ways = " or ".join(filter(None, (finer_precision(model.dtype), "another VAE")))
+    ways = " or ".join([*finer_precision(model.dtype), "another VAE"])
     return f"The loss of '{model.name}' or its gradient is not finite before training. Try {ways}."

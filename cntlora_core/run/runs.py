@@ -264,7 +264,7 @@ def _base_loss(
     with run_conditions(model, config, resolution):
         loss = validate()
     if not math.isfinite(loss):
-        ways = " or ".join(filter(None, (finer_precision(model.dtype), "another VAE")))
+        ways = " or ".join([*finer_precision(model.dtype), "another VAE"])
         raise NonFiniteError(
             f"The loss of '{model.name}' is not finite before training: nothing was trained. Try "
             f"{ways}."

@@ -130,9 +130,8 @@ class TrainState:
     def failure(self, wrong: str, lr: float, dtype: torch.dtype) -> str:
         """What to say, and to try, when the next step of a model of this `dtype` gives no
         numbers."""
-        text, finer = f"The {wrong} became NaN or infinite at step {self.step + 1}", []
-        if precision := finer_precision(dtype):
-            finer = [f"use {precision}"]
+        text = f"The {wrong} became NaN or infinite at step {self.step + 1}"
+        finer = [f"use {precision}" for precision in finer_precision(dtype)]
         if not self.step:  # no step has changed anything: it is none's fault
             text += ": nothing was trained"
             ways = [*finer, "use another checkpoint, VAE or LoRA to go on from"]

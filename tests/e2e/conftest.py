@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from comfyui_models import comfy, models  # noqa: F401, fixtures of two files here
 
 RENDERERS = os.environ.get("E2E_RENDERER", "canvas vue").split()
 

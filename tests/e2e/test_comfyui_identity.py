@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from test_comfyui_model import comfy, models  # noqa: F401, the fixtures
 
 from cntlora_core.model.fingerprint import fingerprint
 
 pytestmark = pytest.mark.comfyui
 
 
-def test_another_clip_or_vae_is_another_run(models):  # noqa: F811
+def test_another_clip_or_vae_is_another_run(comfy, models):
     """Another file, strength of a LoRA, or layer; not the same twice, whether loaded or not."""
 
     def told(model, clip, vae):
@@ -28,7 +27,9 @@ def test_another_clip_or_vae_is_another_run(models):  # noqa: F811
         with torch.inference_mode():
             patched.patcher.add_patches({key: (torch.ones_like(weight),)}, strength)
         found = told(model, patched, vae)
-        models.use(model, patched, vae).prompts.encode(["a cat"], torch.device("cpu"))
+        with torch.inference_mode():
+            comfy.model_management.load_models_gpu([patched.patcher])
+        assert patched.patcher.backup, "the patch is in the weights"
         assert told(model, patched, vae) == found
         seen.add(found)
     layered = clip.clone()

@@ -56,7 +56,7 @@ def start_of(model: Any, config: CalibrationConfig) -> Calibration:
     """A calibration's result by its shapes: as many parameters as that rank on the attention's
     layers, the metric of all."""
     projections = find_projections(model.unet, targets_for(config))
-    attention = [p for p in projections if not p.feed_forward]
+    attention = [p for p in projections if p.attention]
     natural = NaturalStart(projections, Metric(config.rho), Moments(), 1.0)
     return replace(continued(meta_lora(attention, config.rank)), natural=natural)
 

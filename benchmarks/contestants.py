@@ -28,6 +28,7 @@ class Method:
 
 ATTENTION = CalibrationConfig(init="gaussian", targets="attention")
 WIDE = CalibrationConfig(init="gaussian", targets="attention+ff")
+WIDEST = CalibrationConfig(init="gaussian", targets="attention+ff+conv")
 OURS = CalibrationConfig(effort="quick")  # the steps after it are those of a longer effort
 ORDINARY = {
     "attention, 4": Method(ATTENTION, 4, rates=(3e-3, 6e-3, 1.2e-2)),
@@ -35,6 +36,7 @@ ORDINARY = {
     "with feed-forward, 4": Method(WIDE, 4, rates=(3e-3, 6e-3, 1.2e-2)),
     "with feed-forward, 2": Method(WIDE, 2),
     "with feed-forward, 1": Method(WIDE, 1),
+    "with convolutions, 2": Method(WIDEST, 2),
     "with feed-forward, 2, Prodigy": Method(WIDE, 2, "prodigy", rates=(1.0,)),
     "with feed-forward, 2, schedule-free": Method(WIDE, 2, "schedulefree"),
     "with feed-forward, 2, Muon": Method(WIDE, 2, "muon", rates=(3e-3, 1.2e-2, 4.8e-2)),
@@ -43,6 +45,9 @@ ORDINARY = {
 BESIDE = {
     "with feed-forward, 2, importance": Method(WIDE, 2, importance=True),
     "ours": Method(OURS, optimizer="natural", rates=(0.0,)),
+    "ours, convolutions": Method(
+        replace(OURS, targets="attention+ff+conv"), optimizer="natural", rates=(0.0,)
+    ),
     "ours, held out": Method(OURS, optimizer="natural", rates=(0.0,), held_out=True),
     "ours, then AdamW": Method(OURS, rates=(7.5e-4, 1.5e-3, 3e-3)),
 }
@@ -70,7 +75,8 @@ METHODS = ORDINARY | BESIDE | AS_THEY_COME | PEERS
 
 def rank_of(method: Method, rank: int) -> int:
     """So that all methods have the same number of parameters: with feed-forward layers an ordinary
-    LoRA has twice as many. A trainer as it comes keeps its own."""
+    LoRA has twice as many, with convolutions nearly five times (and gets one more than its share).
+    A trainer as it comes keeps its own."""
     if method.alpha:
         return method.start.rank
-    return rank // 2 if method.start is WIDE else rank
+    return max(1, rank // {WIDE.targets: 2, WIDEST.targets: 4}.get(method.start.targets, 1))

@@ -49,6 +49,7 @@ VIEWS = {
     "new_empty", "new_empty_strided", "permute", "select", "slice", "split", "split_with_sizes",
     "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
     "_fused_sdp_choice", "diagonal", "chunk", "is_same_size", "unsafe_split",
+    "unfold",
 }  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def shuffled(ranks: Mapping[str, int], projections: Sequence[Projection], seed: 
 def equal(projections: Sequence[Projection], rank: int) -> Ranks:
     """What the rule gives where every next rank of a layer is worth less than all before it."""
     falling = {p.name: p.parameters_per_rank / torch.arange(1.0, 1025) for p in projections}
-    budget = budget_of([p for p in projections if not p.feed_forward], rank)
+    budget = budget_of([p for p in projections if p.attention], rank)
     return data_ranks(projections, falling, budget, max_rank=1024)
 
 

@@ -41,10 +41,10 @@ class CalibrateLoRA(io.ComfyNode):
             display_name="Calibrate LoRA",
             category=host.category(),
             search_aliases=["initialise lora", "init lora", "consnotrainlora", "lora rank"],
-            description="Runs the model over the pictures, reads the activations at the attention "
-            "and feed-forward layers and computes a LoRA that already fits them, with a rank of "
-            "its own for every layer: in closed form, then in a few steps that need no settings. "
-            "The model itself is not changed.",
+            description="Runs the model over the pictures, reads the activations at its layers and "
+            "computes a LoRA that already fits them, with a rank of its own for every layer: in "
+            "closed form, then in a few steps that need no settings. The model itself is not "
+            "changed.",
             inputs=[
                 SDModel.Input("sd_model", tooltip="From Load SD Checkpoint or Use ComfyUI Model."),
                 SubjectPictures.Input("subject", tooltip="From Subject Images."),

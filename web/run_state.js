@@ -180,8 +180,13 @@ const LAYER = new RegExp(
   "transformer_blocks\\.(\\d+)\\." +
   "(attn1|attn2|ff)\\.(?:to_|net\\.)(q|k|v|out\\.0|0\\.proj|2)$",
 );
+const CONVOLUTION = new RegExp(
+  "^(?:(down|up)_blocks\\.(\\d+)|(mid)_block)\\." +
+  "(?:resnets\\.(\\d+)\\.conv([12])|(?:down|up)samplers\\.0\\.conv)$",
+);
 const QKV = [["q", "q"], ["k", "k"], ["v", "v"], ["out.0", "out"]];
 const GROUPS = {
+  conv: [() => say("convolutions"), [["1", "1"], ["2", "2"], ["resize", "resize"]]],
   attn1: [() => say("self-attention"), QKV],
   attn2: [() => say("cross-attention"), QKV],
   ff: [() => say("feed-forward"), [["0.proj", "in"], ["2", "out"]]],
@@ -193,14 +198,25 @@ const SIDES = ["down", "mid", "up"];
 // undefined where it has no adapter. Names of another kind are left out.
 export function rankRows(ranks) {
   const rows = new Map();
-  for (const layer of Object.keys(ranks)) {
-    const found = LAYER.exec(layer);
-    if (!found) continue;
-    const [, side, block, mid, attention, transformer, group, projection] = found;
-    const place = [SIDES.indexOf(side ?? mid), +(block ?? 0), +attention, +transformer];
+  const put = (place, key, layer) => {
     const row = rows.get(place.join()) ?? { place, layers: {} };
-    row.layers[`${group}.${projection}`] = layer;
+    row.layers[key] = layer;
     rows.set(place.join(), row);
+  };
+  const resizing = [];
+  for (const layer of Object.keys(ranks)) {
+    const found = LAYER.exec(layer) ?? CONVOLUTION.exec(layer);
+    if (!found) continue;
+    const [, side, block, mid, index, inside, group, projection] = found;
+    const at = [SIDES.indexOf(side ?? mid), +(block ?? 0)];
+    if (group) put([...at, +index, +inside], `${group}.${projection}`, layer);
+    else if (index) put([...at, +index, 0], `conv.${inside}`, layer);
+    else resizing.push([at, layer]);
+  }
+  for (const [at, layer] of resizing) { // with the last of its block
+    const beside = [...rows.values()].map(({ place }) => place)
+      .filter(([side, block]) => side === at[0] && block === at[1]);
+    put([...at, Math.max(0, ...beside.map((place) => place[2])), 0], "conv.resize", layer);
   }
   const inOrder = [...rows.values()].sort((a, b) => {
     const i = a.place.findIndex((value, at) => value !== b.place[at]);

@@ -94,6 +94,7 @@ def calibrate(
     # refine
     importance = Importance.measured(swept.timesteps, swept.norms, timesteps)
     host = torch.device("cpu")  # where it waits for the steps
+    metric, moments = metric.only(projections), moments.only(projections)
     natural = NaturalStart(projections, metric.on(host), moments.on(host), step)
     if config.refinements:
         refined, reached = passes.refined(subject, lora, natural, importance, generator)

@@ -20,16 +20,15 @@ import torch
 from torch import Tensor
 
 from . import linalg
-from .second_moment import SecondMoment, tiny
+from .second_moment import SecondMoment
 
 # Below this size the exact SVD is as fast as the randomised one.
 EXACT_SVD_SIZE = 512
 OVERSAMPLING = 10
 POWER_ITERATIONS = 2
-ROW_DAMPING = 1e-3  # damping of the rows' own metric, which is near the identity
-COLUMN_DAMPING = 0.3  # of the columns'; 0.1 to 1 measured alike
 NEAR = 0.3  # of the step at the minimum: so near, a tenth of the depth is missing at most
 FARTHEST = 4.0  # times the first step: a parabola is trusted no farther
+FITS = 4  # while nothing is better; each minimum is less than half as far as the one before
 
 
 @dataclass(frozen=True)
@@ -159,45 +158,6 @@ def response(down: Tensor, C: SecondMoment) -> Tensor:
     return output_power(down, C).clamp_min(floor).sqrt()
 
 
-def factor_steps(
-    up: Tensor,
-    down: Tensor,
-    grad_up: Tensor,
-    grad_down: Tensor,
-    P: SecondMoment,
-    K: SecondMoment,
-    P_inverse: SecondMoment,
-    K_inverse: SecondMoment,
-    ranks: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The natural-gradient directions of both factors of D = B A, each with the other fixed
-    (derived here).
-
-    Of g layers of one shape at once: `up` B `[g, m, r]`, `down` A `[g, r, d]` and their gradients G
-    A^T, B^T G, all zero beyond a layer's own rank, of the `ranks` `[g]`; `P` `[g, m, m]` is the
-    outputs' metric, `K` `[g, d, d]` the inputs'. The quadratic model <G, D> + 1/2 tr(P D K D^T) is
-    least along P^-1 G A^T (A K A^T)^-1 in B, and along (B^T P B)^-1 B^T G K^-1 in A. Rows of A
-    answer alike (unit response), columns of B do not: `COLUMN_DAMPING` times their mean strength is
-    added, so that a faint component does not throw its row about.
-    """
-    rows = down @ K.matmul(down.mT)
-    columns = up.mT @ P.matmul(up)
-    rows, columns = _damped(rows, ROW_DAMPING, ranks), _damped(columns, COLUMN_DAMPING, ranks)
-    step_up = _solved(rows, P_inverse.matmul(grad_up).mT).mT
-    step_down = _solved(columns, K_inverse.matmul(grad_down.mT).mT)
-    return step_up, step_down
-
-
-def _solved(moments: Tensor, right: Tensor) -> Tensor:
-    """Zero where there is no solution: to be told so, a host would wait for its device."""
-    return torch.nan_to_num(linalg.solve(moments, right), 0.0, 0.0, 0.0)
-
-
-def _damped(moments: Tensor, rho: float, ranks: Tensor) -> Tensor:
-    strength = moments.diagonal(dim1=-2, dim2=-1).sum(-1) / ranks
-    return linalg.shifted(moments, rho * strength + tiny(moments))
-
-
 def parabola_step(
     loss: Callable[[float], float], base: float, first: float, slope: float | None = None
 ) -> tuple[float, float]:
@@ -205,18 +165,26 @@ def parabola_step(
 
     `base` is loss(0), `slope` its derivative there; without it (a sign that is not known either)
     loss(-first) is asked for. A loss is evaluated at `first` and at the parabola's minimum, unless
-    that is `NEAR`; it is at most `FARTHEST * first` away. Returns (0.0, base) when neither is
-    better: never worse than standing still on the set that `loss` measures.
+    that is `NEAR`; it is at most `FARTHEST * first` away. Where `first` was so far that no parabola
+    fits, and there is no better loss there either, it is fitted anew with that one in its place,
+    `FITS` times at most. Returns (0.0, base) when nothing is better: never worse than standing
+    still on the set that `loss` measures.
     """
     tried = {0.0: base, first: loss(first)}
     if slope is None:
         tried[-first] = loss(-first)
         slope = (tried[first] - tried[-first]) / (2 * first)
-    curvature = (tried[first] - base - slope * first) / first**2
     far = FARTHEST * first
-    best = -slope / (2 * curvature) if curvature > 0 else math.copysign(far, -slope)
-    if math.isfinite(best) and not (abs(best - first) <= NEAR * abs(best) and tried[first] < base):
+    for _ in range(FITS):
+        curvature = (tried[first] - base - slope * first) / first**2
+        best = -slope / (2 * curvature) if curvature > 0 else math.copysign(far, -slope)
+        near = abs(best - first) <= NEAR * abs(best) and tried[first] < base
+        if near or not best or not math.isfinite(best):
+            break
         best = max(-far, min(far, best))
         tried[best] = loss(best)
+        if tried[best] < base:
+            break
+        first = best
     step = min(tried, key=lambda s: tried[s] if math.isfinite(tried[s]) else math.inf)
     return step, tried[step]

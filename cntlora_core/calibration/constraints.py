@@ -49,18 +49,23 @@ class Metric:
         """With what is known of the prior on `device`."""
         return replace(self, prior=self.prior and self.prior.on(device))
 
+    def only(self, projections: Sequence[Projection]) -> Metric:
+        """Of some of the layers."""
+        return replace(self, prior=self.prior and self.prior.only(projections))
+
     def K(self, projection: Projection, moments: Moments) -> SecondMoment:
         """Of the layer's inputs `[d, d]`."""
         return self._of_inputs(moments.C(projection), self._prior(projection))
 
-    def of(
-        self, projections: Sequence[Projection], moments: Moments
-    ) -> tuple[SecondMoment, SecondMoment]:
-        """P `[g, m, m]` and K `[g, d, d]` of layers of one shape, worked on together."""
+    def of_outputs(self, projections: Sequence[Projection], moments: Moments) -> SecondMoment:
+        """P `[g, m, m]` of layers of one output width, worked on together."""
+        return stack([moments.S(p) for p in projections]).damped(self.rho)
+
+    def of_inputs(self, projections: Sequence[Projection], moments: Moments) -> SecondMoment:
+        """K `[g, d, d]` of layers of one input width."""
         C = stack([moments.C(p) for p in projections])
         kept = [prior for p in projections if (prior := self._prior(p)) is not None]
-        S = stack([moments.S(p) for p in projections])
-        return S.damped(self.rho), self._of_inputs(C, stack(kept) if kept else None)
+        return self._of_inputs(C, stack(kept) if kept else None)
 
     def _prior(self, projection: Projection) -> SecondMoment | None:
         return self.prior.C(projection) if self.prior and self.weight else None
@@ -86,7 +91,8 @@ class Target:
         rank: int,
         generator: torch.Generator,
     ) -> list[Components]:
-        P, K = self.metric.of(projections, moments)
+        P = self.metric.of_outputs(projections, moments)
+        K = self.metric.of_inputs(projections, moments)
         tokens = [moments.passed(p) for p in projections]
         return target_components(*moments.G(projections), P, K, rank, tokens)
 

@@ -74,6 +74,18 @@ def solve(X: Tensor, right: Tensor) -> Tensor:
     return _near(lambda x, y: (torch.linalg.solve_ex(x, y)[0],), X, right)[0]
 
 
+def inverse(X: Tensor) -> Tensor:
+    """Whatever where there is none."""
+    eye = torch.eye(X.shape[-1], device=X.device, dtype=X.dtype)
+    return solve(X, eye.expand_as(X))
+
+
+def plus_product(X: Tensor, left: Tensor, right: Tensor, *, kept: float, share: float) -> Tensor:
+    """`kept` X + `share` left right, of matrices or of batches of them, as one kernel."""
+    add = torch.addmm if X.ndim == 2 else torch.baddbmm
+    return add(X, left, right, beta=kept, alpha=share)
+
+
 def orthonormal(X: Tensor) -> Tensor:
     """An orthonormal basis `[..., m, k]` of what the columns of X `[..., m, k]` span, and of more
     where they depend on each other; of everything, `[..., m, m]`, where there are as many.

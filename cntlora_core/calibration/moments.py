@@ -59,17 +59,17 @@ class Moments:
         """Those of one shape together, of which the new rows are one share: tokens are as many
         times more in a layer as pictures were, so that it is one for all that saw the same."""
 
-        def kind(key: str) -> tuple[float, bool, tuple[torch.Size, ...], float]:
+        def kind(key: str) -> tuple[float, bool, tuple[torch.Size, ...]]:
             shapes = tuple(part.shape for part in seen.rows[key])
             new = seen.tokens[key]
             share = new / (self.tokens.get(key, 0) + new)
-            return share, key in seen.diagonal, shapes, seen.scales[key]
+            return share, key in seen.diagonal, shapes
 
         # whatever the order of the passes
-        for (share, diagonal, shapes, scale), keys in alike(sorted(seen.rows), kind, TAKEN_IN):
-            parts = [part.flatten(0, 1) for key in keys for part in seen.rows[key]]
-            every = torch.cat(parts).view(len(keys), -1, shapes[0][-1]).float()
-            rows = Rows(every if scale == 1 else every / scale)
+        every_key = sorted(seen.rows, key=lambda key: (seen.scales[key], key))
+        for (share, diagonal, _), keys in alike(every_key, kind, TAKEN_IN):
+            of_scale = [_unscaled(seen, own) for _, own in alike(keys, seen.scales.__getitem__)]
+            rows = Rows(torch.cat(of_scale) if len(of_scale) > 1 else of_scale[0])
             moment: SecondMoment
             if share < 1:
                 old = stack([self.seconds[key] for key in keys])
@@ -78,6 +78,12 @@ class Moments:
                 moment = Diagonal.of(rows) if diagonal else LowRank.of(rows)
             self.seconds |= dict(zip(keys, unstack(moment), strict=True))
             self.tokens |= {key: self.tokens.get(key, 0) + seen.tokens[key] for key in keys}
+
+    def only(self, projections: Sequence[Projection]) -> Moments:
+        """Those of some of the layers, without G."""
+        keys = {key for p in projections for key in (input_key(p), output_key(p))}
+        kept = {key: moment for key, moment in self.seconds.items() if key in keys}
+        return Moments(kept, {key: self.tokens[key] for key in kept})
 
     def on(self, device: torch.device) -> Moments:
         """Without G, on `device`. What is taken in takes a moment's place and never changes it, so
@@ -112,6 +118,13 @@ class Moments:
             for key, own in parts.items()
         }
         return cls(kinds, tokens)
+
+
+def _unscaled(seen: Seen, keys: Sequence[str]) -> Tensor:
+    """Rows of one scale and width, `[g, n, d]`, in fp32, as they should be."""
+    parts = [part.flatten(0, 1) for key in keys for part in seen.rows[key]]
+    rows, scale = torch.cat(parts).float(), seen.scales[keys[0]]
+    return (rows if scale == 1 else rows / scale).unflatten(0, (len(keys), -1))
 
 
 def alike(

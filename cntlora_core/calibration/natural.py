@@ -14,21 +14,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..distributed import ALONE, Group
-from ..lora.adapter import Adapters, LoRA
+from ..lora.adapter import Adapters, Factors, LoRA
 from ..lora.targets import Projection
-from .closed_form import factor_steps
 from .constraints import Metric
-from .moments import Moments, alike, shape_of
-from .ragged import Ragged, grouped
+from .moments import Moments
+from .natural_step import BothWays, Half, Step, both_ways, natural_steps
+from .ragged import Ragged, Together, together
 from .recording import Seen, record
-from .second_moment import SecondMoment, split
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
@@ -63,28 +61,6 @@ class NaturalStart:
     tokens: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Metrics:
-    """The metrics of g projections of one shape, `K` `[g, d, d]` of inputs and `P` `[g, m, m]` of
-    outputs, and their inverses."""
-
-    P: SecondMoment
-    K: SecondMoment
-    P_inverse: SecondMoment
-    K_inverse: SecondMoment
-
-
-@dataclass(frozen=True)
-class _Move:
-    """The natural directions of both factors of the `layers`, of all their columns `up` `[m, N]`
-    and rows `down` `[N, d]`, and their squared natural lengths `[2, g]`."""
-
-    layers: Ragged
-    up: Tensor
-    down: Tensor
-    squares: Tensor
-
-
 class NaturalGradient(torch.optim.Optimizer):
     """Steps on the adapters' weights, in the shape of torch's optimisers.
 
@@ -98,18 +74,12 @@ class NaturalGradient(torch.optim.Optimizer):
         device = adapters.flat.device
         self.metric, self.group = start.metric.on(device), group
         self.moments = start.moments.on(device)
-        by_rank = sorted(start.projections, key=self._rank)
-        self.shapes = [
-            (group, [*grouped({p.name: self._rank(p) for p in group}, sum(shape[:2]), device)])
-            for shape, group in alike(by_rank, shape_of, most=len(by_rank))
-        ]
+        ranks = {name: down[0] for name, (down, _) in adapters.shapes.items()}
+        self.groups = [*together(start.projections, ranks, device)]
         self.seen, self.pictures = Seen(), 1
         self.tokens = dict(start.tokens)  # of a picture, by projection
         self.lengths = {key: value.to(device) for key, value in start.lengths.items()}
-        self.metrics: list[tuple[Ragged, _Metrics]] = []
-
-    def _rank(self, projection: Projection) -> int:
-        return self.adapters.shapes[projection.name][0][0]
+        self.metrics: dict[str, BothWays] = {}  # P and K of layers, by the first's key
 
     @property
     def share(self) -> float:
@@ -160,50 +130,66 @@ class NaturalGradient(torch.optim.Optimizer):
             self.tokens |= {p.name: n / self.pictures for p, n in seen.came_back(self.projections)}
             self.moments.take_in(seen)
         if fresh or not self.metrics:
-            self.metrics = [own for shape in self.shapes for own in self._metrics(*shape)]
+            self.metrics = self._metrics()
         grads = self._gradients()
-        moves = [self._move(*own, grads) for own in self.metrics]
-        keys = [f"{name}.{half}" for m in moves for half in "BA" for name in m.layers.names]
-        squares = torch.cat([move.squares.flatten() for move in moves])
-        held = self._held(keys, squares.clamp_min(0).sqrt())
-        shares = (self.share * held).split([move.squares.numel() for move in moves])
-        ups: list[Tensor] = []
-        downs: list[Tensor] = []
-        for move, share in zip(moves, shares, strict=True):
-            layers, (of_up, of_down) = move.layers, share.chunk(2)
-            ups += move.up.mul_(of_up[layers.of]).split(layers.ranks, 1)
-            downs += move.down.mul_(of_down[layers.of][:, None]).split(layers.ranks)
-        own = [self.adapters.weights[name] for move in moves for name in move.layers.names]
-        torch._foreach_sub_([factors.up for factors in own], ups)
-        torch._foreach_sub_([factors.down for factors in own], downs)
+        steps = [self._steps(group, grads) for group in self.groups]
+        keys = [key for group in self.groups for key in group.factors()]
+        squares = [step.squares for halves in steps for half in halves for step in half]
+        held = self._held(keys, torch.cat(squares).clamp_min(0).sqrt())
+        shares = (self.share * held).split([2 * len(group.to_up) for group in self.groups])
+        for group, (ups, downs), share in zip(self.groups, steps, shares, strict=True):
+            of_up, of_down = share.chunk(2)
+            self._take(group.up, ups, of_up[group.of_up], "up")
+            self._take(group.down, downs, of_down[group.of_down], "down")
         settings["made"] += 1
 
-    def _gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def _take(
+        self, layers: Sequence[Ragged], steps: Sequence[Step], shares: Tensor, half: str
+    ) -> None:
+        """`shares` `[N]` of each row of the steps."""
+        rows: list[Tensor] = []
+        parts = shares[:, None].split([len(own.of) for own in layers])
+        for own, step, share in zip(layers, steps, parts, strict=True):
+            rows += own.every_row(step.rows).mul_(share).split(own.ranks)
+        names = [name for own in layers for name in own.names]
+        torch._foreach_sub_([self._rows(self.adapters.weights[name], half) for name in names], rows)
+
+    def _rows(self, factors: Factors, half: str) -> Tensor:
+        return factors.up.mT if half == "up" else factors.down
+
+    def _gradients(self) -> dict[str, Factors]:
         """By projection those of B and A, per token, parts of the flat gradient."""
         assert self.adapters.flat.grad is not None
         found = {
-            name: [grads.up, grads.down]
+            name: grads
             for name, grads in self.adapters.split(self.adapters.flat.grad).items()
             if name in self.tokens  # else nothing of the loss passes this layer
         }
+        rows = [part for own in found.values() for part in (own.up.mT, own.down)]
         tokens = [self.tokens[name] for name in found for _ in range(2)]
-        each = iter(torch._foreach_div([part for pair in found.values() for part in pair], tokens))
-        return {name: (next(each), next(each)) for name in found}
+        each = iter(torch._foreach_div(rows, tokens))
+        return {name: Factors(up=next(each).mT, down=next(each)) for name in found}
 
-    def _move(
-        self, layers: Ragged, metrics: _Metrics, grads: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> _Move:
-        own = [self.adapters.weights[name] for name in layers.names]
-        of_up, of_down = zip(*(grads[name] for name in layers.names), strict=True)
-        up, grad_up = layers.columns([factors.up for factors in own], of_up)
-        down, grad_down = layers.rows([factors.down for factors in own], of_down)
-        step_up, step_down = factor_steps(
-            up, down, grad_up, grad_down,
-            metrics.P, metrics.K, metrics.P_inverse, metrics.K_inverse, layers.counts,
-        )  # fmt: skip
-        squares = (grad_up * step_up).sum((1, 2)), (grad_down * step_down).sum((1, 2))
-        steps = layers.every_column(step_up), layers.every_row(step_down)
-        return _Move(layers, *steps, torch.stack(squares))
+    def _steps(
+        self, group: Together, grads: Mapping[str, Factors]
+    ) -> tuple[list[Step], list[Step]]:
+        def halves(layers: Sequence[Ragged], half: str, key: str) -> list[Half]:
+            return [
+                Half(
+                    own.rows(
+                        *(
+                            [self._rows(of[name], half) for name in own.names]
+                            for of in (self.adapters.weights, grads)
+                        )
+                    ),
+                    self.metrics[f"{own.names[0]}.{key}"],
+                    own.counts,
+                )
+                for own in layers
+            ]
+
+        ups, downs = halves(group.up, "up", "B"), halves(group.down, "down", "A")
+        return natural_steps(ups, downs, group.to_up, group.to_down)
 
     def _held(self, keys: Sequence[str], lengths: Tensor) -> Tensor:
         """What a step keeps of each direction whose natural length is `lengths` `[g]`: of what is
@@ -222,14 +208,19 @@ class NaturalGradient(torch.optim.Optimizer):
         excess = (lengths / usual.clamp_min(torch.finfo(lengths.dtype).tiny) / UNUSUAL).square()
         return ((1 + UNUSUAL**-2) / (1 + excess)).clamp_max(1.0)
 
-    def _metrics(
-        self, projections: Sequence[Projection], groups: Sequence[Ragged]
-    ) -> Iterator[tuple[Ragged, _Metrics]]:
-        """From the moments as they are, of layers of one shape together."""
-        P, K = self.metric.of(projections, self.moments)
-        together = P, K, P.inverse(), K.inverse()
-        parts = (split(m, [len(layers.names) for layers in groups]) for m in together)
-        return zip(groups, starmap(_Metrics, zip(*parts, strict=True)), strict=True)
+    def _metrics(self) -> dict[str, BothWays]:
+        """From the moments as they are, those of layers of one width together."""
+        by_name = {p.name: p for p in self.projections}
+        found = {}
+        for group in self.groups:
+            for layers, half, make in (
+                (group.up, "B", self.metric.of_outputs),
+                (group.down, "A", self.metric.of_inputs),
+            ):
+                for own in layers:
+                    metric = make([by_name[name] for name in own.names], self.moments)
+                    found[f"{own.names[0]}.{half}"] = metric
+        return dict(zip(found, both_ways([*found.values()]), strict=True))
 
     def reached(self) -> NaturalStart:
         """What further steps would start from, in all that was seen."""
@@ -269,4 +260,4 @@ class NaturalGradient(torch.optim.Optimizer):
             for key, value in tensors.items()
             if key.startswith("tokens.")
         }
-        self.metrics = []
+        self.metrics = {}

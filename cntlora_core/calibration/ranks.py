@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ..lora.targets import Projection
+from ..lora.targets import TEXT, Projection
 
 MAX_RANK_FACTOR = 4  # no layer takes more than this many times the mean rank
+# Of what a convolution's term is predicted to be worth: where there was little to learn, more of it
+# was the pictures' own (docs/experiments.md).
+CONVOLUTION_SHARE = 0.5
 
 
 def uniform_ranks(projections: Sequence[Projection], rank: int) -> dict[str, int]:
@@ -29,23 +32,24 @@ def data_ranks(
 ) -> dict[str, int]:
     """Ranks that maximise the sum of the kept scores under sum_l r_l (m_l + d_l) <= budget.
 
-    `scores[name]` `[k]` is non-increasing; every layer gets 1 <= r_l <= min(max_rank, k), or where
-    the budget is too small for that 0 <= r_l. Greedy on score per parameter, which is optimal up to
-    the last item since scores never increase; layers that no longer fit are passed over, so no
-    further component fits in what is left. Each rank costs m + d parameters (EVA counts ranks
-    instead).
+    `scores[name]` `[k]` is non-increasing, and r_l <= min(max_rank, k). Every layer gets 1 at
+    least, where the budget is large enough; beside convolutions only those that read the prompt do,
+    since a trigger needs them. Greedy on score per parameter, which is optimal up to the last item
+    since scores never increase; layers that no longer fit are passed over, so no further component
+    fits in what is left. Each rank costs m + d parameters (EVA counts ranks instead).
     """
     one_each = sum(p.parameters_per_rank for p in projections)
-    least = 1 if one_each <= budget else 0
-    ranks = {p.name: least for p in projections}
-    left = budget - least * one_each
+    least = one_each <= budget and not any(p.convolution for p in projections)
+    ranks = {p.name: int(least or p.input_key == TEXT) for p in projections}
+    left = budget - sum(ranks[p.name] * p.parameters_per_rank for p in projections)
     heap: list[tuple[float, int]] = []
 
     def push(index: int) -> None:
         p = projections[index]
         values, rank = scores[p.name], ranks[p.name]
         if rank < min(max_rank, len(values)):
-            heapq.heappush(heap, (-float(values[rank]) / p.parameters_per_rank, index))
+            worth = float(values[rank]) * (CONVOLUTION_SHARE if p.convolution else 1)
+            heapq.heappush(heap, (-worth / p.parameters_per_rank, index))
 
     for index in range(len(projections)):
         push(index)

@@ -3,7 +3,7 @@ comes back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..distributed import Group, gathered
 from ..lora.targets import Projection
+from ..model.gradient_checkpointing import is_recomputed
+from .inputs import Inputs, Tokens, inputs_of, outputs_of
 
 ROWS = 64  # of each picture's tokens that a pass keeps, of a layer's input and of its gradient
 # Rows step through a picture by the golden ratio, so that they fall on no pattern of it; from one
@@ -19,16 +21,16 @@ ROWS = 64  # of each picture's tokens that a pass keeps, of a layer's input and 
 GOLDEN, NEXT = 0.618034, 0.754878
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
-# Of a layer's name, the gradients of its outputs and its inputs, both `[n, tokens, features]`, and
-# what those gradients were multiplied by: the norm of each picture's delta x^T `[n]`.
-Gradient = Callable[[str, Tensor, Tensor, float], Tensor]
+# Of a layer's name, the gradients of its outputs `[n, tokens, m]` and its inputs, and what those
+# gradients were multiplied by: the norm of each picture's delta x^T `[n]`.
+Gradient = Callable[[str, Tensor, Inputs, float], Tensor]
 
 
 @dataclass
 class Seen:
     """What passes left behind, by key: rows `[pictures, n, d]` in their own dtype (of a `diagonal`
-    the mean square's root `[1, 1, d]`), which are `scales` times what they should be, and the
-    tokens they stand for."""
+    the root of their squares' sum `[1, 1, d]`), which are `scales` times what they should be (of
+    that sum's root, of their mean's), and the tokens they stand for."""
 
     rows: dict[str, list[Tensor]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -38,7 +40,8 @@ class Seen:
     def add(self, key: str, rows: Tensor, tokens: int, diagonal: bool, scale: float) -> None:
         if diagonal:
             n, full = rows.shape[:2].numel(), torch.float32
-            rows = torch.linalg.vector_norm(rows, dim=(0, 1), keepdim=True, dtype=full) / n**0.5
+            rows = torch.linalg.vector_norm(rows, dim=(0, 1), keepdim=True, dtype=full)
+            scale *= n**0.5
             self.diagonal.add(key)
         self.rows.setdefault(key, []).append(rows)
         self.tokens[key] = self.tokens.get(key, 0) + tokens
@@ -84,10 +87,11 @@ class Recording:
         self.backward, self.gradient, self.loss_scale = backward, gradient, loss_scale
         self.norms: list[Tensor] = []
         # a layer's input and its gradient wait for each other, by projection
-        self.inputs: dict[str, Tensor] = {}
+        self.inputs: dict[str, Inputs] = {}
         self.deltas: dict[str, Tensor] = {}
         self.visited: set[str] = set()
-        self.places: dict[int, Tensor] = {}  # of the rows that are kept, by the tokens of a picture
+        self.places: dict[Hashable, Tensor] = {}  # the same, as inputs of a layout want them
+        self.spread: dict[int, Tensor] = {}  # places of rows, by the tokens of a picture
         # the first to read each input
         self.speakers = {p.input_key: p.name for p in reversed(projections)}
 
@@ -99,6 +103,7 @@ class Recording:
         self.inputs.clear()
         self.visited.clear()
         self.places.clear()
+        self.spread.clear()
         seen, self.seen = self.seen, Seen()
         self.turn += 1
         return seen
@@ -115,8 +120,8 @@ class Recording:
         def look(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             again = projection.name in self.visited
             self.visited.add(projection.name)
-            if again or not self.recomputes:
-                self.inputs[projection.name] = args[0].detach()
+            if again or not (self.recomputes and is_recomputed(projection.name)):
+                self.inputs[projection.name] = inputs_of(projection, args[0].detach())
                 self._meet(projection.name)
 
         return look
@@ -125,7 +130,7 @@ class Recording:
         def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self.backward and not torch.is_grad_enabled():
                 return  # will be computed again, for the gradients
-            x, key = args[0].detach(), input_key(projection)
+            x, key = inputs_of(projection, args[0].detach()), input_key(projection)
             again = key in self.seen.rows  # gradient checkpointing computes a pass twice
             if self.speakers[projection.input_key] == projection.name and not again:
                 self._keep(key, x, projection.diagonal_in)
@@ -138,25 +143,29 @@ class Recording:
         return forward
 
     def _back(self, projection: Projection, grad: Tensor) -> None:
-        grad = grad.detach()
-        self._keep(output_key(projection), grad, projection.diagonal_out, self.loss_scale)
+        grad = outputs_of(projection, grad.detach())
+        key = output_key(projection)
+        self._keep(key, Tokens(grad), projection.diagonal_out, self.loss_scale)
         if self.gradient is not None:
             self.deltas[projection.name] = grad
             self._meet(projection.name)
 
     def _meet(self, name: str) -> None:
         if self.gradient is not None and name in self.inputs and name in self.deltas:
-            x, delta = _by_picture(self.inputs.pop(name)), _by_picture(self.deltas.pop(name))
+            delta, x = self.deltas.pop(name), self.inputs.pop(name)
             self.norms.append(self.gradient(name, delta, x, self.loss_scale))
 
-    def _keep(self, key: str, x: Tensor, diagonal: bool, scale: float = 1.0) -> None:
-        every = x.reshape(len(x), -1, x.shape[-1])
-        tokens = every.shape[1]
-        if tokens > ROWS:
-            if tokens not in self.places:
-                self.places[tokens] = _spread(tokens, self.turn, x.device)
-            every = every[:, self.places[tokens]]
-        self.seen.add(key, every, len(x) * tokens, diagonal, scale)
+    def _keep(self, key: str, every: Inputs, diagonal: bool, scale: float = 1.0) -> None:
+        if every.layout not in self.places:
+            self.places[every.layout] = every.index(self._spread(every.tokens, every.x.device))
+        rows = every.at(self.places[every.layout])
+        self.seen.add(key, rows, len(rows) * every.tokens, diagonal, scale)
+
+    def _spread(self, count: int, device: torch.device) -> Tensor:
+        """Those of `count` rows that are kept."""
+        if count not in self.spread:
+            self.spread[count] = _spread(count, self.turn, device)
+        return self.spread[count]
 
 
 @contextmanager
@@ -208,12 +217,9 @@ def recorded_bytes(projections: Sequence[Projection], dtype: torch.dtype) -> int
     return ROWS * dtype.itemsize * (sum(inputs.values()) + outputs)
 
 
-def _by_picture(x: Tensor) -> Tensor:
-    """`[n, tokens, features]`."""
-    return x.reshape(len(x), -1, x.shape[-1])
-
-
 def _spread(count: int, turn: int, device: torch.device) -> Tensor:
-    """`ROWS` of `count` rows."""
+    """`ROWS` of `count` rows, all where there are no more."""
+    if count <= ROWS:
+        return torch.arange(count, device=device)
     at = torch.arange(ROWS, device=device) * GOLDEN + turn * NEXT
     return ((at % 1) * count).long().clamp_max(count - 1)

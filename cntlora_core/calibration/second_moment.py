@@ -84,7 +84,7 @@ class LowRank:
         """The mean of both, of which `other` is `share`; U makes one power step of it."""
 
         def matmul(X: Tensor) -> Tensor:
-            return self.matmul(X).lerp(other.matmul(X), share)
+            return other.mixed(self.matmul(X), X, share)
 
         trace = self.trace().lerp(other.trace(), share)
         return _within(_power_step(self.basis, matmul, trace), matmul, trace)
@@ -92,6 +92,10 @@ class LowRank:
     def trace(self) -> Tensor:
         d, k = self.basis.shape[-2:]
         return self.core.diagonal(dim1=-2, dim2=-1).sum(-1).add(self.rest, alpha=d - k)
+
+    def mixed(self, product: Tensor, X: Tensor, share: float) -> Tensor:
+        """As that of rows."""
+        return product.lerp(self.matmul(X), share)
 
     def matmul(self, X: Tensor) -> Tensor:
         inside, rest = self.basis.mT @ X, self.rest[..., None, None]
@@ -121,7 +125,7 @@ class LowRank:
         return LowRank(basis, _symmetric(core), self.rest + weight * other.rest)
 
     def inverse(self) -> LowRank:
-        return LowRank(self.basis, _inverse(self.core), 1 / self.rest)
+        return LowRank(self.basis, linalg.inverse(self.core), 1 / self.rest)
 
     def root(self) -> LowRank:
         values, vectors = linalg.eigh(self.core)
@@ -192,8 +196,15 @@ class Rows:
     def matmul(self, X: Tensor) -> Tensor:
         return self.rows.mT @ (self.rows @ X) / self.rows.shape[-2]
 
+    def mixed(self, product: Tensor, X: Tensor, share: float) -> Tensor:
+        """The mean of another moment's `product` with X and of this one's, which is `share`."""
+        share_of_row = share / self.rows.shape[-2]
+        return linalg.plus_product(
+            product, self.rows.mT, self.rows @ X, kept=1 - share, share=share_of_row
+        )
+
     def trace(self) -> Tensor:
-        return self.rows.square().sum(-1).mean(-1)
+        return self.rows.square().sum((-2, -1)) / self.rows.shape[-2]
 
 
 def _power_step(basis: Tensor, matmul: Matmul, trace: Tensor) -> Tensor:
@@ -233,13 +244,6 @@ def unstack(moments: SecondMoment) -> list[SecondMoment]:
     ]
 
 
-def split(moments: SecondMoment, counts: Sequence[int]) -> list[SecondMoment]:
-    """Several that are worked on together, so many at a time."""
-    kind: Any = type(moments)
-    parts = (getattr(moments, f.name).split(list(counts)) for f in fields(kind))
-    return [kind(*some) for some in zip(*parts, strict=True)]
-
-
 def moved(moment: SecondMoment, device: torch.device) -> SecondMoment:
     """On `device`."""
     kind: Any = type(moment)
@@ -248,11 +252,6 @@ def moved(moment: SecondMoment, device: torch.device) -> SecondMoment:
 
 def _symmetric(core: Tensor) -> Tensor:
     return core.lerp(core.mT, 0.5)
-
-
-def _inverse(core: Tensor) -> Tensor:
-    eye = torch.eye(core.shape[-1], device=core.device, dtype=core.dtype)
-    return linalg.solve(core, eye.expand_as(core))
 
 
 def tiny(like: Tensor) -> float:

@@ -11,7 +11,7 @@ or moved. Both are linear in G: passes and processes add up.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,9 +20,9 @@ from torch import Tensor
 from ..distributed import Group
 from ..lora.targets import Projection
 from . import linalg
+from .inputs import AT_ONCE, Inputs
 
 OVERSAMPLING = 18
-AT_ONCE = 1 << 24  # numbers in fp32: SDXL's widest layer would be 250 MB for two pictures
 SKETCHING_BYTES = 4 * AT_ONCE  # what a layer takes in passing
 SEED = 0  # of the random vectors; which they are matters little
 
@@ -38,27 +38,28 @@ class Sketches:
     probes: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
 
     def add(
-        self, name: str, delta: Tensor, x: Tensor, scale: float = 1.0, counts: bool = True
+        self, name: str, delta: Tensor, inputs: Inputs, scale: float = 1.0, counts: bool = True
     ) -> Tensor:
         """What pictures' gradients `delta` `[n, tokens, m]`, which are `scale` times what they
-        should be, and inputs `x` `[n, tokens, d]` bring; of any dtype, taken to fp32 in parts.
+        should be, and `inputs` `[n, tokens, d]` bring; of any dtype, taken to fp32 in parts.
 
         Returns the norm of each picture's G `[n]` as Omega sees it, its square right in the mean.
         `counts`: off for what another process adds.
         """
-        omega = self._probe(x.shape[-1], self.width, x.device)
-        psi = self._probe(delta.shape[-1], 2 * self.width + 1, x.device)
-        each = x.new_empty(len(x), delta.shape[-1], omega.shape[-1], dtype=torch.float32)
+        omega = self._probe(inputs.width, self.width, delta.device)
+        psi = self._probe(delta.shape[-1], 2 * self.width + 1, delta.device)
+        sizes = len(delta), delta.shape[-1], omega.shape[-1]
+        each = torch.empty(sizes, dtype=torch.float32, device=delta.device)
         if name not in self.sums:
-            Z = torch.zeros(psi.shape[-1], x.shape[-1], device=x.device)
+            Z = torch.zeros(psi.shape[-1], inputs.width, device=delta.device)
             self.sums[name], self.tokens[name] = (torch.zeros_like(each[0]), Z), 0
         Y, Z = self.sums[name]
-        for pictures, rows in _parts(x.shape, delta.shape):
-            part, own = delta[pictures, rows].float(), x[pictures, rows].float()
+        for pictures, rows, own in inputs.parts(delta.shape[-1]):
+            part = delta[pictures, rows].float()
             more = 1 if rows.start else 0  # to what a picture's first tokens gave
-            each[pictures].baddbmm_(part.mT, own @ omega, beta=more, alpha=1 / scale)
+            each[pictures].baddbmm_(part.mT, own.answers(omega), beta=more, alpha=1 / scale)
             if counts:
-                Z.addmm_((part @ psi).flatten(0, 1).T, own.flatten(0, 1), alpha=1 / scale)
+                own.add_outer(Z, part @ psi, 1 / scale)
             del part, own  # before the next are made
         if counts:
             Y += each.sum(0) if len(each) > 1 else each[0]
@@ -99,17 +100,6 @@ class Sketches:
             drawn = torch.randn(size, count, generator=generator) / math.sqrt(count)
             self.probes[key] = torch.eye(size, device=device) if count >= size else drawn.to(device)
         return self.probes[key]
-
-
-def _parts(x: torch.Size, delta: torch.Size) -> Iterator[tuple[slice, slice]]:
-    """Pictures and tokens of layers' inputs and gradients `[n, tokens, features]`, `AT_ONCE` fp32
-    numbers of both together: whole pictures if any, else tokens of one."""
-    n, tokens, _ = x
-    most = max(1, AT_ONCE // (x[-1] + delta[-1]))
-    pictures, rows = max(1, most // tokens), min(tokens, most)
-    for first in range(0, n, pictures):
-        for start in range(0, tokens, rows):
-            yield slice(first, first + pictures), slice(start, start + rows)
 
 
 def sketch_bytes(projections: Sequence[Projection], width: int) -> int:

@@ -83,7 +83,8 @@ def solve(
 
 
 def _weight(model: StableDiffusion, projection: Projection) -> Tensor:
-    return model.unet.get_submodule(projection.name).weight.detach()
+    """`[m, d]`."""
+    return model.unet.get_submodule(projection.name).weight.detach().flatten(1)
 
 
 def _ranks(
@@ -91,7 +92,7 @@ def _ranks(
 ) -> dict[str, int]:
     if config.rank_rule == "uniform":
         return uniform_ranks(projections, config.rank)
-    budget = budget_of([p for p in projections if not p.feed_forward], config.rank)
+    budget = budget_of([p for p in projections if p.attention], config.rank)
     return data_ranks(projections, scores, budget, max_rank=MAX_RANK_FACTOR * config.rank)
 
 

@@ -11,7 +11,9 @@ from . import common
 Init = Literal["target", "domain", "gaussian", "default"]
 RankRule = Literal["data", "uniform"]
 Effort = Literal["quick", "balanced", "thorough"]
-Targets = Literal["auto", "attention", "attention+ff"]  # layers that get an adapter
+Targets = Literal[
+    "auto", "attention", "attention+ff", "attention+ff+conv"
+]  # layers that get an adapter
 
 CALIBRATED: tuple[Init, ...] = ("target", "domain")  # the inits that look at the pictures
 EFFORTS = {
@@ -55,7 +57,8 @@ class CalibrationConfig:
     targets: Targets = setting(
         "auto",
         "Layers that get an adapter. auto: attention and, for calibrated inits with data ranks, "
-        "feed-forward. The file's size is the same.",
+        "feed-forward. conv: the UNet's convolutions share the ranks (a LoCon file): more likeness "
+        "on the small models it was measured on. The file's size is the same.",
         advanced=True,
     )
     # 4 kept the subject's loss and most of the class (docs/method.md)

@@ -16,6 +16,7 @@ from torch.autograd.function import Function, once_differentiable
 from torch.nn import functional as F
 
 from ..model.swap_modules import swapped_modules
+from .convolution import Convolution
 from .targets import Projection
 
 
@@ -85,25 +86,25 @@ class _Adapted(Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up_rows: Tensor
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ down.T
-        ctx.save_for_backward(rows, inner, weight, down, up)
-        return F.linear(rows, weight, bias).addmm_(inner, up.T).view(*x.shape[:-1], -1)
+        ctx.save_for_backward(rows, inner, weight, down, up_rows)
+        return F.linear(rows, weight, bias).addmm_(inner, up_rows).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rows, inner, weight, down, up = ctx.saved_tensors
+        rows, inner, weight, down, up_rows = ctx.saved_tensors
         delta = grad.reshape(-1, grad.shape[-1])
-        back = delta @ up
+        back = delta @ up_rows.T
         to_x = (
             (delta @ weight).addmm_(back, down).view(*grad.shape[:-1], -1)
             if ctx.needs_input_grad[0]
             else None
         )
-        return to_x, None, None, back.T @ rows, delta.T @ inner
+        return to_x, None, None, back.T @ rows, inner.T @ delta
 
 
 class LoRALinear(nn.Module):
@@ -117,8 +118,27 @@ class LoRALinear(nn.Module):
         if self.adapters.off:
             return self.base(x)
         own = self.adapters.of_this_pass(x.dtype)[self.name]
-        y: Tensor = _Adapted.apply(x, self.base.weight, self.base.bias, own.down, own.up)
+        y: Tensor = _Adapted.apply(x, self.base.weight, self.base.bias, own.down, own.up.mT)
         return y
+
+
+class LoRAConv2d(nn.Module):
+    """A frozen convolution with an adapter beside it: A is a convolution of few channels, B mixes
+    them place by place."""
+
+    def __init__(
+        self, base: nn.Module, convolution: Convolution, name: str, adapters: Adapters
+    ) -> None:
+        super().__init__()
+        self.base, self.name, self.adapters = base, name, adapters
+        self.convolution = convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if self.adapters.off:
+            return y
+        own = self.adapters.of_this_pass(x.dtype)[self.name]
+        return y + F.conv2d(self.convolution(x, own.down), own.up[..., None, None])
 
 
 class Adapters:
@@ -127,7 +147,7 @@ class Adapters:
     hundreds. `weights` are its parts, by projection name."""
 
     def __init__(self, lora: Mapping[str, Factors], device: torch.device, trainable: bool) -> None:
-        self.shapes = {name: (f.down.shape, f.up.shape) for name, f in lora.items()}
+        self.shapes = {name: (f.down.shape, f.up.mT.shape) for name, f in lora.items()}
         flat = self.flat_of(lora).to(device, torch.float32)
         self.flat = nn.Parameter(flat, requires_grad=trainable)
         self.weights = self.split(self.flat.detach())
@@ -139,13 +159,13 @@ class Adapters:
         shapes = [shape for pair in self.shapes.values() for shape in pair]
         parts = iter(flat.split([shape.numel() for shape in shapes]))
         halves = iter([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
-        return {name: Factors(down=next(halves), up=next(halves)) for name in self.shapes}
+        return {name: Factors(down=next(halves), up=next(halves).mT) for name in self.shapes}
 
     def flat_of(self, lora: Mapping[str, Factors]) -> Tensor:
         """The weights of a LoRA with the same names and ranks as `flat` has them: in rows, for the
         layout decides how sums are rounded, and a resumed run must round alike."""
-        parts = [half.detach() for name in self.shapes for half in (lora[name].down, lora[name].up)]
-        return torch.cat([part.flatten() for part in parts]) if parts else torch.empty(0)
+        halves = [half for name in self.shapes for half in (lora[name].down, lora[name].up.mT)]
+        return torch.cat([half.detach().flatten() for half in halves or [torch.empty(0)]])
 
     def begin_pass(self, *_: Any) -> None:
         """The factors may have changed since the pass before."""
@@ -179,7 +199,7 @@ class Adapters:
     def factors(self) -> LoRA:
         """A copy of the current weights on the CPU."""
         return {
-            name: Factors(own.up.cpu().clone(), own.down.cpu().clone())
+            name: Factors(own.up.cpu().contiguous().clone(), own.down.cpu().clone())
             for name, own in self.weights.items()
         }
 
@@ -194,12 +214,15 @@ def attached_lora(
     The base weights are never written: before and after they are bit-identical.
     """
     adapters = Adapters(lora, next(unet.parameters()).device, trainable)
-    layers: dict[str, LoRALinear] = {}
+    layers: dict[str, nn.Module] = {}
     for name in lora:
         base = unet.get_submodule(name)
-        if not isinstance(base, nn.Linear):
-            raise TypeError(f"{name} is a {type(base).__name__}, not a linear layer")
-        layers[name] = LoRALinear(base, name, adapters)
+        if convolution := Convolution.of(base):
+            layers[name] = LoRAConv2d(base, convolution, name, adapters)
+        elif isinstance(base, nn.Linear):
+            layers[name] = LoRALinear(base, name, adapters)
+        else:
+            raise TypeError(f"{name} is a {type(base).__name__}, which gets no adapter")
     handle = unet.register_forward_pre_hook(adapters.begin_pass)
     try:
         with swapped_modules(unet, layers):

@@ -2,8 +2,8 @@
 it counts.
 
 Per projection: `<name>.lora_down.weight` `[r, d]`, `<name>.lora_up.weight` `[m, r]`, `<name>.alpha`
-(scalar fp32), and the update is alpha / r * up @ down. No other tensors: a loader would call them
-unknown keys.
+(scalar fp32), and the update is alpha / r * up @ down; of a convolution `[r, channels, 3, 3]` and
+`[m, r, 1, 1]`, as LoCon files have them. No other tensors: a loader would call them unknown keys.
 
 All modules carry one and the same alpha, and `up` holds the rest of the scale. With equal ranks
 alpha = r, scale 1. With variable ranks one alpha per rank would be the obvious form, but diffusers
@@ -31,8 +31,9 @@ from ..files import DISK, Disk, atomic_write, check_output
 from ..model.ldm_names import unet_name
 from .adapter import Factors, LoRA
 from .other_names import alphas, in_our_names
-from .targets import Projection
+from .targets import CONVOLUTION, KERNEL, Projection
 
+SDXL_UP = frozenset({0, 1})  # its up blocks with attention
 _SUFFIXES = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
@@ -40,7 +41,7 @@ def kohya_name(name: str, family: str) -> str:
     """The module's name in the file: diffusers' path for SD 1 and 2, the original (sgm) path for
     SDXL."""
     if family == "sdxl":
-        name = unet_name(name)
+        name = unet_name(name, attention_up_blocks=SDXL_UP)
     return "lora_unet_" + name.replace(".", "_")
 
 
@@ -61,6 +62,8 @@ def to_state_dict(
         key = kohya_name(name, family)
         scaled_up = factors.up * (factors.rank / alpha)
         down, up = (t.detach().cpu().to(dtype).contiguous() for t in (factors.down, scaled_up))
+        if CONVOLUTION.search(name):  # as its weight lies, and B as one of 1 x 1
+            down, up = down.view(len(down), -1, *KERNEL), up[..., None, None]
         if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
             raise LoRAFileError(
                 f"The LoRA's weights of '{name}' are not finite in {dtype}: nothing was written."
@@ -90,14 +93,16 @@ def from_state_dict(
             continue
         if down is None or up is None:
             raise LoRAFileError(f"The LoRA has only one half of '{key}'.")
-        down, up = (t.flatten(1) if set(t.shape[2:]) == {1} else t for t in (down, up))
+        kernel = KERNEL if p.convolution else (1, 1)
+        down, up = _flat(down, kernel), _flat(up, (1, 1))
         lora[p.name] = _factors_of(key, p, down, up, alpha)
         known.update(f"{key}.{suffix}" for suffix in _SUFFIXES)
     foreign = sorted(set(state) - known)
     if foreign and not (shared and lora and _plain(foreign)):
         raise LoRAFileError(
-            f"{len(foreign)} of {len(state)} tensors do not belong to this model's attention and "
-            f"feed-forward layers, e.g. '{foreign[0]}'. {_next_step(foreign, bool(lora))}"
+            f"{len(foreign)} of {len(state)} tensors do not belong to this model's attention, "
+            f"feed-forward or 3 x 3 convolution layers, e.g. '{foreign[0]}'. "
+            f"{_next_step(foreign, bool(lora))}"
         )
     if foreign:
         text = (
@@ -106,6 +111,11 @@ def from_state_dict(
         )
         observer(Notice(text))
     return lora
+
+
+def _flat(half: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """As a matrix, where it is one or a convolution of that `kernel`."""
+    return half.flatten(1) if tuple(half.shape[2:]) == kernel else half
 
 
 def _factors_of(
@@ -261,6 +271,6 @@ def load_lora(
         raise LoRAFileError(f"{called}: {error}") from error
     if not lora:
         raise LoRAFileError(
-            f"'{path}' holds no LoRA for the UNet's attention or feed-forward layers."
+            f"'{path}' holds no LoRA for the UNet's attention, feed-forward or convolution layers."
         )
     return lora, metadata

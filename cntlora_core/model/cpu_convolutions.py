@@ -23,32 +23,31 @@ FEWEST_CHANNELS = 256
 FEW_PLACES = 16
 
 
-class ProductConv(nn.Module):
-    """A frozen convolution, evaluated as a matrix product where that is faster."""
+class ProductConv(nn.Conv2d):
+    """A frozen convolution, evaluated as a matrix product where that is faster. All that `base` is,
+    and with its weights."""
 
     def __init__(self, base: nn.Conv2d) -> None:
-        super().__init__()
-        self.base = base
+        nn.Module.__init__(self)
+        vars(self).update(vars(base))
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = (self._side(x, axis) for axis in (0, 1))
         places = len(x) * height * width
-        if places * CHANNELS_PER_PLACE > self.base.out_channels:
-            return self.base(x)  # type: ignore[no-any-return]
-        base = self.base
-        padding: Any = base.padding
-        patches = F.unfold(x, base.kernel_size, base.dilation, padding, base.stride)
+        if places * CHANNELS_PER_PLACE > self.out_channels:
+            return super().forward(x)
+        padding: Any = self.padding
+        patches = F.unfold(x, self.kernel_size, self.dilation, padding, self.stride)
         rows = patches.transpose(0, 1).reshape(-1, places).T
         if places < FEW_PLACES:
             rows = rows.contiguous()
-        y = F.linear(rows, self.base.weight.flatten(1), self.base.bias)
+        y = F.linear(rows, self.weight.flatten(1), self.bias)
         return y.T.reshape(-1, len(x), height, width).transpose(0, 1).contiguous()
 
     def _side(self, x: Tensor, axis: int) -> int:
         """The output's height (axis 0) or width (axis 1)."""
-        conv = self.base
-        reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
-        return (x.shape[2 + axis] + 2 * int(conv.padding[axis]) - reach) // conv.stride[axis] + 1
+        reach = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+        return (x.shape[2 + axis] + 2 * int(self.padding[axis]) - reach) // self.stride[axis] + 1
 
 
 @contextmanager
@@ -69,7 +68,7 @@ def convolutions_as_matmul(unet: nn.Module) -> Iterator[None]:
 
 def _can_be_product(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     return (
-        isinstance(module, nn.Conv2d)
+        type(module) is nn.Conv2d
         and (module.weight.device.type, module.weight.dtype) == ("cpu", torch.float32)
         and module.out_channels >= FEWEST_CHANNELS
         and module.groups == 1

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+# What diffusers' UNets run outside of their checkpoints.
+KEPT = re.compile(r"^mid_block\.resnets\.0\.|\.(down|up)samplers\.")
 
 
 @contextmanager
@@ -22,3 +26,8 @@ def recomputing_activations(unet: Any, on: bool = True) -> Iterator[None]:
     finally:
         unet.disable_gradient_checkpointing()
         unet.train(was_training)
+
+
+def is_recomputed(name: str) -> bool:
+    """Whether the layer of this name runs a second time then."""
+    return KEPT.search(name) is None

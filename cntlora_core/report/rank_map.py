@@ -30,11 +30,17 @@ PROJECTION = re.compile(
     r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.attentions\.(\d+)\.transformer_blocks\.(\d+)\."
     r"(attn[12]|ff)\.(?:to_(?=[qkvo])|net\.)(q|k|v|out\.0|0\.proj|2)"
 )
+CONVOLUTION = re.compile(
+    r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\."
+    r"(?:resnets\.(\d+)\.conv([12])|(?:down|up)samplers\.0\.conv)"
+)
 GROUPS = {
+    "conv": ("convolutions", ("1", "2", "resize")),
     "attn1": ("self-attention", ("q", "k", "v", "out")),
     "attn2": ("cross-attention", ("q", "k", "v", "out")),
     "ff": ("feed-forward", ("in", "out")),
 }
+ALWAYS = ("attn1", "attn2")
 KINDS = {"q": "q", "k": "k", "v": "v", "out.0": "out", "0.proj": "in", "2": "out"}
 GAP = 14  # between groups of columns
 SIDES = ("down", "mid", "up")
@@ -46,7 +52,8 @@ Row = tuple[
 def rank_map(
     ranks: Mapping[str, int], energy: Mapping[str, float], *, title: str, params: int | None = None
 ) -> Image.Image:
-    """A picture of the UNet: a row per transformer block from down to up, a cell per projection.
+    """A picture of the UNet: a row per transformer block and the convolutions before it from down
+    to up, a cell per projection.
 
     The number is the projection's rank, the colour the energy its components hold: in proportion,
     or in decades when it spreads over more than a factor of 20 (what is 10^4 below the largest, or
@@ -63,7 +70,8 @@ def rank_map(
     panels = [panel for panel in panels if panel]
     cell = (44, 22) if side_by_side else (60, 28)
     columns = _columns(rows.values())
-    step = NAMES + len(columns) * cell[0] + (20 if len(columns) == 8 else 20 + GAP)
+    gaps = len({group for group, _ in columns} - set(ALWAYS))
+    step = NAMES + len(columns) * cell[0] + 20 + gaps * GAP
     top = 88
     bottom = max((_lay_out(panel, cell[1], top + 42)[1] for panel in panels), default=top)
     list_top = bottom + (22 if rows else 0)
@@ -108,27 +116,31 @@ def _rows(names: Iterable[str]) -> tuple[dict[Row, dict[tuple[str, str], str]], 
     """The projections by place, in the order in which the signal meets them, and the names that
     have no place."""
     rows: dict[Row, dict[tuple[str, str], str]] = {}
-    others = []
+    others, resizing = [], {}
     for name in names:
-        match = PROJECTION.fullmatch(name)
-        if match is None:
+        if match := PROJECTION.fullmatch(name):
+            side, block, mid, attention, transformer, kind, projection = match.groups()
+            row = (SIDES.index(side or mid), int(block or 0), int(attention), int(transformer))
+            rows.setdefault(row, {})[kind, KINDS[projection]] = name
+        elif match := CONVOLUTION.fullmatch(name):
+            side, block, mid, resnet, number = match.groups()
+            at = SIDES.index(side or mid), int(block or 0)
+            if resnet:
+                rows.setdefault((*at, int(resnet), 0), {})["conv", number] = name
+            else:
+                resizing[at] = name
+        else:
             others.append(name)
-            continue
-        side, block, mid, attention, transformer, kind, projection = match.groups()
-        row = (SIDES.index(side or mid), int(block or 0), int(attention), int(transformer))
-        rows.setdefault(row, {})[kind, KINDS[projection]] = name
+    for at, name in resizing.items():  # with the last of its block
+        last = max((row[2] for row in rows if row[:2] == at), default=0)
+        rows.setdefault((*at, last, 0), {})["conv", "resize"] = name
     return dict(sorted(rows.items())), others
 
 
 def _columns(rows: Iterable[Mapping[tuple[str, str], str]]) -> list[tuple[str, str]]:
-    """Of both attentions always; of the feed-forward where a row has one."""
-    forward = any(kind == "ff" for row in rows for kind, _ in row)
-    return [
-        (group, kind)
-        for group, (_, kinds) in GROUPS.items()
-        for kind in kinds
-        if group != "ff" or forward
-    ]
+    """Of both attentions always; of the others where a row has one."""
+    used = {group for row in rows for group, _ in row}.union(ALWAYS)
+    return [(group, kind) for group in GROUPS if group in used for kind in GROUPS[group][1]]
 
 
 def _lay_out(rows: Iterable[Row], height: int, y: int) -> tuple[dict[Row, int], int]:
@@ -181,7 +193,7 @@ def _panel(
 
 
 def _short(row: Row) -> str:
-    """`down 1.0` for down_blocks.1.attentions.0."""
+    """`down 1.0` for down_blocks.1.attentions.0 and the residual block before it."""
     side, block, attention, _ = row
     return (
         f"mid {attention or ''}".rstrip()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..calibration.ranks import budget_of
 from ..calibration.recording import recorded_bytes
 from ..calibration.sketch import SKETCHING_BYTES, sketch_bytes, sketch_width
 from ..config import CalibrationConfig
@@ -73,7 +74,8 @@ def estimate_training_memory(
     """Peak device memory of a training step of the family's full-size UNet, beside the framework's
     own.
 
-    `targets`: layers with an adapter, the default's when None. `device`: the kind whose attention
+    `rank`: of attention alone; more layers share as many parameters. `targets`: layers with an
+    adapter, the default's when None. `device`: the kind whose attention
     kernels run.
     """
     targets = targets or targets_for(CalibrationConfig())
@@ -103,11 +105,14 @@ def unet_training_memory(config: Mapping[str, Any], adapted: Adapted) -> MemoryE
 
 
 def meta_lora(projections: Sequence[Projection], rank: int) -> LoRA:
-    """Factors on the meta device."""
+    """Factors on the meta device, of equal ranks, in about as many parameters as attention alone
+    has at `rank`."""
+    budget = budget_of([p for p in projections if p.attention], rank)
+    each = max(1, round(budget / sum(p.parameters_per_rank for p in projections)))
     return {
         p.name: Factors(
-            torch.empty(p.out_features, rank, device="meta"),
-            torch.empty(rank, p.in_features, device="meta"),
+            torch.empty(p.out_features, each, device="meta"),
+            torch.empty(each, p.in_features, device="meta"),
         )
         for p in projections
     }

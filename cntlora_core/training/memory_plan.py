@@ -134,9 +134,7 @@ def fitted_calibration(
     """`config` so that the calibration fits into the memory of every process, and how many pictures
     of a batch to look at at once; told in a sentence."""
     projections = find_projections(model.unet, targets_for(config))
-    adapters = (
-        4 * config.rank * sum(p.parameters_per_rank for p in projections if not p.feed_forward)
-    )
+    adapters = 4 * config.rank * sum(p.parameters_per_rank for p in projections if p.attention)
     steps = natural_bytes(projections, config.batch_size, model.dtype)
     sketches = sketch_bytes(projections, sketch_width(config.rank)) + SKETCHING_BYTES
     phases = (

@@ -55,7 +55,7 @@ def whole_path(folder, device, precision, trainings):
     """Load, encode, draw, calibrate, train, save, draw from the file. Losses and the picture."""
     model, subject = loaded(device, precision)
     drawn = class_images(model, "a cat", count=1, steps=1)
-    calibration = CalibrationConfig(batch_size=1)
+    calibration = CalibrationConfig(batch_size=1, targets="attention+ff+conv")
     start = run_calibration(model, subject, calibration, preserve=class_noised(model, drawn))
     losses = [start.report.base_loss, start.report.loss]
     for training in trainings:

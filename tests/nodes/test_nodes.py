@@ -350,7 +350,7 @@ def test_a_calibrated_lora_has_the_strength_that_fits_what_was_held_out(
     names = [key.removesuffix(".lora_up.weight") for key in lora if "lora_up" in key]
     whole = [own.delta().norm() for own in start.calibration.lora.values()]
     given = [
-        (lora[f"{n}.lora_up.weight"] @ lora[f"{n}.lora_down.weight"]).norm()
+        (lora[f"{n}.lora_up.weight"].flatten(1) @ lora[f"{n}.lora_down.weight"].flatten(1)).norm()
         * (lora[f"{n}.alpha"] / len(lora[f"{n}.lora_down.weight"]))
         for n in names
     ]

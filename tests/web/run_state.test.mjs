@@ -95,6 +95,19 @@ test("the rank map follows the signal, with a column for each kind of projection
   assert.equal(rows[2].cells[5], undefined);
 });
 
+test("convolutions stand with the block after them", () => {
+  const ranks = {
+    "down_blocks.0.resnets.0.conv1": 1, "down_blocks.0.resnets.1.conv2": 2,
+    "down_blocks.0.downsamplers.0.conv": 3, "mid_block.resnets.1.conv1": 4,
+    "up_blocks.1.upsamplers.0.conv": 5,
+  };
+  const { groups, rows } = rankRows(ranks);
+  assert.deepEqual(groups, [["convolutions", 3]]);
+  assert.deepEqual(rows.map(({ name, cells }) => [name, ...cells.map((c) => ranks[c] ?? 0)]), [
+    ["down 0.0", 1, 0, 0], ["down 0.1", 0, 2, 3], ["mid", 4, 0, 0], ["up 1.0", 0, 0, 5],
+  ]);
+});
+
 test("what a run takes stands there until its first step", () => {
   const told = { type: "status", run: "a", seq: 2, text: "about 5.8 GB beside the model." };
   const training = { type: "training", run: "a", seq: 3, steps: 10, done: 0 };

@@ -204,3 +204,23 @@ def test_a_rank_larger_than_the_layers_is_clipped_and_said(mini_sd, subject):
     start = calibrate(mini_sd, subject, config, observer=said.append)
     assert max(start.report.ranks.values()) == 96
     assert any("Rank 200" in getattr(event, "text", "") for event in said)
+
+
+def test_convolutions_share_the_ranks_and_pass_twice_alike(mini_sd, subject):
+    """With gradient checkpointing, outside of which diffusers leaves some of them."""
+    config = CalibrationConfig(
+        rank=2, effort="quick", batch_size=2, targets="attention+ff+conv", seed=3
+    )
+    plain = calibrate(mini_sd, subject, config)
+    twice = calibrate(mini_sd, subject, dataclasses.replace(config, gradient_checkpointing=True))
+    layers = {p.name: p for p in find_projections(mini_sd.unet, config.targets)}
+    assert sum(layers[name].convolution is not None for name in plain.lora) > 3
+    assert parameter_count(plain.lora) <= budget_of(
+        [p for p in layers.values() if p.attention], config.rank
+    )
+    assert plain.report.loss < plain.report.base_loss
+    assert twice.report.base_loss == pytest.approx(plain.report.base_loss, rel=1e-5)
+    assert twice.report.ranks == plain.report.ranks
+    assert twice.report.loss == pytest.approx(plain.report.loss, rel=0.02)
+    kept = {key.split(".", 1)[1] for key in plain.natural.moments.seconds if key[0] == "S"}
+    assert kept == set(plain.lora), "nothing is kept of layers that got no rank"

@@ -5,59 +5,93 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cntlora_core.calibration import ragged
-from cntlora_core.calibration.closed_form import factor_steps
-from cntlora_core.calibration.ragged import Ragged, grouped
+from cntlora_core.calibration.natural_step import Half, both_ways, natural_steps
+from cntlora_core.calibration.ragged import Ragged, grouped, together
 from cntlora_core.calibration.second_moment import LowRank, Rows, stack
+from cntlora_core.lora.targets import Projection
 
 CPU = torch.device("cpu")
 
 
-def made(ranks):
-    return Ragged.make({f"layer {i}": rank for i, rank in enumerate(ranks)}, CPU)
+def made(ranks, width):
+    return Ragged.make({f"layer {i}": rank for i, rank in enumerate(ranks)}, width, CPU)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(1, 4))
 def test_there_and_back(ranks, width):
-    layers = made(ranks)
+    layers = made(ranks, width)
     parts = [torch.rand(rank, width) + 1 for rank in ranks]
     grads = [-part for part in parts]
-    rows, of_grads = layers.rows(parts, grads)
+    rows = layers.rows(parts, grads)
+    assert rows.shape == (len(ranks), 2 * max(ranks), width)
+    rows, of_grads = rows.chunk(2, 1)
     assert torch.equal(of_grads, -rows)
-    assert rows.shape == (len(ranks), max(ranks), width)
     assert [int((own != 0).any(1).sum()) for own in rows] == ranks
     assert torch.equal(layers.every_row(rows), torch.cat(parts))
-    columns = layers.columns([part.T for part in parts], [part.T for part in grads])
-    assert torch.equal(columns, torch.stack([rows.mT, of_grads.mT]))
-    columns = columns[0]
-    assert torch.equal(layers.every_column(columns), torch.cat(parts).T)
     assert [ranks[i] for i in layers.of] == [rank for rank in ranks for _ in range(rank)]
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(0, 2**31))
-def test_a_layer_steps_as_it_would_by_itself(ranks, seed):
-    g, (m, d) = torch.Generator().manual_seed(seed), (9, 12)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([9, 11]), st.sampled_from([12, 9]), st.integers(1, 5)),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(0, 2**31),
+)
+def test_a_layer_steps_as_it_would_by_itself(shapes, seed):
+    """Whatever the others' widths and ranks."""
+    g = torch.Generator().manual_seed(seed)
 
     def drawn(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=g)
 
-    parts = [(drawn(m, r), drawn(r, d), drawn(m, r), drawn(r, d)) for r in ranks]
-    moments = [(LowRank.of(Rows(drawn(30, m))), LowRank.of(Rows(drawn(30, d)))) for _ in ranks]
+    projections = [Projection(f"p{i}", d, m, f"in{i}") for i, (m, d, _) in enumerate(shapes)]
+    ranks = {f"p{i}": rank for i, (*_, rank) in enumerate(shapes)}
+    own = {
+        f"p{i}": (drawn(r, m), drawn(r, m), drawn(r, d), drawn(r, d))
+        for i, (m, d, r) in enumerate(shapes)
+    }
+    moments = {
+        f"p{i}": [LowRank.of(Rows(drawn(30, width))) for width in (m, d)]
+        for i, (m, d, _) in enumerate(shapes)
+    }
 
     def steps(which):
-        layers = made([ranks[i] for i in which])
-        up, down, grad_up, grad_down = zip(*(parts[i] for i in which), strict=True)
-        P, K = (stack(own) for own in zip(*(moments[i] for i in which), strict=True))
-        (B, of_B), (A, of_A) = layers.columns(up, grad_up), layers.rows(down, grad_down)
-        step_up, step_down = factor_steps(
-            B, A, of_B, of_A, P, K, P.inverse(), K.inverse(), layers.counts
-        )
-        return layers.every_column(step_up), layers.every_row(step_down)
+        (group,) = together(which, ranks, CPU)
 
-    alone = [steps([i]) for i in range(len(ranks))]
-    up, down = steps(range(len(ranks)))
-    torch.testing.assert_close(up, torch.cat([own[0] for own in alone], 1))
-    torch.testing.assert_close(down, torch.cat([own[1] for own in alone]))
+        def halves(groups, half):
+            return [
+                Half(
+                    layers.rows(
+                        [own[name][2 * half] for name in layers.names],
+                        [own[name][2 * half + 1] for name in layers.names],
+                    ),
+                    *both_ways([stack([moments[name][half] for name in layers.names])]),
+                    layers.counts,
+                )
+                for layers in groups
+            ]
+
+        ups, downs = halves(group.up, 0), halves(group.down, 1)
+        found = natural_steps(ups, downs, group.to_up, group.to_down)
+        rows = {}
+        for letter, groups, made in zip("BA", (group.up, group.down), found, strict=True):
+            for layers, step in zip(groups, made, strict=True):
+                each = layers.every_row(step.rows).split(layers.ranks)
+                keys = [f"{name}.{letter}" for name in layers.names]
+                rows |= dict(zip(keys, each, strict=True))
+        assert list(rows) == group.factors()
+        assert [len(rows[key]) for key in rows] == [ranks[key[:-2]] for key in rows]
+        return rows
+
+    every = steps(projections)
+    alone = [steps([p]) for p in projections]
+    assert every.keys() == {key for one in alone for key in one}
+    for one in alone:
+        for key, step in one.items():
+            torch.testing.assert_close(every[key], step)
 
 
 def test_so_many_at_a_time(monkeypatch):
@@ -66,5 +100,16 @@ def test_so_many_at_a_time(monkeypatch):
     ranks = {"a": 1, "b": 1, "c": 2, "d": 3, "e": 4, "f": 30}
     found = [(tuple(own.names), tuple(own.ranks)) for own in grouped(ranks, 10, CPU)]
     assert found == [
-        (("a", "b", "c"), (1, 1, 2)), (("d", "e"), (3, 4)), (("f",), (30,)),
+        (("a", "b", "c"), (1, 1, 2)),
+        (("d", "e"), (3, 4)), (("f",), (30,)),
     ]  # fmt: skip
+
+
+def test_small_systems_are_bounded(monkeypatch):
+    """Layers of small ranks are not brought to the largest of all."""
+    monkeypatch.setattr(ragged, "MOST", 50)
+    projections = [Projection(name, 4, 6, name) for name in "abcdef"]
+    ranks = dict(zip("fabecd", (9, 2, 2, 5, 4, 3), strict=True))
+    found = [*together(projections, ranks, CPU)]
+    names = [sorted(name for own in group.up for name in own.names) for group in found]
+    assert names == [["a", "b", "d"], ["c", "e"], ["f"]]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cntlora_core.calibration import linalg
-from cntlora_core.calibration.closed_form import factor_steps
+from cntlora_core.calibration.natural_step import Half, both_ways, natural_steps
 from cntlora_core.calibration.second_moment import (
     RANK,
     Diagonal,
@@ -150,9 +150,10 @@ def test_what_has_no_factor_moves_nothing():
     assert linalg.cholesky(torch.tensor([[1.0, 2.0], [2.0, 1.0]])).isnan().all()
     both = torch.stack([torch.eye(2), torch.full((2, 2), torch.nan)])
     assert torch.equal(linalg.cholesky(both)[0], torch.eye(2))
-    metric = LowRank(torch.eye(2).expand(2, 2, 2), both, torch.ones(2))
-    ones = torch.ones(2, 2, 2)
-    metrics = metric, metric, metric, metric.inverse()
-    for step in factor_steps(ones, ones, ones, ones, *metrics, torch.tensor([2, 2])):
+    (metric,) = both_ways([LowRank(torch.eye(2).expand(2, 2, 2), both, torch.ones(2))])
+    ones = torch.ones(2, 4, 2)
+    half, order = Half(ones, metric, torch.tensor([2, 2])), torch.arange(2)
+    for (found,) in natural_steps([half], [half], order, order):
+        step = found.rows
         assert step[0].abs().min() > 0
         assert torch.equal(step[1], torch.zeros(2, 2))

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cntlora_core.calibration.inputs import Tokens
 from cntlora_core.calibration.sketch import Sketches, sketch_bytes
 from cntlora_core.lora.targets import Projection
 from cntlora_core.training.shapes import peak_bytes
@@ -33,7 +34,7 @@ def test_what_has_no_more_directions_is_exact(m, d, tokens, pictures, seed):
     delta, x = passes(m, d, tokens, pictures, seed)
     sketches = Sketches(9)
     for part in zip(delta.split(1), x.split(1), strict=True):
-        sketches.add("p", *part)
+        sketches.add("p", part[0], Tokens(part[1]))
     up, down = sketches.get([Projection("p", d, m, "p")])
     torch.testing.assert_close(up[0] @ down[0], gradient(delta, x), rtol=1e-3, atol=1e-3)
     assert up.shape[-1] <= 9
@@ -45,7 +46,7 @@ def test_leading_directions_are_kept_and_little_else_is_lost():
     delta = torch.randn(1, 3000, 200, generator=generator)
     x = delta @ torch.randn(200, 150, generator=generator) * strength[:150]
     sketches = Sketches(26)
-    sketches.add("p", delta * strength, x)
+    sketches.add("p", delta * strength, Tokens(x))
     G = gradient(delta * strength, x)
     error = torch.linalg.matrix_norm(whole(sketches, Projection("p", 150, 200, "p")) - G)
     best = torch.linalg.svdvals(G)[26:].square().sum().sqrt()
@@ -58,7 +59,7 @@ def test_norms_of_single_pictures_are_right_in_the_mean():
     for seed in range(30):
         delta, x = passes(64, 96, 20, 4, seed)
         real = (delta.mT @ x).square().sum((1, 2))
-        ratios.append(Sketches(26).add("p", delta, x).square() / real)
+        ratios.append(Sketches(26).add("p", delta, Tokens(x)).square() / real)
     ratios = torch.cat(ratios)
     assert float(ratios.mean()) == pytest.approx(1, abs=0.05)
     assert float(ratios.std()) < 0.3
@@ -69,9 +70,9 @@ def test_parts_of_a_pass_add_up(monkeypatch, at_once):
     """Tokens of a picture, or some pictures at once: 28 numbers a token, 20 tokens each."""
     delta, x = passes(12, 16, 20, 3, 0)
     entire, parted = Sketches(8), Sketches(8)
-    norms = entire.add("p", delta, x)
-    monkeypatch.setattr("cntlora_core.calibration.sketch.AT_ONCE", at_once)
-    torch.testing.assert_close(parted.add("p", delta, x), norms)
+    norms = entire.add("p", delta, Tokens(x))
+    monkeypatch.setattr("cntlora_core.calibration.inputs.AT_ONCE", at_once)
+    torch.testing.assert_close(parted.add("p", delta, Tokens(x)), norms)
     for one, other in zip(parted.sums["p"], entire.sums["p"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
     assert parted.tokens == {"p": 60}
@@ -84,8 +85,8 @@ def test_half_precision_is_summed_in_full_and_never_overflows(dtype):
     delta, x = (part.to(dtype) for part in passes(12, 16, 4096, 1, 0))
     delta = (delta.abs() * 1e4).clamp_max(6e4)
     halves, full = Sketches(8), Sketches(8)
-    norms = halves.add("p", delta, x.abs() * 1e3, scale)
-    expected = full.add("p", delta.float() / scale, (x.abs() * 1e3).float())
+    norms = halves.add("p", delta, Tokens(x.abs() * 1e3), scale)
+    expected = full.add("p", delta.float() / scale, Tokens((x.abs() * 1e3).float()))
     torch.testing.assert_close(norms, expected)
     assert torch.isfinite(norms).all()
     for one, other in zip(halves.sums["p"], full.sums["p"], strict=True):
@@ -97,19 +98,19 @@ def test_what_passes_in_fp32_is_bounded():
     """SDXL's widest layer at 1024 px, two pictures, in bf16: 190 MB would be its copies."""
     delta, x = (torch.empty(2, 4096, n, dtype=torch.bfloat16, device="meta") for n in (5120, 640))
     sketches = Sketches(26)
-    sketches.add("p", delta, x)
+    sketches.add("p", delta, Tokens(x))
     held = [delta, x, *sketches.sums["p"], *sketches.probes.values()]
-    assert peak_bytes(lambda: sketches.add("p", delta, x), held) < 75e6
+    assert peak_bytes(lambda: sketches.add("p", delta, Tokens(x)), held) < 75e6
 
 
 def test_processes_add_up_whoever_counts(spoken_by_two):
     delta, x = passes(12, 15, 3, 2, 0)
     both = Sketches(8)
-    both.add("p", delta, x)
+    both.add("p", delta, Tokens(x))
     mine, other = Sketches(8), Sketches(8)
-    mine.add("p", delta[:1], x[:1])
-    mine.add("p", delta[1:], x[1:], counts=False)  # seen by both, counted by one
-    other.add("p", delta[1:], x[1:])
+    mine.add("p", delta[:1], Tokens(x[:1]))
+    mine.add("p", delta[1:], Tokens(x[1:]), counts=False)  # seen by both, counted by one
+    other.add("p", delta[1:], Tokens(x[1:]))
     mine.combine(spoken_by_two(other))
     p = Projection("p", 15, 12, "p")
     torch.testing.assert_close(whole(mine, p), whole(both, p), rtol=1e-4, atol=1e-5)
@@ -144,6 +145,6 @@ def test_nothing_recorded_is_an_error():
 def test_the_bytes_are_those_of_the_sums():
     delta, x = passes(12, 150, 3, 1, 0)
     sketches = Sketches(8)
-    sketches.add("p", delta, x)
+    sketches.add("p", delta, Tokens(x))
     said = sketch_bytes([Projection("p", 150, 12, "p")], 8)
     assert said == sum(part.nbytes for part in sketches.sums["p"])

@@ -10,6 +10,7 @@ from pretended_device import pretended
 from torch import nn
 
 from cntlora_core.calibration.constraints import Domain, Metric, Target
+from cntlora_core.calibration.inputs import Tokens
 from cntlora_core.calibration.moments import Moments
 from cntlora_core.calibration.natural import NaturalGradient, NaturalStart
 from cntlora_core.calibration.recording import Seen, input_key, output_key
@@ -39,7 +40,7 @@ def seen_of(projections, seed, strengths=(1.0,), directions=4):
         delta = delta * strengths[i % len(strengths)]
         seen.add(input_key(p), x, 80, p.diagonal_in, 1.0)
         seen.add(output_key(p), delta, 80, p.diagonal_out, 1.0)
-        sketches.add(p.name, delta, x)
+        sketches.add(p.name, delta, Tokens(x))
     return seen, sketches
 
 
@@ -190,7 +191,8 @@ def test_a_natural_step_never_makes_the_host_wait():
     is copied in either direction."""
     with pretended("cuda") as device:
         model, projections, moments, metric = problem("cuda", 3)
-        update = solved(model, projections, moments, Target(metric)).update
+        solution = solved(model, projections, moments, Target(metric))
+        projections, update = solution.projections, solution.update
         start = NaturalStart(projections, metric, moments, 1.0)
         with attached_lora(model.unet, update, trainable=True) as adapters:
             natural = NaturalGradient(adapters, start)

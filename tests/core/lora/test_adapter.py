@@ -91,13 +91,13 @@ def test_bf16_base_keeps_fp32_adapters():
 
 
 def test_attaching_to_something_else_is_refused():
-    net = nn.Sequential(nn.Conv2d(1, 1, 1))
+    net = nn.Sequential(nn.Conv1d(1, 1, 1))
     with (
-        pytest.raises(TypeError, match="Conv2d"),
+        pytest.raises(TypeError, match="Conv1d"),
         attached_lora(net, {"0": Factors(torch.ones(1, 1), torch.ones(1, 1))}),
     ):
         pass
-    assert isinstance(net[0], nn.Conv2d)
+    assert isinstance(net[0], nn.Conv1d)
 
 
 def test_parameters_are_counted():

@@ -21,7 +21,8 @@ from cntlora_core.model.families import config_of
 from cntlora_core.model.ldm_names import unet_name
 
 FAMILIES = ("sd1", "sd2-v", "sdxl")
-COUNTS = {"sd1": 128 + 32, "sd2-v": 128 + 32, "sdxl": 560 + 140}  # attention and feed-forward
+# attention, feed-forward, convolutions
+COUNTS = {"sd1": 128 + 32 + 50, "sd2-v": 128 + 32 + 50, "sdxl": 560 + 140 + 38}
 
 
 def empty_unet(config):
@@ -92,8 +93,9 @@ def test_comfyui_maps_every_key(file, caplog, monkeypatch):
     assert len(patches) == COUNTS[family]
     for name, factors in lora.items():
         key = f"diffusion_model.{names[name + '.weight']}"
-        weight = torch.randn(factors.delta().shape, generator=torch.Generator().manual_seed(1))
-        expected = weight + factors.delta()
+        shape = unet.get_submodule(name).weight.shape
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        expected = weight + factors.delta().view(shape)
         patched = comfy.lora.calculate_weight([(1.0, patches[key], 1.0, None, None)], weight, key)
         torch.testing.assert_close(patched, expected, rtol=1e-5, atol=1e-6)
 
@@ -143,7 +145,9 @@ def test_diffusers_loads_and_fuses(family, tmp_path):
     unet.unload_lora()
     for key, value in unet.state_dict().items():
         name = key.removesuffix(".weight")
-        expected = before[key] + lora[name].delta() if name in lora else before[key]
+        expected = before[key]
+        if name in lora:
+            expected = expected + lora[name].delta().view_as(expected)
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=key)
 
 
@@ -181,8 +185,9 @@ def test_kohya_builds_its_network_from_our_file(file, monkeypatch):
     by_shape = sorted(float(m.scale * m.lora_dim) for m in network.unet_loras)
     assert by_shape[0] == by_shape[-1]  # one alpha for all
     sums = sorted(
-        round(float((m.scale * (m.lora_up.weight @ m.lora_down.weight)).detach().double().sum()), 3)
+        round(float((m.scale * (up.flatten(1) @ down.flatten(1))).detach().double().sum()), 3)
         for m in network.unet_loras
+        for up, down in [(m.lora_up.weight, m.lora_down.weight)]
     )
     assert sums == pytest.approx(
         sorted(float(f.delta().double().sum()) for f in lora.values()), abs=2e-3

@@ -2,7 +2,7 @@ import pytest
 from torch import nn
 
 from cntlora_core.errors import CheckpointError
-from cntlora_core.lora.targets import find_projections
+from cntlora_core.lora.targets import ALL, find_projections
 
 
 def test_the_mini_sd_has_56_in_29_distinct_inputs(mini_sd):
@@ -12,6 +12,18 @@ def test_the_mini_sd_has_56_in_29_distinct_inputs(mini_sd):
     assert len(projections) == 56
     assert len({p.input_key for p in projections}) == 7 * 4 + 1
     assert {p.in_features for p in projections if p.input_key == "text"} == {128}
+
+
+def test_convolutions_are_maps_of_patches(mini_sd):
+    """Two in each of 11 residual blocks, and those between the levels; no 1 x 1."""
+    found = [p for p in find_projections(mini_sd.unet, ALL) if p.convolution]
+    assert len(found) == 2 * 11 + 4
+    for p in found:
+        weight = mini_sd.unet.get_submodule(p.name).weight
+        assert weight.flatten(1).shape == (p.out_features, p.in_features)
+        assert (p.convolution.kernel, p.input_key, p.attention) == ((3, 3), p.name, False)
+    assert {p.convolution.stride for p in found} == {(1, 1), (2, 2)}
+    assert not any(p.convolution for p in find_projections(mini_sd.unet, "attention+ff"))
 
 
 def test_shared_keys_mean_shared_tensors(mini_sd, subject):

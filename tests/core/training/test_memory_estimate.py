@@ -66,7 +66,8 @@ def test_only_devices_without_fused_attention_keep_all_pairs_of_places():
 def test_more_layers_and_ranks_take_more():
     attention = small(targets="attention")
     assert small().activations > 1.05 * attention.activations
-    assert small(rank=8).adapters == 2 * small().adapters > 2 * attention.adapters
+    assert small(rank=8).adapters == 2 * small().adapters
+    assert small().adapters == pytest.approx(attention.adapters, rel=0.1)  # one budget
 
 
 def test_the_estimate_is_what_a_real_step_holds(mini_sd, subject):

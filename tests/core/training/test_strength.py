@@ -62,7 +62,7 @@ def test_what_fits_is_given_out_and_the_steps_are_the_same(mini_sd, subject):
 
     notices = []
     run = run_training(mini_sd, subject, QUICK, config, validate=loss, observer=notices.append)
-    assert run.strength == pytest.approx(0.5, abs=0.05)
+    assert run.strength == pytest.approx(0.5, abs=0.08)
     assert run.losses == whole.losses
     kept = run.lora[layer]
     assert kept.up.norm().item() == pytest.approx(0.5 * whole_norm, rel=0.1)

@@ -139,8 +139,8 @@ class NaturalGradient(torch.optim.Optimizer):
         shares = (self.share * held).split([2 * len(group.to_up) for group in self.groups])
         for group, (ups, downs), share in zip(self.groups, steps, shares, strict=True):
             of_up, of_down = share.chunk(2)
-            self._take(group.up, ups, of_up[group.of_up], "up")
-            self._take(group.down, downs, of_down[group.of_down], "down")
+            self._take(group.up, ups, of_up[group.of_up], "B")
+            self._take(group.down, downs, of_down[group.of_down], "A")
         settings["made"] += 1
 
     def _take(
@@ -155,7 +155,7 @@ class NaturalGradient(torch.optim.Optimizer):
         torch._foreach_sub_([self._rows(self.adapters.weights[name], half) for name in names], rows)
 
     def _rows(self, factors: Factors, half: str) -> Tensor:
-        return factors.up.mT if half == "up" else factors.down
+        return factors.up.mT if half == "B" else factors.down
 
     def _gradients(self) -> dict[str, Factors]:
         """By projection those of B and A, per token, parts of the flat gradient."""
@@ -173,22 +173,18 @@ class NaturalGradient(torch.optim.Optimizer):
     def _steps(
         self, group: Together, grads: Mapping[str, Factors]
     ) -> tuple[list[Step], list[Step]]:
-        def halves(layers: Sequence[Ragged], half: str, key: str) -> list[Half]:
-            return [
-                Half(
-                    own.rows(
-                        *(
-                            [self._rows(of[name], half) for name in own.names]
-                            for of in (self.adapters.weights, grads)
-                        )
-                    ),
-                    self.metrics[f"{own.names[0]}.{key}"],
-                    own.counts,
+        def halves(layers: Sequence[Ragged], half: str) -> list[Half]:
+            found = []
+            for own in layers:
+                weights, of_weights = (
+                    [self._rows(of[name], half) for name in own.names]
+                    for of in (self.adapters.weights, grads)
                 )
-                for own in layers
-            ]
+                metric = self.metrics[f"{own.names[0]}.{half}"]
+                found.append(Half(own.rows(weights, of_weights), metric, own.counts))
+            return found
 
-        ups, downs = halves(group.up, "up", "B"), halves(group.down, "down", "A")
+        ups, downs = halves(group.up, "B"), halves(group.down, "A")
         return natural_steps(ups, downs, group.to_up, group.to_down)
 
     def _held(self, keys: Sequence[str], lengths: Tensor) -> Tensor:

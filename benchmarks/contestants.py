@@ -79,4 +79,4 @@ def rank_of(method: Method, rank: int) -> int:
     A trainer as it comes keeps its own."""
     if method.alpha:
         return method.start.rank
-    return max(1, rank // {WIDE.targets: 2, WIDEST.targets: 4}.get(method.start.targets, 1))
+    return max(1, rank // (2 if method.start is WIDE else 4 if method.start is WIDEST else 1))

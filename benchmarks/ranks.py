@@ -25,7 +25,7 @@ from strengths import strongest
 from subject_folders import read_halves
 
 from cntlora_core.calibration.calibrate import calibrate
-from cntlora_core.calibration.ranks import budget_of, data_ranks
+from cntlora_core.calibration.ranks import data_ranks, shared_budget
 from cntlora_core.config import CalibrationConfig
 from cntlora_core.defaults import MINI_SD
 from cntlora_core.lora.targets import Projection, find_projections, targets_for
@@ -55,8 +55,7 @@ def shuffled(ranks: Mapping[str, int], projections: Sequence[Projection], seed: 
 def equal(projections: Sequence[Projection], rank: int) -> Ranks:
     """What the rule gives where every next rank of a layer is worth less than all before it."""
     falling = {p.name: p.parameters_per_rank / torch.arange(1.0, 1025) for p in projections}
-    budget = budget_of([p for p in projections if p.attention], rank)
-    return data_ranks(projections, falling, budget, max_rank=1024)
+    return data_ranks(projections, falling, shared_budget(projections, rank), max_rank=1024)
 
 
 def contestants(

@@ -179,9 +179,11 @@ def parabola_step(
         curvature = (tried[first] - base - slope * first) / first**2
         best = -slope / (2 * curvature) if curvature > 0 else math.copysign(far, -slope)
         near = abs(best - first) <= NEAR * abs(best) and tried[first] < base
-        if near or not best or not math.isfinite(best):
+        if near or not math.isfinite(best):
             break
         best = max(-far, min(far, best))
+        if best in tried:
+            break
         tried[best] = loss(best)
         if tried[best] < base:
             break

@@ -3,7 +3,7 @@ and columns of zeros, so that the number of kernels is that of shapes and not of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..lora.targets import Projection
-from .moments import alike
+from .moments import Item, alike
 
 MOST = 1 << 23  # numbers with their zeros that are worked on at once
 
@@ -98,24 +98,27 @@ def together(
     projections: Sequence[Projection], ranks: Mapping[str, int], device: torch.device
 ) -> Iterator[Together]:
     """All layers by ascending ranks R, as many at a time as have `MOST` numbers in R x R."""
-    group: list[Projection] = []
-    for p in sorted(projections, key=lambda p: ranks[p.name]):
-        if group and (len(group) + 1) * ranks[p.name] ** 2 > MOST:
-            yield Together.make(group, ranks, device)
-            group = []
-        group.append(p)
-    yield Together.make(group, ranks, device)
+    by_rank = sorted(projections, key=lambda p: ranks[p.name])
+    for group in _at_a_time(by_rank, lambda p: ranks[p.name] ** 2):
+        yield Together.make(group, ranks, device)
 
 
 def grouped(ranks: Mapping[str, int], width: int, device: torch.device) -> Iterator[Ragged]:
     """Layers of one `width`, by ascending ranks, as many at a time as take `MOST` numbers."""
-    group: dict[str, int] = {}
-    for name, rank in ranks.items():
-        if group and (len(group) + 1) * rank * width > MOST:
-            yield Ragged.make(group, width, device)
-            group = {}
-        group[name] = rank
-    yield Ragged.make(group, width, device)
+    for names in _at_a_time(ranks, lambda name: ranks[name] * width):
+        yield Ragged.make({name: ranks[name] for name in names}, width, device)
+
+
+def _at_a_time(items: Iterable[Item], numbers: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """In their order, as many as take `MOST` numbers where each takes those of the last of them,
+    the largest."""
+    group: list[Item] = []
+    for item in items:
+        if group and (len(group) + 1) * numbers(item) > MOST:
+            yield group
+            group = []
+        group.append(item)
+    yield group
 
 
 def output_width(p: Projection) -> tuple[int, bool]:

@@ -27,6 +27,11 @@ def budget_of(projections: Sequence[Projection], rank: int) -> int:
     return sum(ranks[p.name] * p.parameters_per_rank for p in projections)
 
 
+def shared_budget(projections: Sequence[Projection], rank: int) -> int:
+    """What all layers share: as many as the attention's have at this mean `rank`."""
+    return budget_of([p for p in projections if p.attention], rank)
+
+
 def data_ranks(
     projections: Sequence[Projection], scores: Mapping[str, Tensor], budget: int, *, max_rank: int
 ) -> dict[str, int]:

@@ -29,8 +29,8 @@ Gradient = Callable[[str, Tensor, Inputs, float], Tensor]
 @dataclass
 class Seen:
     """What passes left behind, by key: rows `[pictures, n, d]` in their own dtype (of a `diagonal`
-    the root of their squares' sum `[1, 1, d]`), which are `scales` times what they should be (of
-    that sum's root, of their mean's), and the tokens they stand for."""
+    the mean square's root `[1, 1, d]`), which are `scales` times what they should be, and the
+    tokens they stand for."""
 
     rows: dict[str, list[Tensor]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -40,8 +40,7 @@ class Seen:
     def add(self, key: str, rows: Tensor, tokens: int, diagonal: bool, scale: float) -> None:
         if diagonal:
             n, full = rows.shape[:2].numel(), torch.float32
-            rows = torch.linalg.vector_norm(rows, dim=(0, 1), keepdim=True, dtype=full)
-            scale *= n**0.5
+            rows = torch.linalg.vector_norm(rows, dim=(0, 1), keepdim=True, dtype=full) / n**0.5
             self.diagonal.add(key)
         self.rows.setdefault(key, []).append(rows)
         self.tokens[key] = self.tokens.get(key, 0) + tokens
@@ -90,8 +89,8 @@ class Recording:
         self.inputs: dict[str, Inputs] = {}
         self.deltas: dict[str, Tensor] = {}
         self.visited: set[str] = set()
-        self.places: dict[Hashable, Tensor] = {}  # the same, as inputs of a layout want them
-        self.spread: dict[int, Tensor] = {}  # places of rows, by the tokens of a picture
+        # of the rows that are kept, by the tokens of a picture and by the layout of inputs
+        self.places: dict[Hashable, Tensor] = {}
         # the first to read each input
         self.speakers = {p.input_key: p.name for p in reversed(projections)}
 
@@ -103,7 +102,6 @@ class Recording:
         self.inputs.clear()
         self.visited.clear()
         self.places.clear()
-        self.spread.clear()
         seen, self.seen = self.seen, Seen()
         self.turn += 1
         return seen
@@ -130,9 +128,10 @@ class Recording:
         def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self.backward and not torch.is_grad_enabled():
                 return  # will be computed again, for the gradients
-            x, key = inputs_of(projection, args[0].detach()), input_key(projection)
+            key = input_key(projection)
             again = key in self.seen.rows  # gradient checkpointing computes a pass twice
             if self.speakers[projection.input_key] == projection.name and not again:
+                x = inputs_of(projection, args[0].detach())
                 self._keep(key, x, projection.diagonal_in)
             if self.backward:
                 if not output.requires_grad:
@@ -156,16 +155,13 @@ class Recording:
             self.norms.append(self.gradient(name, delta, x, self.loss_scale))
 
     def _keep(self, key: str, every: Inputs, diagonal: bool, scale: float = 1.0) -> None:
-        if every.layout not in self.places:
-            self.places[every.layout] = every.index(self._spread(every.tokens, every.x.device))
-        rows = every.at(self.places[every.layout])
-        self.seen.add(key, rows, len(rows) * every.tokens, diagonal, scale)
-
-    def _spread(self, count: int, device: torch.device) -> Tensor:
-        """Those of `count` rows that are kept."""
-        if count not in self.spread:
-            self.spread[count] = _spread(count, self.turn, device)
-        return self.spread[count]
+        tokens, layout, places = every.tokens, every.layout, self.places
+        if tokens not in places:
+            places[tokens] = _spread(tokens, self.turn, every.x.device)
+        if layout not in places:
+            places[layout] = every.index(places[tokens])
+        rows = every.at(places[layout])
+        self.seen.add(key, rows, len(rows) * tokens, diagonal, scale)
 
 
 @contextmanager

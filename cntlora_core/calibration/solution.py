@@ -17,7 +17,7 @@ from ..lora.targets import Projection
 from .closed_form import Components, unit_response
 from .constraints import Constraint
 from .moments import Moments, alike, shape_of
-from .ranks import MAX_RANK_FACTOR, budget_of, data_ranks, uniform_ranks
+from .ranks import MAX_RANK_FACTOR, data_ranks, shared_budget, uniform_ranks
 from .second_moment import SecondMoment, stack
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _ranks(
 ) -> dict[str, int]:
     if config.rank_rule == "uniform":
         return uniform_ranks(projections, config.rank)
-    budget = budget_of([p for p in projections if p.attention], config.rank)
+    budget = shared_budget(projections, config.rank)
     return data_ranks(projections, scores, budget, max_rank=MAX_RANK_FACTOR * config.rank)
 
 

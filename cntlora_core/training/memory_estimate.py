@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..calibration.ranks import budget_of
+from ..calibration.ranks import shared_budget
 from ..calibration.recording import recorded_bytes
 from ..calibration.sketch import SKETCHING_BYTES, sketch_bytes, sketch_width
 from ..config import CalibrationConfig
@@ -107,7 +107,7 @@ def unet_training_memory(config: Mapping[str, Any], adapted: Adapted) -> MemoryE
 def meta_lora(projections: Sequence[Projection], rank: int) -> LoRA:
     """Factors on the meta device, of equal ranks, in about as many parameters as attention alone
     has at `rank`."""
-    budget = budget_of([p for p in projections if p.attention], rank)
+    budget = shared_budget(projections, rank)
     each = max(1, round(budget / sum(p.parameters_per_rank for p in projections)))
     return {
         p.name: Factors(

@@ -35,6 +35,13 @@ def test_the_judge_leaves_what_is_attached(opponents, mini_sd, subject):
     assert found["strength"] < 1  # noise
 
 
+def test_only_ordinary_loras_share_the_rank_among_more_layers(opponents):
+    names = "attention, 2", "with feed-forward, 2", "with convolutions, 2"
+    names += "ours", "ours, convolutions", "ours, held out"
+    ranks = [opponents.rank_of(opponents.METHODS[name], 4) for name in names]
+    assert ranks == [4, 2, 1, 4, 4, 4]
+
+
 def test_steps_on_factors_are_those_of_their_optimiser(opponents):
     optimizers = sys.modules["factor_optimizers"]
     torch.manual_seed(0)

@@ -1,12 +1,11 @@
 """Our noise schedule beside ComfyUI's own `model_sampling`: the same sigmas, inputs and denoised
 pictures for every kind of prediction."""
 
-import os
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from comfyui_models import use_host_on_cpu
 
 from cntlora_core.model.noise_schedule import NoiseSchedule
 from cntlora_core.model.prediction import EPSILON, V_ZERO_SNR, V, scheduler_keys
@@ -25,12 +24,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def model_base():
-    if not os.environ.get("COMFYUI_PATH"):
-        pytest.skip("COMFYUI_PATH is not set")
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True
+    use_host_on_cpu()
     import comfy.model_base
 
     return comfy.model_base

@@ -24,15 +24,20 @@ def load_module(name, path, **options):
     return module
 
 
-@pytest.fixture(scope="module")
-def comfy():
-    """The host's modules, on the CPU, and the pack beside them."""
+def use_host_on_cpu():
+    """Makes the host's modules importable; skips where there is none."""
     if not os.environ.get("COMFYUI_PATH"):
         pytest.skip("COMFYUI_PATH is not set")
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = True
+
+
+@pytest.fixture(scope="module")
+def comfy():
+    """The host's modules, on the CPU, and the pack beside them."""
+    use_host_on_cpu()
     import comfy.sd
     import comfy.supported_models
 

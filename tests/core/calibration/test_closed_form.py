@@ -258,6 +258,17 @@ def test_parabola_step_comes_back_from_too_far(steepness, first):
     assert value == loss(step) < 1.0
 
 
+def test_parabola_step_asks_no_loss_twice():
+    asked = []
+
+    def loss(step):
+        asked.append(step)
+        return float("nan")
+
+    assert parabola_step(loss, 1.0, 0.1, -1.0) == (0.0, 1.0)
+    assert len(asked) == len(set(asked)) == 2
+
+
 def test_parabola_step_stays_at_zero_when_nothing_helps():
     assert parabola_step(lambda step: 1 + abs(step), 1.0, 0.1) == (0.0, 1.0)
     assert parabola_step(lambda step: float("nan"), 1.0, 0.1, -1.0) == (0.0, 1.0)

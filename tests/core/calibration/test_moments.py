@@ -213,6 +213,20 @@ def test_parts_of_a_batch_may_have_other_shapes_and_scales_go_out():
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_diagonal_of_passes_of_unequal_size_is_the_mean_of_theirs():
+    """Two pictures and one, as buckets cut a batch of three."""
+    torch.manual_seed(0)
+    passes, seen = (torch.randn(2, 50, 3), 5 * torch.randn(1, 50, 3)), Seen()
+    for rows in passes:
+        part = Seen()
+        part.add("C.a", 8 * rows, 50 * len(rows), True, 8.0)
+        seen.extend(part)
+    moments = Moments()
+    moments.take_in(seen)
+    expected = torch.stack([rows.square().mean((0, 1)) for rows in passes]).mean(0)
+    torch.testing.assert_close(moments.seconds["C.a"].diagonal(), expected)
+
+
 def test_an_input_that_was_not_computed_again_is_told():
     block = Block()
     with record(

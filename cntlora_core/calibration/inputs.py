@@ -10,8 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..lora.convolution import Convolution
 from ..lora.targets import Projection
+from ..model.convolution import Convolution
 
 AT_ONCE = 1 << 24  # numbers in fp32 of a layer's inputs and gradients that are worked on together
 

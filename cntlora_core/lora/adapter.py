@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.nn import functional as F
 
+from ..model.convolution import Convolution
 from ..model.swap_modules import swapped_modules
-from .convolution import Convolution
 from .targets import Projection
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..config import CALIBRATED, CalibrationConfig
 from ..errors import CheckpointError
-from .convolution import Convolution
+from ..model.convolution import Convolution
 
 ALL = "attention+ff+conv"  # whatever a LoRA file may hold
 ATTENTION = re.compile(r"\.transformer_blocks\.\d+\.(attn[12])\.(to_q|to_k|to_v|to_out\.0)$")

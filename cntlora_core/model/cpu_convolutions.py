@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .convolution import Convolution
 from .swap_modules import swapped_modules
 
 # The CPU's convolution reorders its weights in every call, which costs as the weights; a product
@@ -30,24 +31,22 @@ class ProductConv(nn.Conv2d):
     def __init__(self, base: nn.Conv2d) -> None:
         nn.Module.__init__(self)
         vars(self).update(vars(base))
+        convolution = Convolution.of(base)
+        assert convolution is not None
+        self.over = convolution
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = (self._side(x, axis) for axis in (0, 1))
+        height, width = self.over.size(x)
         places = len(x) * height * width
         if places * CHANNELS_PER_PLACE > self.out_channels:
             return super().forward(x)
-        padding: Any = self.padding
-        patches = F.unfold(x, self.kernel_size, self.dilation, padding, self.stride)
+        over = self.over
+        patches = F.unfold(x, over.kernel, 1, over.padding, over.stride)
         rows = patches.transpose(0, 1).reshape(-1, places).T
         if places < FEW_PLACES:
             rows = rows.contiguous()
         y = F.linear(rows, self.weight.flatten(1), self.bias)
         return y.T.reshape(-1, len(x), height, width).transpose(0, 1).contiguous()
-
-    def _side(self, x: Tensor, axis: int) -> int:
-        """The output's height (axis 0) or width (axis 1)."""
-        reach = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
-        return (x.shape[2 + axis] + 2 * int(self.padding[axis]) - reach) // self.stride[axis] + 1
 
 
 @contextmanager
@@ -71,7 +70,5 @@ def _can_be_product(module: nn.Module) -> TypeGuard[nn.Conv2d]:
         type(module) is nn.Conv2d
         and (module.weight.device.type, module.weight.dtype) == ("cpu", torch.float32)
         and module.out_channels >= FEWEST_CHANNELS
-        and module.groups == 1
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
+        and Convolution.of(module) is not None
     )

@@ -8,8 +8,8 @@ from cntlora_core.calibration import inputs
 from cntlora_core.calibration.inputs import Patches, Tokens, inputs_of, outputs_of
 from cntlora_core.calibration.recording import record
 from cntlora_core.calibration.sketch import Sketches
-from cntlora_core.lora.convolution import Convolution
 from cntlora_core.lora.targets import Projection
+from cntlora_core.model.convolution import Convolution
 
 
 def layer(stride=1):

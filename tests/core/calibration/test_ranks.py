@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cntlora_core.calibration.ranks import budget_of, data_ranks, uniform_ranks
-from cntlora_core.lora.convolution import Convolution
 from cntlora_core.lora.targets import TEXT, Projection
+from cntlora_core.model.convolution import Convolution
 
 layers = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=8)
 

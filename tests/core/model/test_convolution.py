@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cntlora_core.lora.adapter import Factors, attached_lora
-from cntlora_core.lora.convolution import Convolution
+from cntlora_core.model.convolution import Convolution
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 

@@ -26,6 +26,7 @@ from .types import (
     Prior,
     SDModel,
     SubjectPictures,
+    check_prior,
     check_room,
     lora_model,
     to_image,
@@ -80,6 +81,7 @@ class CalibrateLoRA(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         config = with_preset(read_settings(CalibrationConfig, settings), subject.preset)
+        check_prior(sd_model, prior)
         check_room(sd_model, config)
         with (
             Reporter(host.identity(cls), "CNTLoRACalibrate", before=subject.traces) as report,

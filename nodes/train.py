@@ -29,6 +29,7 @@ from .types import (
     SubjectPictures,
     Traces,
     check_model,
+    check_prior,
     check_room,
     to_image,
 )
@@ -105,6 +106,7 @@ class TrainLoRA(io.ComfyNode):
         config = with_preset(read_settings(TrainConfig, own | more.fields), subject.preset)
         if start.calibration:
             check_model(sd_model, start.calibration.lora)
+        check_prior(sd_model, prior)
         check_room(sd_model, start.config, start.calibration.lora if start.calibration else None)
         before, node = _traces(start, subject, validation), host.identity(cls)
         with (

@@ -167,6 +167,16 @@ def check_model(model: StableDiffusion, lora: LoRA) -> None:
         )
 
 
+def check_prior(model: StableDiffusion, prior: EncodedImages | None) -> None:
+    """Raises SettingError for one whose words another kind of model read."""
+    width = model.unet.config.cross_attention_dim
+    if prior is not None and prior.conditioning.tokens.shape[-1] != width:
+        raise SettingError(
+            f"prior was made with another kind of model than '{model.name}': connect the same "
+            "sd_model to both nodes."
+        )
+
+
 def check_room(model: StableDiffusion, config: CalibrationConfig, lora: LoRA | None = None) -> None:
     """Refuse to start what the loras folder has no space for. Raises OutputError."""
     check_space(host.lora_path("lora"), 4 * parameters_of(model, config, lora), "the LoRA")

@@ -62,6 +62,19 @@ def test_a_start_for_another_kind_of_model_is_refused(pack, inputs):
             run(pack.TrainLoRA, **inputs, lora_init=foreign)
 
 
+@pytest.mark.parametrize("node", ["CalibrateLoRA", "TrainLoRA"])
+def test_a_prior_of_another_kind_of_model_is_refused(pack, inputs, node):
+    prior = run(
+        pack.PriorImages, sd_model=inputs["sd_model"], class_prompt="a dog", class_count=1
+    ).values[0]
+    tokens = prior.conditioning.tokens
+    words = replace(prior.conditioning, tokens=torch.cat([tokens, tokens], -1))
+    given = inputs if node == "TrainLoRA" else {k: inputs[k] for k in ("sd_model", "subject")}
+    with pytest.raises(ValueError, match="prior was made with another kind of model than 'mini-sd"):
+        run(getattr(pack, node), **given, prior=replace(prior, conditioning=words))
+
+
+
 def test_an_unfinished_run_that_cannot_be_written_is_told(pack, inputs, stop, monkeypatch):
     def full(checkpoints, state):
         raise sys.modules["cntlora_pack.cntlora_core.errors"].OutputError("No space left.")

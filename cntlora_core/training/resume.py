@@ -53,7 +53,7 @@ class RunSnapshots:
     overwrite: bool = False
     disk: Disk = DISK
     ours: bool = field(default=False, init=False)  # this run has written or read the file
-    failed: bool = field(default=False, init=False)
+    told: bool = field(default=False, init=False)  # that it could not be written on the way
     failure: str = field(default="", init=False)  # why it could not be written at the end
 
     def due(self, step: int) -> bool:
@@ -73,8 +73,8 @@ class RunSnapshots:
         try:
             self.write(state)
         except OutputError as error:
-            if not self.failed:
-                self.failed = True
+            if not self.told:
+                self.told = True
                 observer(Notice(f"{error} Training goes on without this checkpoint."))
 
     def check(self) -> None:

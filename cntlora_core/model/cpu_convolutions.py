@@ -31,16 +31,16 @@ class ProductConv(nn.Conv2d):
     def __init__(self, base: nn.Conv2d) -> None:
         nn.Module.__init__(self)
         vars(self).update(vars(base))
-        convolution = Convolution.of(base)
-        assert convolution is not None
-        self.over = convolution
+        over = Convolution.of(base)
+        assert over is not None
+        self.over = over
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = self.over.size(x)
+        over = self.over
+        height, width = over.size(x)
         places = len(x) * height * width
         if places * CHANNELS_PER_PLACE > self.out_channels:
             return super().forward(x)
-        over = self.over
         patches = F.unfold(x, over.kernel, 1, over.padding, over.stride)
         rows = patches.transpose(0, 1).reshape(-1, places).T
         if places < FEW_PLACES:

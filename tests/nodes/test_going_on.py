@@ -74,7 +74,6 @@ def test_a_prior_of_another_kind_of_model_is_refused(pack, inputs, node):
         run(getattr(pack, node), **given, prior=replace(prior, conditioning=words))
 
 
-
 def test_an_unfinished_run_that_cannot_be_written_is_told(pack, inputs, stop, monkeypatch):
     def full(checkpoints, state):
         raise sys.modules["cntlora_pack.cntlora_core.errors"].OutputError("No space left.")

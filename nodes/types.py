@@ -161,20 +161,21 @@ def check_model(model: StableDiffusion, lora: LoRA) -> None:
     layers = {p.name: (p.out_features, p.in_features) for p in find_projections(model.unet, ALL)}
     made_for = {name: (len(f.up), f.down.shape[1]) for name, f in lora.items()}
     if not made_for.items() <= layers.items():
-        raise SettingError(
-            f"lora_init was made for another kind of model than '{model.name}': connect the same "
-            "sd_model to both nodes."
-        )
+        raise _of_another_kind("lora_init was made for", model)
 
 
 def check_prior(model: StableDiffusion, prior: EncodedImages | None) -> None:
     """Raises SettingError for one whose words another kind of model read."""
     width = model.unet.config.cross_attention_dim
     if prior is not None and prior.conditioning.tokens.shape[-1] != width:
-        raise SettingError(
-            f"prior was made with another kind of model than '{model.name}': connect the same "
-            "sd_model to both nodes."
-        )
+        raise _of_another_kind("prior was made with", model)
+
+
+def _of_another_kind(made: str, model: StableDiffusion) -> SettingError:
+    return SettingError(
+        f"{made} another kind of model than '{model.name}': connect the same sd_model to both "
+        "nodes."
+    )
 
 
 def check_room(model: StableDiffusion, config: CalibrationConfig, lora: LoRA | None = None) -> None:

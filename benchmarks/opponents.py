@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--model", default=MINI_SD)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rates", nargs="+", type=float, help="of ordinary LoRAs, not the usual")
     parser.add_argument("--until", type=int, default=COSTS[-1], help="this cost")
     parser.add_argument("--threads", type=int, default=1)
@@ -203,7 +204,7 @@ def main() -> None:
 
 
 def _run_all(args: argparse.Namespace) -> None:
-    model = load_checkpoint(args.model)
+    model = load_checkpoint(args.model, device=args.device)
     for seed in args.seeds:
         for folder in args.subjects:
             subject, held_out = read_halves(model, folder)

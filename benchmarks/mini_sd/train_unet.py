@@ -4,8 +4,9 @@ diffusers pipeline (fp16).
     python benchmarks/mini_sd/train_unet.py --steps 20000 --output DIR/model
 
 `--size half` gives the UNet half the channels, `--size sd1` attention as wide as SD 1.5's two outer
-levels have it, with as many heads and as long words: for what should carry over between sizes. With
-`--vae cntlora_core/mini_sd/model/vae` they read the embedded model's latents.
+levels have it, with as many heads and as long words, `--size sdxl` as SDXL's two: for what should
+carry over between sizes. With `--vae cntlora_core/mini_sd/model/vae` they read the embedded model's
+latents.
 
 The loss of each of 32 timestep strata is divided by its running mean, so that every noise level
 counts alike. Categories of least interest are drawn rarely.
@@ -105,6 +106,10 @@ WIDE_WORDS = {
     "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768,
     "num_hidden_layers": 2, "num_attention_heads": 12,
 }  # fmt: skip
+WIDEST_WORDS = {
+    "hidden_size": 2048, "intermediate_size": 8192, "projection_dim": 2048,
+    "num_hidden_layers": 2, "num_attention_heads": 32,
+}  # fmt: skip
 SIZES = {
     "embedded": Size(),
     "half": Size({"block_out_channels": (32, 48, 48)}),
@@ -120,6 +125,21 @@ SIZES = {
         rate=0.3,  # as widths go, and for some hundred steps of 32 pictures
         warm_up=30,
         ema_decay=0.98,
+    ),
+    # Two layers to a transformer, where SDXL has 2 and 10.
+    "sdxl": Size(
+        {
+            "block_out_channels": (64, 640, 1280),
+            "norm_num_groups": 32,
+            "cross_attention_dim": 2048,
+            "attention_head_dim": (1, 10, 20),
+            "transformer_layers_per_block": (1, 2, 2),
+            "use_linear_projection": True,
+        },
+        WIDEST_WORDS,
+        rate=0.15,
+        warm_up=200,
+        ema_decay=0.995,
     ),
 }
 SCHEDULE = {
@@ -340,6 +360,8 @@ def main() -> None:
     add_arguments(parser, BATCH)
     parser.add_argument("--size", choices=SIZES, default="embedded", help="where --init is not")
     parser.add_argument("--copies", type=int, default=24, help="variations of every drawing")
+    parser.add_argument("--warm-up", type=int, help="steps, not the size's own")
+    parser.add_argument("--ema-decay", type=float, help="of the averaged weights, likewise")
     parser.add_argument("--init", type=Path, help="a saved pipeline to start from")
     parser.add_argument("--tokenizer", type=Path, default=EMBEDDED / "tokenizer")
     parser.add_argument("--vae", type=Path, default=BUILD / "vae", help="made by train_vae.py")
@@ -349,7 +371,7 @@ def main() -> None:
     size = SIZES[args.size]
     pipe = build(args.tokenizer, args.vae, args.init, size).to(args.device)
     latents = encode_copies(pipe.vae, images, rows, args.copies)
-    steps = plan(args, size.warm_up, size.ema_decay)
+    steps = plan(args, args.warm_up or size.warm_up, args.ema_decay or size.ema_decay)
     loss = train(pipe, latents, rows, steps, batch=args.batch_size, rate=size.rate)
     save(pipe, args.tokenizer, args.output)
     record(args.output, args, epsilon_mse=round(loss, 4))

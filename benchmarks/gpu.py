@@ -23,7 +23,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -35,7 +35,8 @@ import torch
 from gpu_report import Report
 from PIL import Image
 
-from cntlora_core.calibration.closed_form import parabola_step
+from cntlora_core.calibration.calibrate import Calibration
+from cntlora_core.calibration.closed_form import Fitted, fitted_step
 from cntlora_core.config import EFFORTS, CalibrationConfig, DataConfig, TrainConfig
 from cntlora_core.data.dataset import encode_subject
 from cntlora_core.data.encoded import EncodedImages
@@ -89,7 +90,7 @@ def run_phases(
     *,
     batches: tuple[int, ...],
     steps: int,
-    efforts: tuple[str, ...] = tuple(EFFORTS),
+    efforts: Sequence[str],
 ) -> EncodedImages | None:
     """Every phase of a run, largest last. The encoded pictures, where those fit."""
     data, found = DataConfig(resolution=size_px, hold_out=False), {}
@@ -113,19 +114,18 @@ def run_trainings(
     *,
     batches: tuple[int, ...],
     steps: int,
-    efforts: tuple[str, ...],
+    efforts: Sequence[str],
 ) -> None:
-    """A calibration of each length, the first twice (libraries load), and steps of each kind from
-    the last."""
-    found = {}
-    for turn, effort in enumerate((efforts[0], *efforts)):
+    """A calibration of each of the lengths, in this order, and steps of each kind from the last."""
+    found: dict[str, Calibration] = {}
+    for turn, effort in enumerate(efforts):
         asked = CalibrationConfig(effort=effort)
 
         def calibrate(asked: CalibrationConfig = asked) -> None:
             with never_standing_still():
                 found["start"] = run_calibration(model, subject, asked, observer=Clock())
 
-        note = "" if turn else ", first in the process"
+        note = "" if turn or len(efforts) == 1 else ", first in the process"
         report.measure(f"calibrate, {effort}, batches of {asked.batch_size}{note}", calibrate)
     if "start" not in found:
         return
@@ -152,11 +152,11 @@ def never_standing_still() -> Iterator[None]:
     """Random weights have nothing to teach: where no step makes their loss lower, a calibration
     would end before its small steps, which are to be timed."""
 
-    def moved(*given: Any) -> tuple[float, float]:
-        step, loss = parabola_step(*given)
-        return step or 1e-8, loss
+    def moved(*given: Any) -> Fitted:
+        found = fitted_step(*given)
+        return found if found.step else Fitted(1e-8, found.loss, 1e-8)
 
-    with patch("cntlora_core.calibration.calibrate.parabola_step", moved):
+    with patch("cntlora_core.calibration.calibrate.fitted_step", moved):
         yield
 
 
@@ -216,6 +216,8 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path, help="a checkout of ComfyUI")
     parser.add_argument("--families", nargs="*", choices=list(REAL), default=list(REAL))
     parser.add_argument("--checkpoints", type=Path, help="a folder of make_checkpoint.py's files")
+    parser.add_argument("--efforts", nargs="+", choices=list(EFFORTS), default=list(EFFORTS))
+    parser.add_argument("--profiles", nargs="*", choices=list(REAL), default=list(REAL))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--peer-batches", nargs="+", type=int, default=[1, 4])
     args = parser.parse_args()
@@ -234,8 +236,11 @@ def main() -> None:
             model = files.load("bf16")
             print(TABLE_HEAD.format(f"{family} {size_px} px"), flush=True)
             batches = (1, 2, 4) if cuda else (1, 2)
-            subject = run_phases(model, size_px, report, batches=batches, steps=args.steps)
-            if subject:
+            efforts = (args.efforts[0], *args.efforts)  # the first twice: libraries load
+            subject = run_phases(
+                model, size_px, report, batches=batches, steps=args.steps, efforts=efforts
+            )
+            if subject and (family in args.profiles or not cuda):
                 told["profiles"][family] = profiles_of(model, subject)
             if cuda:
                 model = run_cards(files, model, size_px, report, args.steps)

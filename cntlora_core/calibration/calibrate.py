@@ -16,7 +16,7 @@ from ..distributed import ALONE, Group
 from ..events import Calibrated, Notice, Observer, ignore
 from ..lora.adapter import LoRA, default_init, gaussian_init
 from ..lora.targets import Projection, find_projections, targets_for
-from .closed_form import parabola_step
+from .closed_form import fitted_step
 from .constraints import make_constraint
 from .natural import NaturalStart
 from .passes import Passes
@@ -84,28 +84,30 @@ def calibrate(
 
     # fit the step
     slope = solution.slope / count if constraint.backward else None
-    step, loss = parabola_step(
+    fitted = fitted_step(
         lambda step: passes.loss(triples, solution.scaled(step)), base, solution.first, slope
     )
-    lora, energy = solution.scaled(step), solution.energy
-    if swept.norms is None or not step:
-        return _finish(config, lora, energy, base, loss, step, passes, started)
+    lora, loss, energy = solution.scaled(fitted.step), fitted.loss, solution.energy
+    if swept.norms is None or not fitted.step:
+        return _finish(config, lora, energy, base, loss, fitted.step, passes, started)
 
     # refine
     importance = Importance.measured(swept.timesteps, swept.norms, timesteps)
     host = torch.device("cpu")  # where it waits for the steps
-    metric, moments = metric.only(projections), moments.only(projections)
-    natural = NaturalStart(projections, metric.on(host), moments.on(host), step)
+    metric, moments = metric.only(projections).on(host), moments.only(projections).on(host)
+    natural = NaturalStart(projections, metric, moments, fitted.least)
+    del swept, constraint  # what they hold on the device the steps need more
     if config.refinements:
-        refined, reached = passes.refined(subject, lora, natural, importance, generator)
+        start = solution.scaled(fitted.least)
+        refined, reached = passes.refined(subject, start, natural, importance, generator)
         # Against the base, not the start: the start was fitted to these very triples, so its loss
         # on them flatters it.
         if (after := passes.loss(triples, refined)) < base:
             lora, loss, natural = refined, after, reached
-    done = _finish(config, lora, energy, base, loss, step, passes, started)
+    done = _finish(config, lora, energy, base, loss, fitted.least, passes, started)
     preservation = preserve(
         projections, metric.prior, moments,
-        weight=config.preservation, rho=config.rho, step=abs(step), pictures=count,
+        weight=config.preservation, rho=config.rho, step=abs(fitted.step), pictures=count,
     ) if metric.prior else None  # fmt: skip
     return replace(done, importance=importance, natural=natural, preservation=preservation)
 

@@ -29,6 +29,7 @@ POWER_ITERATIONS = 2
 NEAR = 0.3  # of the step at the minimum: so near, a tenth of the depth is missing at most
 FARTHEST = 4.0  # times the first step: a parabola is trusted no farther
 FITS = 4  # while nothing is better; each minimum is less than half as far as the one before
+KEPT = 0.1  # of what a parabola promises: with less the loss bends more than any
 
 
 @dataclass(frozen=True)
@@ -158,19 +159,31 @@ def response(down: Tensor, C: SecondMoment) -> Tensor:
     return output_power(down, C).clamp_min(floor).sqrt()
 
 
-def parabola_step(
+@dataclass(frozen=True)
+class Fitted:
+    """Of the steps along an update that were tried the best `step` and its `loss`; and where the
+    loss is `least` by all that is known of it."""
+
+    step: float
+    loss: float
+    least: float
+
+
+def fitted_step(
     loss: Callable[[float], float], base: float, first: float, slope: float | None = None
-) -> tuple[float, float]:
-    """The step where the parabola through what is known of `loss` is least, and the loss there.
+) -> Fitted:
+    """How far to go along an update, from few looks at the loss.
 
     `base` is loss(0), `slope` its derivative there; without it (a sign that is not known either)
-    loss(-first) is asked for. A loss is evaluated at `first` and at the parabola's minimum, unless
-    that is `NEAR`; it is at most `FARTHEST * first` away. Where `first` was so far that no parabola
-    fits, and there is no better loss there either, it is fitted anew with that one in its place,
-    `FITS` times at most. Returns (0.0, base) when nothing is better: never worse than standing
-    still on the set that `loss` measures.
+    loss(-first) is asked for. A loss is evaluated at `first` and where the parabola through what is
+    known is least, unless that is `NEAR`; it is at most `FARTHEST * first` away. Where `first` was
+    so far that no parabola fits, and there is no better loss there either, it is fitted anew with
+    that one in its place, `FITS` times at most. Nothing better gives (0.0, base): never worse than
+    standing still on the set that `loss` measures. Where the loss falls by less than `KEPT` of what
+    the parabola promised, `least` is where the cubic through a known slope and the last two looks
+    has its minimum, at which nobody looks (derived here).
     """
-    tried = {0.0: base, first: loss(first)}
+    tried, known, kept = {0.0: base, first: loss(first)}, slope is not None, 1.0
     if slope is None:
         tried[-first] = loss(-first)
         slope = (tried[first] - tried[-first]) / (2 * first)
@@ -186,7 +199,26 @@ def parabola_step(
             break
         tried[best] = loss(best)
         if tried[best] < base:
+            kept = (tried[best] - base) / (slope * best + curvature * best**2)
             break
         first = best
     step = min(tried, key=lambda s: tried[s] if math.isfinite(tried[s]) else math.inf)
-    return step, tried[step]
+    if known and kept < KEPT:
+        least = cubic_minimum(slope, *[(s, value - base) for s, value in tried.items()][-2:])
+        if least and 0 < least / step <= max(map(abs, tried)) / abs(step):
+            return Fitted(step, tried[step], least)
+    return Fitted(step, tried[step], step)
+
+
+def cubic_minimum(
+    slope: float, one: tuple[float, float], other: tuple[float, float]
+) -> float | None:
+    """Where the cubic with value 0 and `slope` at 0 through two points (x, y) has its minimum; None
+    where it has none."""
+    (x, at_x), (z, at_z) = ((x, (y - slope * x) / x**2) for x, y in (one, other))
+    b = (at_x - at_z) / (x - z)
+    a = at_x - b * x
+    bend = a * a - 3 * b * slope
+    if not 0 < bend < math.inf or (along := a + math.sqrt(bend)) == 0:
+        return None
+    return -slope / along

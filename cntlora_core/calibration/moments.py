@@ -16,6 +16,7 @@ from .second_moment import RANK, Diagonal, LowRank, Rows, SecondMoment, moved, s
 from .sketch import Sketches
 
 TOGETHER = 64  # layers of one shape that are worked on at once
+MOST = 1 << 23  # numbers of layers that are worked on at once
 TAKEN_IN = 128  # moments of one shape, of which little is made beside their rows
 
 Item = TypeVar("Item")
@@ -137,6 +138,18 @@ def alike(
     for own, group in groups.items():
         for start in range(0, len(group), most):
             yield own, group[start : start + most]
+
+
+def at_a_time(items: Iterable[Item], numbers: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """In their order, as many as take `MOST` numbers where each takes those of the last of them,
+    the largest."""
+    group: list[Item] = []
+    for item in items:
+        if group and (len(group) + 1) * numbers(item) > MOST:
+            yield group
+            group = []
+        group.append(item)
+    yield group
 
 
 def shape_of(p: Projection) -> tuple[int, int, bool, bool]:

@@ -130,6 +130,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self.tokens |= {p.name: n / self.pictures for p, n in seen.came_back(self.projections)}
             self.moments.take_in(seen)
         if fresh or not self.metrics:
+            self.metrics = {}  # the old ones go first
             self.metrics = self._metrics()
         grads = self._gradients()
         steps = [self._steps(group, grads) for group in self.groups]

@@ -3,7 +3,7 @@ and columns of zeros, so that the number of kernels is that of shapes and not of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from ..lora.targets import Projection
-from .moments import Item, alike
-
-MOST = 1 << 23  # numbers with their zeros that are worked on at once
+from .moments import alike, at_a_time
 
 
 @dataclass(frozen=True)
@@ -99,26 +97,14 @@ def together(
 ) -> Iterator[Together]:
     """All layers by ascending ranks R, as many at a time as have `MOST` numbers in R x R."""
     by_rank = sorted(projections, key=lambda p: ranks[p.name])
-    for group in _at_a_time(by_rank, lambda p: ranks[p.name] ** 2):
+    for group in at_a_time(by_rank, lambda p: ranks[p.name] ** 2):
         yield Together.make(group, ranks, device)
 
 
 def grouped(ranks: Mapping[str, int], width: int, device: torch.device) -> Iterator[Ragged]:
     """Layers of one `width`, by ascending ranks, as many at a time as take `MOST` numbers."""
-    for names in _at_a_time(ranks, lambda name: ranks[name] * width):
+    for names in at_a_time(ranks, lambda name: ranks[name] * width):
         yield Ragged.make({name: ranks[name] for name in names}, width, device)
-
-
-def _at_a_time(items: Iterable[Item], numbers: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """In their order, as many as take `MOST` numbers where each takes those of the last of them,
-    the largest."""
-    group: list[Item] = []
-    for item in items:
-        if group and (len(group) + 1) * numbers(item) > MOST:
-            yield group
-            group = []
-        group.append(item)
-    yield group
 
 
 def output_width(p: Projection) -> tuple[int, bool]:

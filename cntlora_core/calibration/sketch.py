@@ -91,6 +91,11 @@ class Sketches:
         seen = self._probe(Y.shape[-2], 2 * self.width + 1, Y.device).T @ Q
         return Q, linalg.solve(seen.mT @ seen, seen.mT @ Z)
 
+    def forget(self, projections: Sequence[Projection]) -> None:
+        """Their memory back: nobody asks for them again."""
+        for p in projections:
+            del self.sums[p.name]
+
     def _probe(self, size: int, count: int, device: torch.device) -> Tensor:
         """`count` random vectors `[size, count]` that keep norms in the mean; all directions where
         there are no more than that."""
@@ -104,11 +109,13 @@ class Sketches:
 
 def sketch_bytes(projections: Sequence[Projection], width: int) -> int:
     """Of Y and Z, fp32."""
-    return 4 * sum(
-        p.out_features * min(width, p.in_features)
-        + p.in_features * min(2 * width + 1, p.out_features)
-        for p in projections
-    )
+    return 4 * sum(sketch_numbers(p, width) for p in projections)
+
+
+def sketch_numbers(projection: Projection, width: int) -> int:
+    """Of Y and Z of a layer."""
+    d, m = projection.in_features, projection.out_features
+    return m * min(width, d) + d * min(2 * width + 1, m)
 
 
 def sketch_width(rank: int) -> int:

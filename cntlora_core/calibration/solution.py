@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,9 +16,10 @@ from ..lora.adapter import Factors, LoRA, scaled
 from ..lora.targets import Projection
 from .closed_form import Components, unit_response
 from .constraints import Constraint
-from .moments import Moments, alike, shape_of
+from .moments import Moments, alike, at_a_time, shape_of
 from .ranks import MAX_RANK_FACTOR, data_ranks, shared_budget, uniform_ranks
 from .second_moment import SecondMoment, stack
+from .sketch import sketch_numbers, sketch_width
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
@@ -54,13 +55,14 @@ def solve(
     ranks: Mapping[str, int] | None,
     generator: torch.Generator,
 ) -> Solution:
-    """The best update of every projection; `ranks` instead of the rule's."""
+    """The best update of every projection; `ranks` instead of the rule's. What `moments` hold of a
+    layer's gradient is gone then: at real size it is the most of all that is held."""
     most = config.rank * (MAX_RANK_FACTOR if config.rank_rule == "data" else 1)
     weight = partial(_weight, model)
     solved: dict[str, Factors] = {}
     scores: dict[str, Tensor] = {}
     changes: dict[str, Tensor] = {}
-    for _, group in alike(projections, shape_of):
+    for group in _groups(projections, sketch_width(config.rank)):
         names = [p.name for p in group]
         parts = constraint.components(group, weight, moments, most, generator)
         C = stack([moments.C(p) for p in group])
@@ -69,6 +71,8 @@ def solve(
         scores |= {name: own.score for name, own in zip(names, parts, strict=True)}
         power = C.power(map(weight, group)).clamp_min(1e-30)
         changes |= dict(zip(names, moved / power[:, None], strict=True))
+        if moments.gradients:
+            moments.gradients.forget(group)
     told = iter(on_host([*scores.values(), *changes.values()]))
     scores, changes = ({name: next(told) for name in solved} for _ in range(2))
     ranks = ranks or _ranks(projections, scores, config)
@@ -80,6 +84,12 @@ def solve(
     update = {p.name: _cut(solved[p.name], ranks[p.name]) for p in chosen}
     first = FIRST_CHANGE / max(change, 1e-12)
     return Solution(chosen, _lora_on_host(update), first, slope, energy)
+
+
+def _groups(projections: Sequence[Projection], width: int) -> Iterator[list[Projection]]:
+    """Of one shape each, as many as do not take too much of the device."""
+    for _, own in alike(projections, shape_of):
+        yield from at_a_time(own, partial(sketch_numbers, width=width))
 
 
 def _weight(model: StableDiffusion, projection: Projection) -> Tensor:

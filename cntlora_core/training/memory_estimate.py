@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..calibration.moments import moment_bytes
 from ..calibration.ranks import shared_budget
 from ..calibration.recording import recorded_bytes
 from ..calibration.sketch import SKETCHING_BYTES, sketch_bytes, sketch_width
@@ -130,6 +131,7 @@ def unet_calibration_memory(config: Mapping[str, Any], adapted: Adapted) -> Memo
     rows = adapted.batch_size * recorded_bytes(projections, adapted.dtype)
     step = replace(step, activations=step.activations + rows)
     sketches = sketch_bytes(projections, sketch_width(adapted.rank)) + SKETCHING_BYTES
+    sketches += moment_bytes(projections)
     metric = metric_bytes(projections)
     if sketches < step.adapters + metric:
         return replace(step, metric=metric)

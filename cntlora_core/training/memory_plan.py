@@ -104,19 +104,20 @@ def plan_memory(
     gradient_checkpointing: bool,
     fixed: int = RESERVE,
     copies: int = 0,
+    scattered: int = 0,
 ) -> MemoryPlan:
     """The first that fits into `free` bytes, else the smallest: as asked; with gradient
     checkpointing; with the batch cut into accumulated parts.
 
     `plain` and `checkpointed`: bytes of each picture in a batch; `fixed`: of none; `copies`: of
-    none, without gradient checkpointing.
+    none, without gradient checkpointing; `scattered`: of none, with it.
     """
     plans = [
         MemoryPlan(
             recomputing,
             size,
             accumulation * batch_size // size,
-            fixed + (size * checkpointed if recomputing else size * plain + copies),
+            fixed + (size * checkpointed + scattered if recomputing else size * plain + copies),
             free,
         )
         for size, recomputing in ways_to_run(batch_size, gradient_checkpointing)
@@ -139,7 +140,7 @@ def fitted_calibration(
     sketches = sketch_bytes(projections, sketch_width(config.rank)) + SKETCHING_BYTES
     phases = (
         _Phase(COPIES_OF_ADAPTERS * adapters + steps),
-        _Phase(sketches, recorded_bytes(projections, model.dtype)),
+        _Phase(sketches + moment_bytes(projections), recorded_bytes(projections, model.dtype)),
     )
     plan = _plan(model, config, resolution, observer, phases, group)
     if plan is None:
@@ -201,19 +202,21 @@ def _plan(
     free, each = free_memory(model.device), picture_bytes(model, resolution)
     if free is None or each is None:
         return None
-    free = least(free, group)
+    free, (plain, checkpointed) = least(free, group), each
     accumulation = config.accumulation if isinstance(config, TrainConfig) else 1
     # weights that are brought back to the model's precision stay until the backward pass
     copies = taken(NEEDS[model.family].weights) if is_in_eight_bits(model.unet) else 0
     plans = [
         plan_memory(
             free,
-            *(taken(passing + phase.each) for passing in each),
+            taken(plain + phase.each),
+            taken(checkpointed + phase.each, recomputing=True),
             batch_size=config.batch_size,
             accumulation=accumulation,
             gradient_checkpointing=config.gradient_checkpointing,
             fixed=RESERVE + taken(phase.fixed),
             copies=copies,
+            scattered=taken(phase.fixed, recomputing=True) - taken(phase.fixed),
         )
         for phase in phases
     ]

@@ -14,5 +14,5 @@ def test_a_card_on_which_half_precision_does_not_fit_is_asked_again_in_eight_bit
         ["| 24 GB", "bf16"],
     ]
     assert "too little" in rows[0]
-    assert "checkpointing on, batch 2 x 1" in rows[1]
+    assert "checkpointing on, batch 1 x 2" in rows[1]
     assert "checkpointing off, batch 2 x 1" in rows[2]

@@ -17,7 +17,7 @@ def test_every_phase_has_its_row(gpu, mini_sd, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu, "PICTURES", 1)
     monkeypatch.setattr(gpu, "DRAWING_STEPS", 1)
     report = gpu.Report(torch.device("cpu"), tmp_path / "gpu.json", {"torch": "2"})
-    found = gpu.run_phases(mini_sd, 64, report, batches=(1,), steps=2, efforts=("quick",))
+    found = gpu.run_phases(mini_sd, 64, report, batches=(1,), steps=2, efforts=("quick", "quick"))
     assert [row["phase"] for row in report.rows] == [
         "encode 1 pictures",
         "draw a picture, 1 steps",
@@ -37,7 +37,8 @@ def test_every_phase_has_its_row(gpu, mini_sd, monkeypatch, capsys, tmp_path):
 def test_a_model_that_learns_nothing_is_timed_all_the_same(gpu, mini_sd, subject, monkeypatch):
     """Weights of noise fall nowhere; their steps cost what others' do."""
     monkeypatch.setitem(sys.modules["cntlora_core.config"].EFFORTS, "quick", (1, 1))
-    monkeypatch.setattr(gpu, "parabola_step", lambda loss, base, first, slope: (0.0, base))
+    still = gpu.Fitted(0.0, 1.0, 0.0)
+    monkeypatch.setattr(gpu, "fitted_step", lambda *given: still)
     with gpu.never_standing_still():
         start = gpu.run_calibration(mini_sd, subject, gpu.CalibrationConfig(effort="quick"))
     assert start.report.backward_passes == 4

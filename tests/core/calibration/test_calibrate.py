@@ -1,12 +1,15 @@
 import dataclasses
+import weakref
 
 import pytest
 import torch
 
 from cntlora_core import config as config_module
+from cntlora_core.calibration import measure
 from cntlora_core.calibration import passes as passes_module
 from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.calibration.ranks import budget_of
+from cntlora_core.calibration.sketch import Sketches
 from cntlora_core.config import CalibrationConfig
 from cntlora_core.data.batches import draw_noised, fixed_noised, mean_loss
 from cntlora_core.data.class_images import class_images, class_noised
@@ -58,6 +61,26 @@ def test_refining_goes_on_where_the_sweep_ends(mini_sd, subject, held_out):
     base = mean_loss(mini_sd, validate, 8)
     assert losses["balanced"] < 0.95 * losses["quick"] < 0.95 * base
     assert losses["balanced"] < 0.8 * base
+
+
+def test_what_the_sweep_held_is_gone_before_the_steps(mini_sd, subject, monkeypatch):
+    """At SDXL's size it is a GB of the card, which the steps want."""
+    made, alive = [], []
+
+    def sketches(width):
+        made.append(weakref.ref(own := Sketches(width)))
+        return own
+
+    def refined(*given):
+        alive.append(made[0]())
+        return natural_refine(*given)
+
+    natural_refine = passes_module.Passes.refined
+    monkeypatch.setattr(measure, "Sketches", sketches)
+    monkeypatch.setattr(passes_module.Passes, "refined", refined)
+    calibrate(mini_sd, subject, CalibrationConfig(effort="quick"))
+    assert len(made) == 1
+    assert alive == [None]
 
 
 def test_more_refinement_begins_like_less(mini_sd, subject, monkeypatch):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cntlora_core.calibration import ragged
+from cntlora_core.calibration import moments
 from cntlora_core.calibration.natural_step import Half, both_ways, natural_steps
 from cntlora_core.calibration.ragged import Ragged, grouped, together
 from cntlora_core.calibration.second_moment import LowRank, Rows, stack
@@ -96,7 +96,7 @@ def test_a_layer_steps_as_it_would_by_itself(shapes, seed):
 
 def test_so_many_at_a_time(monkeypatch):
     """As the largest of them takes, and one alone that is larger."""
-    monkeypatch.setattr(ragged, "MOST", 100)
+    monkeypatch.setattr(moments, "MOST", 100)
     ranks = {"a": 1, "b": 1, "c": 2, "d": 3, "e": 4, "f": 30}
     found = [(tuple(own.names), tuple(own.ranks)) for own in grouped(ranks, 10, CPU)]
     assert found == [
@@ -107,7 +107,7 @@ def test_so_many_at_a_time(monkeypatch):
 
 def test_small_systems_are_bounded(monkeypatch):
     """Layers of small ranks are not brought to the largest of all."""
-    monkeypatch.setattr(ragged, "MOST", 50)
+    monkeypatch.setattr(moments, "MOST", 50)
     projections = [Projection(name, 4, 6, name) for name in "abcdef"]
     ranks = dict(zip("fabecd", (9, 2, 2, 5, 4, 3), strict=True))
     found = [*together(projections, ranks, CPU)]

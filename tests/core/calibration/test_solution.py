@@ -1,5 +1,7 @@
 """The sweep's answer: layers of one shape solved together as each by itself, densely, in fp64."""
 
+import copy
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -173,6 +175,26 @@ def test_the_first_step_moves_the_outputs_by_so_much(ranks):
         changes.append(((D @ C * D).sum() / (W @ C * W).sum()).item())
         assert not ranks or found.update[p.name].rank == ranks[p.name]
     assert found.first == pytest.approx(FIRST_CHANGE / (sum(changes) / len(changes)) ** 0.5, 1e-3)
+
+
+def test_a_few_at_a_time_is_as_all_at_once_and_gives_their_gradients_back(monkeypatch):
+    torch.manual_seed(0)
+    model, projections, moments, metric = problem("cpu", 5)
+    again = dataclasses.replace(moments, gradients=copy.deepcopy(moments.gradients))
+    expected = solved(model, projections, moments, Target(metric))
+    asked = []
+
+    class Asked(Target):
+        def components(self, group, *given):
+            asked.append([p.name for p in group])
+            return super().components(group, *given)
+
+    monkeypatch.setattr("cntlora_core.calibration.moments.MOST", 2 * 2800)
+    found = solved(model, projections, again, Asked(metric))
+    assert asked == [["p0", "p1"], ["p2", "p3"], ["p4"], ["wide"]]
+    assert not again.gradients.sums
+    for name, factors in expected.update.items():
+        torch.testing.assert_close(found.update[name].delta(), factors.delta())
 
 
 def test_the_host_waits_for_shapes_not_for_layers():

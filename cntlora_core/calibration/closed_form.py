@@ -183,7 +183,7 @@ def fitted_step(
     the parabola promised, `least` is where the cubic through a known slope and the last two looks
     has its minimum, at which nobody looks (derived here).
     """
-    tried, known, kept = {0.0: base, first: loss(first)}, slope is not None, 1.0
+    tried, known, least = {0.0: base, first: loss(first)}, slope is not None, None
     if slope is None:
         tried[-first] = loss(-first)
         slope = (tried[first] - tried[-first]) / (2 * first)
@@ -199,15 +199,16 @@ def fitted_step(
             break
         tried[best] = loss(best)
         if tried[best] < base:
-            kept = (tried[best] - base) / (slope * best + curvature * best**2)
+            promised = slope * best + curvature * best**2
+            if known and tried[best] - base > KEPT * promised:
+                looks = ((s, tried[s] - base) for s in (first, best))
+                least = cubic_minimum(slope, *looks)
             break
         first = best
     step = min(tried, key=lambda s: tried[s] if math.isfinite(tried[s]) else math.inf)
-    if known and kept < KEPT:
-        least = cubic_minimum(slope, *[(s, value - base) for s, value in tried.items()][-2:])
-        if least and 0 < least / step <= max(map(abs, tried)) / abs(step):
-            return Fitted(step, tried[step], least)
-    return Fitted(step, tried[step], step)
+    if least is None or least * step <= 0 or abs(least) > max(map(abs, tried)):
+        least = step
+    return Fitted(step, tried[step], least)
 
 
 def cubic_minimum(

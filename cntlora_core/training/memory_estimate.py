@@ -9,16 +9,14 @@ from typing import Any
 
 import torch
 
-from ..calibration.moments import moment_bytes
 from ..calibration.ranks import shared_budget
 from ..calibration.recording import recorded_bytes
-from ..calibration.sketch import SKETCHING_BYTES, sketch_bytes, sketch_width
 from ..config import CalibrationConfig
 from ..lora.adapter import Factors, LoRA, attached_lora
 from ..lora.targets import Projection, find_projections, targets_for
 from ..model.families import config_of
 from ..model.gradient_checkpointing import recomputing_activations
-from .memory_plan import COPIES_OF_ADAPTERS, metric_bytes
+from .memory_plan import COPIES_OF_ADAPTERS, metric_bytes, sweep_bytes
 from .shapes import meta_unet, meta_vae, nbytes, peak_bytes, unet_inputs
 
 # oneDNN reorders a convolution's weights in every call: a copy of the largest, and one in passing.
@@ -130,12 +128,10 @@ def unet_calibration_memory(config: Mapping[str, Any], adapted: Adapted) -> Memo
     projections = find_projections(unet, adapted.targets)
     rows = adapted.batch_size * recorded_bytes(projections, adapted.dtype)
     step = replace(step, activations=step.activations + rows)
-    sketches = sketch_bytes(projections, sketch_width(adapted.rank)) + SKETCHING_BYTES
-    sketches += moment_bytes(projections)
-    metric = metric_bytes(projections)
-    if sketches < step.adapters + metric:
+    sweep, metric = sweep_bytes(projections, adapted.rank), metric_bytes(projections)
+    if sweep < step.adapters + metric:
         return replace(step, metric=metric)
-    return replace(step, adapters=0, metric=sketches)
+    return replace(step, adapters=0, metric=sweep)
 
 
 def unet_sampling_memory(

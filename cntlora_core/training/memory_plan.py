@@ -94,34 +94,31 @@ def ways_to_run(batch_size: int, gradient_checkpointing: bool) -> list[tuple[int
     return list(dict.fromkeys(ways))
 
 
+@dataclass(frozen=True)
+class Bytes:
+    """Beside the model: of no picture, and of `each` that passes at once."""
+
+    fixed: int
+    each: int = 0
+
+
 def plan_memory(
     free: int,
-    plain: int,
-    checkpointed: int,
+    plain: Bytes,
+    checkpointed: Bytes,
     *,
     batch_size: int,
     accumulation: int,
     gradient_checkpointing: bool,
-    fixed: int = RESERVE,
-    copies: int = 0,
-    scattered: int = 0,
 ) -> MemoryPlan:
     """The first that fits into `free` bytes, else the smallest: as asked; with gradient
-    checkpointing; with the batch cut into accumulated parts.
-
-    `plain` and `checkpointed`: bytes of each picture in a batch; `fixed`: of none; `copies`: of
-    none, without gradient checkpointing; `scattered`: of none, with it.
-    """
-    plans = [
-        MemoryPlan(
-            recomputing,
-            size,
-            accumulation * batch_size // size,
-            fixed + (size * checkpointed + scattered if recomputing else size * plain + copies),
-            free,
-        )
-        for size, recomputing in ways_to_run(batch_size, gradient_checkpointing)
-    ]
+    checkpointing, which takes what `checkpointed` says; with the batch cut into accumulated
+    parts."""
+    plans = []
+    for size, recomputing in ways_to_run(batch_size, gradient_checkpointing):
+        own = checkpointed if recomputing else plain
+        needed, parts = own.fixed + size * own.each, accumulation * batch_size // size
+        plans.append(MemoryPlan(recomputing, size, parts, needed, free))
     return next((plan for plan in plans if plan.fits), plans[-1])
 
 
@@ -137,10 +134,9 @@ def fitted_calibration(
     projections = find_projections(model.unet, targets_for(config))
     adapters = 4 * config.rank * sum(p.parameters_per_rank for p in projections if p.attention)
     steps = natural_bytes(projections, config.batch_size, model.dtype)
-    sketches = sketch_bytes(projections, sketch_width(config.rank)) + SKETCHING_BYTES
     phases = (
-        _Phase(COPIES_OF_ADAPTERS * adapters + steps),
-        _Phase(sketches + moment_bytes(projections), recorded_bytes(projections, model.dtype)),
+        Bytes(COPIES_OF_ADAPTERS * adapters + steps),
+        Bytes(sweep_bytes(projections, config.rank), recorded_bytes(projections, model.dtype)),
     )
     plan = _plan(model, config, resolution, observer, phases, group)
     if plan is None:
@@ -169,7 +165,7 @@ def fitted_training(
     report = start.report
     passes = report.forward_passes + 2 * report.backward_passes
     each = (1 + prior) * report.seconds / passes if report.backward_passes else None
-    plan = _plan(model, config, resolution, observer, (_Phase(fixed),), group, each)
+    plan = _plan(model, config, resolution, observer, (Bytes(fixed),), group, each)
     if plan is None:
         return config
     return replace(
@@ -180,20 +176,12 @@ def fitted_training(
     )
 
 
-@dataclass(frozen=True)
-class _Phase:
-    """Bytes beside the passes: of no picture, and of `each` that passes at once."""
-
-    fixed: int
-    each: int = 0
-
-
 def _plan(
     model: StableDiffusion,
     config: CalibrationConfig | TrainConfig,
     resolution: int,
     observer: Observer,
-    phases: Sequence[_Phase],
+    phases: Sequence[Bytes],
     group: Group,
     seconds: float | None = None,
 ) -> MemoryPlan | None:
@@ -209,14 +197,14 @@ def _plan(
     plans = [
         plan_memory(
             free,
-            taken(plain + phase.each),
-            taken(checkpointed + phase.each, recomputing=True),
+            Bytes(RESERVE + taken(phase.fixed) + copies, taken(plain + phase.each)),
+            Bytes(
+                RESERVE + taken(phase.fixed, recomputing=True),
+                taken(checkpointed + phase.each, recomputing=True),
+            ),
             batch_size=config.batch_size,
             accumulation=accumulation,
             gradient_checkpointing=config.gradient_checkpointing,
-            fixed=RESERVE + taken(phase.fixed),
-            copies=copies,
-            scattered=taken(phase.fixed, recomputing=True) - taken(phase.fixed),
         )
         for phase in phases
     ]
@@ -246,6 +234,12 @@ def natural_bytes(projections: Sequence[Projection], pictures: int, dtype: torch
     """Of natural-gradient steps that see so many pictures: the metric, and the rows it is brought
     up to date by."""
     return metric_bytes(projections) + pictures * recorded_bytes(projections, dtype)
+
+
+def sweep_bytes(projections: Sequence[Projection], rank: int) -> int:
+    """Of a sweep: sketches of the gradients, the layer that is sketched, second moments."""
+    sketches = sketch_bytes(projections, sketch_width(rank)) + SKETCHING_BYTES
+    return sketches + moment_bytes(projections)
 
 
 def metric_bytes(projections: Sequence[Projection]) -> int:

@@ -11,7 +11,7 @@ from cntlora_core.lora.adapter import attached_lora, gaussian_init
 from cntlora_core.lora.targets import find_projections
 from cntlora_core.model.gradient_checkpointing import recomputing_activations
 from cntlora_core.run.runs import run_training
-from cntlora_core.training import memory_estimate
+from cntlora_core.training import memory_plan
 from cntlora_core.training.memory_estimate import (
     Adapted,
     estimate_training_memory,
@@ -122,7 +122,7 @@ def test_what_drawing_holds_is_the_estimate(mini_sd, subject):
 
 def test_a_calibration_holds_more_than_a_training_step(monkeypatch):
     """Its metric, or the sketches of its sweep and what passes beside them."""
-    monkeypatch.setattr(memory_estimate, "SKETCHING_BYTES", 0)  # of real layers
+    monkeypatch.setattr(memory_plan, "SKETCHING_BYTES", 0)  # of real layers
     for checkpointing in (False, True):
         settings = SMALL_DEFAULTS | {"gradient_checkpointing": checkpointing}
         calibration = unet_calibration_memory(SMALL_UNET, Adapted(**settings))

@@ -26,6 +26,7 @@ from cntlora_core.training.memory_estimate import (
 )
 from cntlora_core.training.memory_plan import (
     NEEDS,
+    Bytes,
     describe_needs,
     fitted_calibration,
     fitted_training,
@@ -48,19 +49,19 @@ ASKED = {"batch_size": 4, "accumulation": 2, "gradient_checkpointing": False}
     ],
 )
 def test_the_first_way_that_fits_is_taken(free, expected):
-    plan = plan_memory(free * GB, 4 * GB, GB, fixed=GB, **ASKED)
+    plan = plan_memory(free * GB, Bytes(GB, 4 * GB), Bytes(GB, GB), **ASKED)
     assert (plan.gradient_checkpointing, plan.batch_size, plan.accumulation) == expected
     assert plan.fits
     assert "too little" not in str(plan)
 
 
 def test_copies_of_weights_are_counted_where_they_stay():
-    plan = plan_memory(17 * GB, 4 * GB, GB, fixed=GB, copies=GB, **ASKED)
+    plan = plan_memory(17 * GB, Bytes(2 * GB, 4 * GB), Bytes(GB, GB), **ASKED)
     assert (plan.gradient_checkpointing, plan.needed) == (True, 5 * GB)
 
 
 def test_what_never_fits_is_tried_as_small_as_can_be_and_said():
-    plan = plan_memory(GB, 4 * GB, GB, fixed=GB, **ASKED)
+    plan = plan_memory(GB, Bytes(GB, 4 * GB), Bytes(GB, GB), **ASKED)
     assert (plan.batch_size, plan.accumulation, plan.fits) == (1, 8, False)
     assert str(plan) == (
         "1.0 GB of memory free: gradient checkpointing on, batch 1 x 8, about 2.0 GB beside the "

@@ -57,7 +57,7 @@ def resolve(
             f"{name.replace('_', ' ')} {value if isinstance(value, str) else f'{value:g}'}"
             for name, value in told.items()
         )
-        observer(Status(f"Chosen by model and pictures: {words}"))
+        observer(Status("Chosen by model and pictures: {settings}", {"settings": words}))
     return replace(config, **chosen)
 
 

@@ -6,7 +6,7 @@ swallows it.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -35,10 +35,16 @@ def plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Status(Event):
-    """A new phase of the run, in plain words."""
+    """A new phase of the run, in plain words: `text` with `values` in its braces, apart, so that it
+    can be said in another language."""
 
     type: ClassVar[str] = "status"
     text: str
+    values: Mapping[str, str | int] = field(default_factory=dict)
+
+    @property
+    def said(self) -> str:
+        return self.text.format(**self.values) if self.values else self.text
 
 
 @dataclass(frozen=True)

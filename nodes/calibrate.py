@@ -6,7 +6,6 @@ from typing import Any
 
 from ..cntlora_core.config import CalibrationConfig
 from ..cntlora_core.data.class_images import class_noised
-from ..cntlora_core.data.encoded import EncodedImages
 from ..cntlora_core.effects import class_matters, without_effect_in_calibration
 from ..cntlora_core.events import Base, Event, Notice, Validation
 from ..cntlora_core.lora.adapter import parameter_count
@@ -17,19 +16,20 @@ from ..cntlora_core.run.runs import run_untrained
 from ..cntlora_core.settings import read_settings
 from ..cntlora_core.training.validation import validation_loss
 from . import host
+from .checks import check_prior, check_room, of_other_models
 from .host import io
+from .host_images import to_image
 from .reporter import Reporter, shown
 from .types import (
     CalibratedStart,
+    ClassPictures,
     LoRAInit,
+    Maker,
     Pictures,
     Prior,
     SDModel,
     SubjectPictures,
-    check_prior,
-    check_room,
     lora_model,
-    to_image,
 )
 from .widgets import widgets_of
 
@@ -77,7 +77,7 @@ class CalibrateLoRA(io.ComfyNode):
         cls,
         sd_model: StableDiffusion,
         subject: Pictures,
-        prior: EncodedImages | None = None,
+        prior: ClassPictures | None = None,
         **settings: Any,
     ) -> io.NodeOutput:
         config = with_preset(read_settings(CalibrationConfig, settings), subject.preset)
@@ -87,10 +87,11 @@ class CalibrateLoRA(io.ComfyNode):
             Reporter(host.identity(cls), "CNTLoRACalibrate", before=subject.traces) as report,
             host.working(sd_model),
         ):
-            for text in _without_effect(config, prior is not None):
+            doubts = of_other_models(sd_model, prior)
+            for text in (*doubts, *_without_effect(config, prior is not None)):
                 report(Notice(text))
             encoded, held_out = subject.encode(sd_model, report)
-            kept = class_noised(sd_model, prior) if prior else None
+            kept = class_noised(sd_model, prior.encoded) if prior else None
             validate = None
             if held_out is not encoded:
                 validate = validation_loss(sd_model, held_out, config.batch_size)
@@ -109,16 +110,32 @@ class CalibrateLoRA(io.ComfyNode):
                 title="Rank and energy of each projection",
                 params=parameter_count(start.lora),
             )
-        kept_as = prior and (prior.digest, prior.prompt, prior.resolution)
-        made_from = f"{encoded.digest} {encoded.captions} {kept_as}"
+        maker = Maker.of(sd_model)
+        made_from = f"{encoded.digest} {encoded.captions} {_kept_as(prior, maker)}"
         lora = lora_model(run.lora, sd_model, encoded, config)
         lora.traces = (report.trace, *subject.traces)
         return io.NodeOutput(
-            CalibratedStart(start, config, made_from=made_from, traces=lora.traces),
+            CalibratedStart(
+                start,
+                config,
+                made_from=made_from,
+                data=subject.all_data,
+                maker=maker,
+                traces=lora.traces,
+            ),
             lora,
             to_image([picture]),
             ui=shown(*lora.traces),
         )
+
+
+def _kept_as(prior: ClassPictures | None, maker: Maker) -> tuple[str | int, ...] | None:
+    """What tells priors apart; of the model itself no more than before makers were told apart."""
+    if prior is None:
+        return None
+    own = prior.encoded
+    other = () if prior.maker.content == maker.content else (prior.maker.content,)
+    return (own.digest, own.prompt, own.resolution, *other)
 
 
 def _without_effect(config: CalibrationConfig, has_class: bool) -> list[str]:

@@ -129,6 +129,7 @@ class ComfyUIPictures:
     factor: float  # of the latents that the UNet reads
     observer: Observer = ignore
     modules: tuple[nn.Module, ...] = ()
+    told_tiles: bool = False
 
     def __post_init__(self) -> None:
         if self.vae.latent_channels != LATENT_CHANNELS or self.scale != 8:
@@ -167,8 +168,10 @@ class ComfyUIPictures:
         except Exception as error:
             if not _out_of_memory(error):
                 raise
-        text = "Memory did not suffice for the VAE: the pictures are encoded in tiles."
-        self.observer(Notice(text))
+        if not self.told_tiles:
+            self.told_tiles = True
+            text = "Memory did not suffice for the VAE: the pictures are encoded in tiles."
+            self.observer(Notice(text))
         mean = self.vae.encode_tiled((pixels.movedim(1, -1) + 1) / 2)
         return mean, torch.zeros_like(mean)
 

@@ -196,10 +196,11 @@ IDENTITY = [io.Hidden.unique_id, io.Hidden.extra_pnginfo]  # what `identity` rea
 @dataclass(frozen=True)
 class Identity:
     """A node of a workflow. `node` is "7", or "12:5" in a subgraph; `workflow` is empty when no
-    page sent the run."""
+    page sent the run, `client` is the page that did."""
 
     workflow: str
     node: str
+    client: str = ""
 
     @property
     def folder(self) -> str:
@@ -212,7 +213,9 @@ class Identity:
 
     def source(self, kind: str) -> dict[str, str]:
         """The node, of class `kind`, as the page finds it."""
-        return {"workflow": self.workflow, "node": self.node, "class": kind}
+        return {
+            "workflow": self.workflow, "node": self.node, "client": self.client, "class": kind
+        }  # fmt: skip
 
     @property
     def path(self) -> Path:
@@ -223,9 +226,11 @@ def identity(cls: Any) -> Identity:
     """Of the running node."""
     page = cls.hidden.extra_pnginfo
     workflow = page.get("workflow") if isinstance(page, dict) else None
+    server = getattr(PromptServer, "instance", None)
     return Identity(
         str(workflow.get("id") or "") if isinstance(workflow, dict) else "",
         str(cls.hidden.unique_id),
+        re.sub(r"[^A-Za-z0-9]", "", str(getattr(server, "client_id", None) or ""))[:40],
     )
 
 
@@ -289,32 +294,32 @@ def send(message: dict[str, Any]) -> None:
 
 
 def notices(cls: Any) -> Observer:
-    """For a node without a panel: what the user should know goes on the node itself, and into the
-    log."""
-    said: list[str] = []
+    """For a node without a panel: what the user should know goes to the page that began the run,
+    which shows it beside the graph, and into the log."""
+    source = identity(cls).source(cls.define_schema().node_id)
 
     def tell(event: Event) -> None:
         if isinstance(event, Notice):
-            said.append(event.text)
             logging.warning("CNTLoRA: %s", event.text)
-            server = getattr(PromptServer, "instance", None)
-            if server is not None:
-                server.send_progress_text(" ".join(said), identity(cls).node)
+            send({"v": 1, **source, "events": [event.to_dict()]})
 
     return tell
 
 
-def events_file(folder: Path, run: str | None = None) -> Path | None:
-    """The events of the newest run in a node's folder, or of the named one; None without any."""
-    found = sorted(folder.glob("events_*.jsonl"))
+def events_file(folder: Path, run: str | None = None, client: str = "") -> Path | None:
+    """The events of the named run in a node's folder, else of the newest that `client` began, else
+    of the newest of all; None without any."""
+    found = sorted(folder.glob("events_*_*.jsonl"))
+    parts = {path: path.stem.split("_", 2)[1:] for path in found}
     if run:
-        found = [path for path in found if path.stem == f"events_{run}"]
-    return found[-1] if found else None
+        found = [path for path in found if parts[path][0] == run]
+    own = [path for path in found if parts[path][1] == client]
+    return max(own or found, default=None)
 
 
 def add_routes() -> None:
-    """GET /cntlora/events?workflow=ID&node=ID&class=NODE[&run=ID]: every event of the node's last
-    run, or of the named one, for a page opened later."""
+    """GET /cntlora/events?workflow=ID&node=ID&class=NODE[&client=ID][&run=ID]: every event of the
+    last run that the page began, or anybody, or of the named one, for a page opened later."""
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
@@ -323,7 +328,7 @@ def add_routes() -> None:
     async def events(request: web.Request) -> web.Response:
         asked = request.query
         folder = Identity(asked.get("workflow", ""), asked.get("node", "")).path
-        path = events_file(folder, asked.get("run"))
+        path = events_file(folder, asked.get("run"), asked.get("client", ""))
         lines = path.read_text(encoding="utf-8").split("\n") if path else []
         found = [
             json.loads(line) for line in lines if line.endswith("}")

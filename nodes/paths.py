@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from ..cntlora_core.errors import SettingError
@@ -20,11 +21,12 @@ _DEVICES = {
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*]')
 
 
-def inside(root: str | os.PathLike[str], name: str) -> Path:
+def inside(root: str | os.PathLike[str], name: str, known: Collection[str] = ()) -> Path:
     """`root`/`name`, which need not exist. Raises SettingError for a name that leads out of `root`
-    or is no plain name: absolute, `..`, drive letters, device names, or a link to another place."""
-    parts = re.split(r"[/\\]", name)
-    if not all(_plain(part) for part in parts):
+    or is no plain name: absolute, `..`, drive letters, device names, or a link to another place.
+    What the system itself lists there (`known`) may be called as it is."""
+    parts = [name] if name in known else re.split(r"[/\\]", name)
+    if name not in known and not all(_plain(part) for part in parts):
         raise SettingError(
             f"'{name}' is not a name inside '{Path(root).name}': use a file or folder name such as "
             "'my_cat'."

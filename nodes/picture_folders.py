@@ -46,10 +46,11 @@ def _place(name: str) -> tuple[Path, Path, str]:
     """ComfyUI's folder that holds it, the folder itself, and how people call it."""
     if name.startswith(DATASETS):
         for root in host.dataset_roots():
-            folder = inside(root, name.removeprefix(DATASETS))
+            folder = inside(root, name.removeprefix(DATASETS), host.subfolders(root))
             if folder.is_dir():
                 return root, folder, name
-    return host.input_folder(), inside(host.input_folder(), name), f"input/{name}"
+    folder = inside(host.input_folder(), name, host.input_subfolders())
+    return host.input_folder(), folder, f"input/{name}"
 
 
 def folders() -> list[str]:

@@ -20,7 +20,8 @@ from ..cntlora_core.report.charts import sample_sheet
 from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io, ui
-from .types import SDModel, large_enough, to_image
+from .host_images import large_enough, to_image
+from .types import SDModel
 from .widgets import widgets_of
 
 GRID_CELL = 256  # px of a picture in the grid of strengths

@@ -14,9 +14,10 @@ from ..cntlora_core.model.sampling import decode
 from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io, ui
+from .host_images import from_batches, large_enough, to_image
 from .reporter import Reporter
-from .types import Pictures, Prior, SDModel, from_batches, large_enough, to_image
-from .widgets import one, refusal, widgets_of
+from .types import ClassPictures, Maker, Pictures, Prior, SDModel
+from .widgets import one, refusal, single, widgets_of
 
 
 class PriorImages(io.ComfyNode):
@@ -81,9 +82,9 @@ class PriorImages(io.ComfyNode):
         return refusal(DataConfig, {"resolution": one(resolution)}) if wrong is True else wrong
 
     @classmethod
-    def execute(cls, images: Sequence[Tensor] | None = None, **single: Any) -> io.NodeOutput:
+    def execute(cls, images: Sequence[Tensor] | None = None, **more: Any) -> io.NodeOutput:
         """Of every input a list comes, as long as what is connected."""
-        settings = {name: one(value) for name, value in single.items()}
+        settings = single(more)
         sd_model: StableDiffusion = settings.pop("sd_model")
         class_prompt = settings.pop("class_prompt")
         drawn = {name: settings.pop(name, 0) for name in ("class_count", "class_steps")}
@@ -108,4 +109,5 @@ class PriorImages(io.ComfyNode):
             pictures = decode(sd_model, prior.mean)
         pictures = [p.resize(pictures[0].size) for p in pictures]  # they come out as one batch
         shown = to_image([large_enough(picture) for picture in pictures])
-        return io.NodeOutput(prior, to_image(pictures), ui=ui.PreviewImage(shown, cls=cls))
+        made = ClassPictures(prior, Maker.of(sd_model))
+        return io.NodeOutput(made, to_image(pictures), ui=ui.PreviewImage(shown, cls=cls))

@@ -23,11 +23,13 @@ SEND_EVERY = 0.25
 
 @dataclass(frozen=True)
 class Run(Event):
-    """A node began to work. `folder`: where its pictures lie, under ComfyUI's temp folder; `steps`:
-    0 while they are auto; `started`: seconds since 1970; `before`: what nodes before it show."""
+    """A node began to work. `client`: the page that sent it; `folder`: where its pictures lie,
+    under ComfyUI's temp folder; `steps`: 0 while they are auto; `started`: seconds since 1970;
+    `before`: what nodes before it show."""
 
     type: ClassVar[str] = "run"
     node_class: str
+    client: str
     steps: int
     started: float
     folder: str
@@ -91,8 +93,9 @@ class Reporter:
         self.sent = 0.0
         self.saved = False
         self.show = host.progress_bar(node.node)
-        self.lines = LineFile(self.folder / f"events_{self.run}.jsonl", disk=disk)
-        self.note(Run(kind, steps, time.time(), node.folder, before))
+        path = self.folder / f"events_{self.run}_{node.client}.jsonl"
+        self.lines = LineFile(path, disk=disk)
+        self.note(Run(kind, node.client, steps, time.time(), node.folder, before))
 
     def __enter__(self) -> Reporter:
         return self
@@ -143,7 +146,8 @@ class Reporter:
         for p in pictures:
             strip.paste(p, (left, 0))
             left += p.width
-        name = f"{self.run}_{step:06d}.png"
+        # Of one step there may be another, of the weights that are given out.
+        name = f"{self.run}_{step:06d}_{self.sequence}.png"
         try:
             strip.save(self.folder / name)
         except OSError as error:

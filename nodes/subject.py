@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,16 +24,11 @@ from ..cntlora_core.report.charts import contact_sheet
 from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io, ui
+from .host_images import from_batches, to_image, with_captions, with_masks
 from .picture_folders import EXAMPLES, files_of, folders
-from .types import (
-    Pictures,
-    SubjectPictures,
-    from_batches,
-    to_image,
-    with_captions,
-    with_masks,
-)
-from .widgets import one, refusal, widgets_of
+from .reporter import shown
+from .types import Pictures, SubjectPictures
+from .widgets import one, refusal, single, widgets_of
 
 SHOWN_CAPTIONS = 12
 
@@ -77,15 +73,13 @@ class SubjectImages(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder: Any, **others: object) -> str:
+        """With `images` connected no folder is read; of a name that is connected (None) it is not
+        known which, so all count."""
         folder, others = one(folder), {name: one(value) for name, value in others.items()}
-        try:  # a folder that is connected (None) has a fingerprint of its own
-            paths = [p for file in files_of(folder) for p in file.sources] if folder else []
-            seen: list[object] = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-        except (CNTLoRAError, OSError) as error:
-            seen = [str(error)]
-        return hashlib.sha256(
-            repr((folder, seen, sorted((k, str(v)) for k, v in others.items()))).encode()
-        ).hexdigest()
+        read = [] if "images" in others else [folder] if folder is not None else folders()
+        said = sorted((k, str(v)) for k, v in others.items())
+        seen = [(name, _stamps(name)) for name in read]
+        return hashlib.sha256(repr((folder, seen, said)).encode()).hexdigest()
 
     @classmethod
     def execute(
@@ -93,10 +87,10 @@ class SubjectImages(io.ComfyNode):
         images: Sequence[Tensor] | None = None,
         masks: Sequence[Tensor] | None = None,
         captions: Sequence[str] | None = None,
-        **single: Any,
+        **more: Any,
     ) -> io.NodeOutput:
         """Of every input a list comes, as long as what is connected."""
-        said = {name: one(value) for name, value in single.items()}
+        said = single(more)
         folder, trigger, class_name = (said.pop(k) for k in ("folder", "trigger", "class_name"))
         prompt = said.pop("prompt", "a {trigger} {class}")
         and_subject: Pictures | None = said.pop("and_subject", None)
@@ -119,7 +113,9 @@ class SubjectImages(io.ComfyNode):
             found = from_batches(images)
         if not data.use_captions:
             found = without_captions(found)
-        if captions:
+            if captions:
+                notices.append("The captions have no effect: use_captions is off.")
+        elif captions:
             found = with_captions(found, captions)
         if masks:
             found, data = with_masks(found, masks, note), replace(data, masked=True)
@@ -134,12 +130,22 @@ class SubjectImages(io.ComfyNode):
         sheet = to_image([contact_sheet((p.image for p in pictures), [p.name for p in pictures])])
         text = " ".join([_sizes(pictures), f"Prompt: '{prompt}'.", *notices])
         text = "\n".join([text, *_table(pictures, readings)])
-        shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (text,)}
         others = (and_subject, *and_subject.others) if and_subject else ()
-        trace = {**host.identity(cls).source("CNTLoRASubjectImages"), "text": text}
+        trace = host.identity(cls).source("CNTLoRASubjectImages")
+        trace |= {"run": f"{time.time_ns():x}", "text": text}
         traces = (trace, *(and_subject.traces if and_subject else ()))
         subject = Pictures(tuple(pictures), prompt, data, trigger.strip(), others, preset, traces)
-        return io.NodeOutput(subject, sheet, ui=shown)
+        preview = ui.PreviewImage(sheet, cls=cls).as_dict()
+        return io.NodeOutput(subject, sheet, ui=preview | {"text": (text,)} | shown(trace))
+
+
+def _stamps(folder: str) -> list[object]:
+    """What changes when something in the folder does."""
+    try:
+        paths = [p for file in files_of(folder) for p in file.sources]
+        return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    except (CNTLoRAError, OSError) as error:
+        return [str(error)]
 
 
 def _sizes(pictures: Sequence[Picture]) -> str:

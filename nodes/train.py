@@ -6,7 +6,6 @@ from dataclasses import fields
 from typing import Any
 
 from ..cntlora_core.config import CalibrationConfig, TrainConfig
-from ..cntlora_core.data.encoded import EncodedImages
 from ..cntlora_core.events import Notice
 from ..cntlora_core.files import DISK
 from ..cntlora_core.model.loader import StableDiffusion
@@ -14,12 +13,15 @@ from ..cntlora_core.presets import with_preset
 from ..cntlora_core.run.runs import run_training
 from ..cntlora_core.settings import read_settings
 from . import host
+from .checks import check_model, check_prior, check_room, of_other_models
 from .host import io
+from .host_images import to_image
 from .reporter import Reporter, shown
 from .sampler import Sampler, Wanted, more_sample_widgets, sample_widgets
 from .train_inputs import Keeper, TrainInputs, encoded, without_effect
 from .types import (
     CalibratedStart,
+    ClassPictures,
     ExtraSettings,
     LoRAInit,
     Pictures,
@@ -28,10 +30,6 @@ from .types import (
     Settings,
     SubjectPictures,
     Traces,
-    check_model,
-    check_prior,
-    check_room,
-    to_image,
 )
 from .unfinished import GO_ON, snapshots, widgets
 from .widgets import refusal, widgets_of
@@ -94,7 +92,7 @@ class TrainLoRA(io.ComfyNode):
         subject: Pictures,
         lora_init: CalibratedStart | None = None,
         validation: Pictures | None = None,
-        prior: EncodedImages | None = None,
+        prior: ClassPictures | None = None,
         settings: ExtraSettings | None = None,
         checkpoint_every: int = 100,
         unfinished: str = GO_ON,
@@ -113,7 +111,9 @@ class TrainLoRA(io.ComfyNode):
             Reporter(node, "CNTLoRATrain", config.steps, before=before, disk=cls.disk) as report,
             host.working(sd_model),
         ):
-            for text in without_effect(config, validation, prior, more.prior_loss):
+            doubts = of_other_models(sd_model, prior, start)
+            idle = without_effect(config, validation, prior is not None, more.prior_loss)
+            for text in (*doubts, *idle):
                 report(Notice(text))
             parts = encoded(subject, validation, config, sd_model, report)
             inputs = TrainInputs(sd_model, subject, *parts, start, config, prior, more.prior_loss)

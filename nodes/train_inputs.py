@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..cntlora_core.config import TrainConfig
@@ -28,7 +28,7 @@ from ..cntlora_core.training.resume import RunSnapshots
 from ..cntlora_core.training.validation import validation_loss
 from . import host
 from .reporter import Reporter
-from .types import CalibratedStart, LoRAModel, Pictures, lora_model
+from .types import CalibratedStart, ClassPictures, LoRAModel, Maker, Pictures, lora_model
 from .unfinished import GO_ON
 
 
@@ -42,7 +42,7 @@ class TrainInputs:
     held_out: EncodedImages
     start: CalibratedStart
     config: TrainConfig
-    prior: EncodedImages | None
+    prior: ClassPictures | None
     prior_loss: str
 
     def resolved(self, report: Reporter) -> TrainConfig:
@@ -60,14 +60,27 @@ class TrainInputs:
             self.model,
             self.subject,
             self.held_out if config.validate_every else None,
-            [one.data for one in (self.pictures, *self.pictures.others)],
+            self.pictures.all_data,
             self.start.config,
             config,
             precision=str(self.model.dtype),
             start=self.start.made_from,
             continued=self.start.source and self.start.source.sha256,
-            prior=prior_identity(self.prior, self.prior_loss),
+            prior=prior_identity(self.prior.encoded if self.prior else None, self.prior_loss),
+            **self._made_otherwise(),
         )
+
+    def _made_otherwise(self) -> dict[str, Any]:
+        """Where the start or the prior was made with another model or from pictures read in
+        another way: most runs have nothing of it, and keep the identity that they had before this
+        was told apart."""
+        own, found = Maker.of(self.model), dict[str, Any]()
+        for name, part in (("start", self.start), ("prior", self.prior)):
+            if part and part.maker and part.maker.content != own.content:
+                found[f"{name}'s checkpoint"] = part.maker.content
+        if self.start.data and self.start.data != self.pictures.all_data:
+            found["start's data"] = [asdict(one) for one in self.start.data]
+        return found
 
     def second_loss(self) -> PriorLoss | None:
         if self.prior_loss == "masked":
@@ -75,8 +88,8 @@ class TrainInputs:
         if self.prior is None or self.prior_loss == "none":
             return None
         if self.prior_loss == "base":
-            return BasePrediction(self.prior.conditioning[:1])
-        return ClassImages(self.prior)
+            return BasePrediction(self.prior.encoded.conditioning[:1])
+        return ClassImages(self.prior.encoded)
 
     def validation(self, config: TrainConfig) -> Callable[[], float] | None:
         if not config.validate_every:
@@ -128,7 +141,7 @@ def encoded(
 
 
 def without_effect(
-    config: TrainConfig, validation: Pictures | None, prior: EncodedImages | None, prior_loss: str
+    config: TrainConfig, validation: Pictures | None, prior: bool, prior_loss: str
 ) -> list[str]:
     """Inputs that do nothing beside the others, a sentence each."""
     rules = [
@@ -137,11 +150,11 @@ def without_effect(
             "The pictures to validate with have no effect: validate_every is 0.",
         ),
         (
-            prior is None and prior_loss == "base",
+            not prior and prior_loss == "base",
             "prior_loss has no effect: no prior is connected.",
         ),
         (
-            prior is not None and prior_loss in ("none", "masked"),
+            prior and prior_loss in ("none", "masked"),
             f"The prior has no effect on training: prior_loss is {prior_loss}.",
         ),
     ]

@@ -12,20 +12,21 @@ from typing import Any
 
 from ..cntlora_core.config import RunConfig
 from ..cntlora_core.errors import SettingError
-from ..cntlora_core.files import DISK, Disk, remove_written
+from ..cntlora_core.files import DISK, Disk
 from ..cntlora_core.training.resume import SUFFIX, RunSnapshots
 from . import host
 from .host import io
 from .paths import inside
 from .widgets import widgets_of
 
-GO_ON, AFRESH, REMOVE = "go on", "start afresh", "remove all"
+GO_ON, AFRESH = "go on", "start afresh"
+REMOVE = "remove all"  # no choice any more: whoever shared a workflow would have removed them
 
 
 def choices() -> list[str]:
     """For the widget: what to do, then the unfinished runs, the newest first."""
     files = sorted(_files(), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [GO_ON, AFRESH, REMOVE, *(path.name.removesuffix(SUFFIX) for path in files)]
+    return [GO_ON, AFRESH, *(path.name.removesuffix(SUFFIX) for path in files)]
 
 
 def widgets() -> list[Any]:
@@ -39,7 +40,7 @@ def widgets() -> list[Any]:
             optional=True,
             tooltip="Runs that were stopped, in output/cntlora-unfinished. go on: with the one of "
             "these very settings, where there is one; it ends as if it had never stopped. start "
-            "afresh: from step 0. remove all: delete all of them first.",
+            "afresh: from step 0. Files that are not wanted any more may be deleted there.",
         ),
     ]
 
@@ -53,9 +54,6 @@ def snapshots(
     Raises SettingError for a choice that is no unfinished run, OutputError for a file of its name
     that is none.
     """
-    if choice == REMOVE:
-        for path in _files():
-            remove_written(path)
     named = choice not in (GO_ON, AFRESH, REMOVE)
     path = inside(host.unfinished_folder(), (choice if named else _name(called, identity)) + SUFFIX)
     if named and not path.is_file():

@@ -3,7 +3,7 @@ so graphs made before a setting existed still run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +45,18 @@ def _widget(setting: Setting) -> Any:
 def one(value: Any) -> Any:
     """Of a node whose inputs come as lists: the first, for what is no list to people."""
     return value[0] if isinstance(value, (list, tuple)) and value else value
+
+
+def single(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of such a node, one of each. Raises SettingError for a list of several: the node
+    would run for the first alone."""
+    for name, value in inputs.items():
+        if isinstance(value, (list, tuple)) and len(value) > 1:
+            raise SettingError(
+                f"{name} came as a list of {len(value)}, and this node takes one: connect one "
+                "value, or a node of these for each."
+            )
+    return {name: one(value) for name, value in inputs.items()}
 
 
 def refusal(config: type[Any], values: dict[str, Any]) -> bool | str:

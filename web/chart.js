@@ -36,7 +36,7 @@ function options(size, theme) {
     legend: { show: false },
     scales: { x: { time: false } },
     axes: [
-      { ...axis, label: say("step"), size: 26 },
+      { ...axis, label: say("step"), size: 26, values: (u, ticks) => ticks.map(String) },
       { ...axis, label: say("loss"), size: 40, values },
     ],
     series: [

@@ -36,7 +36,8 @@ function shownOf({ node: id, class: kind }) {
 async function lastRun(node) {
   const id = executionIdOf(root(), node);
   if (id === null) return [];
-  const events = await readRun({ workflow: workflowId(), node: id, class: node.comfyClass });
+  const source = { workflow: workflowId(), node: id, class: node.comfyClass };
+  const events = await readRun({ ...source, client: api.clientId ?? "" });
   if (executionIdOf(root(), node) !== id) return events; // another graph is open by now
   for (const trace of events[0]?.before ?? []) shownOf(trace)?.retrace(trace, { older: false });
   return events;
@@ -63,19 +64,26 @@ function addElement(node, name, display, height) {
 function addPanel(node, { kind, height }) {
   const panel = new Panel({ kind, read: () => lastRun(node) });
   addElement(node, "cntlora_panel", panel, height);
-  replaySoon(panel);
+  replaySoon(node, panel);
 }
 
 function addWords(node, text) {
   const read = KEPT.includes(node.comfyClass) ? () => lastRun(node) : undefined;
   const words = new Words(text, read);
   addElement(node, "cntlora_words", words, 72);
-  replaySoon(words);
+  replaySoon(node, words);
 }
 
-// When the node has its id.
-function replaySoon(display) {
-  setTimeout(() => display.replay().catch(() => {}), 0);
+// When the node has its id. Where Undo has made it anew the Vue renderer still shows the element of
+// the one before.
+function replaySoon(node, display) {
+  setTimeout(() => {
+    if (node.graph && node.graph === app.canvas?.graph) {
+      const left = document.querySelector(`[data-node-id="${node.id}"] .cntlora-panel`);
+      if (left && left !== display.root) left.replaceWith(display.root);
+    }
+    display.replay().catch(() => {});
+  }, 0);
 }
 
 // The Vue renderer folds by `options.advanced`, the canvas by `advanced`, which leaves the row: it
@@ -98,11 +106,29 @@ function styles() {
   }
 }
 
+// Beside the graph; without a `life` (ms) until somebody closes it.
+function toast(node, severity, detail, life) {
+  app.extensionManager?.toast?.add({ severity, summary: node.title, detail, life });
+}
+
 // What is wrong with a node, in its own text and, for those that have none, beside the graph.
 function tell(node, sentence) {
   shown.get(node)?.fail(sentence);
-  const message = { severity: "error", summary: node.title, detail: sentence, life: 15000 };
-  app.extensionManager?.toast?.add(message);
+  toast(node, "error", sentence, 15000);
+}
+
+// Of a run's events, where they belong. A page that has a run of its own keeps it, although another
+// page has the same file open; for a node without a panel there are only its warnings.
+function take({ client, events, ...source }) {
+  const display = shownOf(source);
+  const own = client === api.clientId;
+  if (display) {
+    if (own || display.client !== api.clientId) display.take(events);
+    return;
+  }
+  const node = nodeOf(root(), source.node);
+  if (!own || node?.comfyClass !== source.class) return;
+  for (const { type, text } of events) if (type === "warning") toast(node, "warn", text);
 }
 
 // The host names the input that it rejects; the sentence of ours lies in `details`.
@@ -126,7 +152,9 @@ function tellRejected() {
 let running = { prompt: null, workflow: null };
 
 async function isOfThisTab(prompt) {
-  if (prompt !== running.prompt) return true; // begun before this page
+  if (prompt !== running.prompt) { // begun before this page
+    running = { prompt, workflow: readWorkflow(prompt) };
+  }
   const workflow = await running.workflow;
   return workflow === undefined || workflow === workflowId();
 }
@@ -135,8 +163,8 @@ const LISTENERS = {
   execution_start: ({ prompt_id: prompt }) => {
     running = { prompt, workflow: readWorkflow(prompt) };
   },
-  "cntlora.event": ({ workflow, events, ...source }) => {
-    if (workflow === workflowId()) shownOf(source)?.take(events);
+  "cntlora.event": ({ workflow, ...message }) => {
+    if (workflow === workflowId()) take(message);
   },
   // Also for what ComfyUI's cache answers: the nodes then show what made the result, those before
   // this one too. (The cache answers a node of ours under its own id only.)

@@ -39,6 +39,11 @@ export class Panel {
     this.#show();
   }
 
+  // The page that began the run which is shown.
+  get client() {
+    return this.state.client;
+  }
+
   #add(part) {
     this.parts.push(part);
     this.root.append(part.root);
@@ -70,7 +75,7 @@ export class Panel {
   // What the server keeps of the last run. `anew`: after it was away, when it may have lost it.
   async replay({ anew = false } = {}) {
     const state = stateOf(await this.read());
-    if (isNewer(state, this.state)) this.state = state;
+    if (isNewer(state, this.state)) Object.assign(this, { state, failure: null });
     else if (anew && !state.run && this.state.run && !this.state.ended) {
       this.failure = say("ComfyUI was restarted: this run has ended");
     }

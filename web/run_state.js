@@ -3,7 +3,7 @@ import { say } from "./say.js";
 
 export function emptyState() {
   return {
-    run: null, folder: "", seq: 0, steps: 0, step: 0, status: "", plan: "", phase: null, started: 0,
+    run: null, client: null, folder: "", seq: 0, steps: 0, step: 0, status: "", plan: "", phase: null, started: 0,
     ended: null, base: null, losses: [], smooth: [], validations: [], best: null, samples: [],
     kept: null, notices: [], saved: null, calibrated: null, marks: [], average: 0,
   };
@@ -33,8 +33,14 @@ function addValidation(state, event) {
   if (!state.best || event.loss < state.best[1]) state.best = [event.step, event.loss];
 }
 
+// What stands in a sentence may be words too: on, off.
+function inWords({ text, values = {} }) {
+  const said = Object.entries(values).map(([name, value]) => [name, say(String(value))]);
+  return say(text, Object.fromEntries(said));
+}
+
 const HANDLERS = {
-  status: (s, e) => { s.status = e.text; s.phase = null; },
+  status: (s, e) => { s.status = inWords(e); s.phase = null; },
   training: (s, e) => { // steps may have been auto until now
     const status = say("Training {steps} steps", e);
     Object.assign(s, { steps: e.steps, step: e.done, plan: s.status, status, phase: null });
@@ -46,7 +52,7 @@ const HANDLERS = {
   warning: (s, e) => s.notices.push(e.text),
   progress: (s, e) => { s.phase = e; },
   base: (s, e) => { s.base = e.loss; },
-  calibrated: (s, e) => { s.phase = null; s.calibrated = e; },
+  calibrated: (s, e) => { s.phase = null; s.status = ""; s.calibrated = e; },
   step: addStep,
   validation: addValidation,
   sample: (s, e) => s.samples.push({ step: e.step, file: e.file }),
@@ -59,8 +65,8 @@ const HANDLERS = {
 // the whole file.
 export function accept(state, event) {
   if (event.type === "run") {
-    const { run, folder, seq, steps, started } = event;
-    Object.assign(state, emptyState(), { run, folder, seq, steps, started });
+    const { run, client, folder, seq, steps, started } = event;
+    Object.assign(state, emptyState(), { run, client, folder, seq, steps, started });
     return "ok";
   }
   if (event.run !== state.run || event.seq > state.seq + 1) return "gap";
@@ -163,15 +169,23 @@ export function lossText(state) {
   return state.best ? `${text}, ${bestText(state.best)}` : text;
 }
 
+const MOST_POINTS = 2000; // of a line: more are no wider than a pixel, and every message draws anew
+
+function thinned(points) {
+  const every = Math.ceil(points.length / MOST_POINTS);
+  return points.filter((_, at) => (points.length - 1 - at) % every === 0);
+}
+
 // Columns for the chart: steps, raw, smoothed, validation, best, base; null where no value is.
 export function columns(state) {
-  const measured = [...state.losses, ...state.validations].map(([step]) => step);
+  const [losses, smooth] = [thinned(state.losses), thinned(state.smooth)];
+  const measured = [...losses, ...state.validations].map(([step]) => step);
   const steps = [...new Set(measured)].sort((a, b) => a - b);
   const column = (points) => {
     const at = new Map(points);
     return steps.map((step) => at.get(step) ?? null);
   };
-  return [steps, column(state.losses), column(state.smooth), column(state.validations),
+  return [steps, column(losses), column(smooth), column(state.validations),
     column(state.best ? [state.best] : []), steps.map(() => state.base)];
 }
 

@@ -4,7 +4,7 @@ import { make, scrolls } from "./dom.js";
 
 export class Words {
   constructor(before, read = async () => []) {
-    this.read = read;
+    Object.assign(this, { read, run: "", client: null });
     this.text = make("div", "cntlora-text", { role: "status", "aria-live": "polite" });
     this.root = make("div", "cntlora-panel cntlora-words", {}, this.text);
     scrolls(this.text);
@@ -17,6 +17,8 @@ export class Words {
   }
 
   take(events) {
+    const begun = events.find(({ type }) => type === "run");
+    if (begun) this.client = begun.client;
     const said = events.filter(({ type }) => type === "status").at(-1);
     if (said) this.#show(said.text);
   }
@@ -29,7 +31,10 @@ export class Words {
     if (output.text) this.#show([output.text].flat().join(" "));
   }
 
-  retrace({ text }) {
+  // What the node said for a run; `older`: also in place of what it said later.
+  retrace({ text, run = "" }, { older = true } = {}) {
+    if (!older && run <= this.run) return;
+    this.run = run;
     this.#show(text);
   }
 

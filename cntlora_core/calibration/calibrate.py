@@ -87,9 +87,10 @@ def calibrate(
     fitted = fitted_step(
         lambda step: passes.loss(triples, solution.scaled(step)), base, solution.first, slope
     )
-    lora, loss, energy = solution.scaled(fitted.step), fitted.loss, solution.energy
-    if swept.norms is None or not fitted.step:
-        return _finish(config, lora, energy, base, loss, fitted.step, passes, started)
+    step, energy = fitted.step, solution.energy
+    lora, loss = solution.scaled(step), fitted.loss
+    if swept.norms is None or not step:
+        return _finish(config, lora, energy, base, loss, step, passes, started)
 
     # refine
     importance = Importance.measured(swept.timesteps, swept.norms, timesteps)
@@ -103,8 +104,8 @@ def calibrate(
         # Against the base, not the start: the start was fitted to these very triples, so its loss
         # on them flatters it.
         if (after := passes.loss(triples, refined)) < base:
-            lora, loss, natural = refined, after, reached
-    done = _finish(config, lora, energy, base, loss, fitted.least, passes, started)
+            lora, loss, step, natural = refined, after, fitted.least, reached
+    done = _finish(config, lora, energy, base, loss, step, passes, started)
     preservation = preserve(
         projections, metric.prior, moments,
         weight=config.preservation, rho=config.rho, step=abs(fitted.step), pictures=count,

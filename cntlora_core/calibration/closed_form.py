@@ -178,12 +178,18 @@ def fitted_step(
     loss(-first) is asked for. A loss is evaluated at `first` and where the parabola through what is
     known is least, unless that is `NEAR`; it is at most `FARTHEST * first` away. Where `first` was
     so far that no parabola fits, and there is no better loss there either, it is fitted anew with
-    that one in its place, `FITS` times at most. Nothing better gives (0.0, base): never worse than
-    standing still on the set that `loss` measures. Where the loss falls by less than `KEPT` of what
+    that one in its place, `FITS` times at most. Where the loss is no number at `first`, a quarter
+    of it is tried, as often. Nothing better gives (0.0, base): never worse than standing still on
+    the set that `loss` measures. Where the loss falls by less than `KEPT` of what
     the parabola promised, `least` is where the cubic through a known slope and the last two looks
     has its minimum, at which nobody looks (derived here).
     """
     tried, known, least = {0.0: base, first: loss(first)}, slope is not None, None
+    for _ in range(FITS):
+        if math.isfinite(tried[first]):
+            break
+        first /= 4
+        tried[first] = loss(first)
     if slope is None:
         tried[-first] = loss(-first)
         slope = (tried[first] - tried[-first]) / (2 * first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..data.batches import NoisedSet
+from ..data.batches import Batch, NoisedSet
 from ..devices import finer_precision
 from ..distributed import ALONE, Group
 from ..errors import NonFiniteError
@@ -70,11 +70,10 @@ def measure(
         ) as recording,
         recomputing_activations(model.unet, recomputes),
     ):
-        for batch in triples.batches(batch_size * group.size):
-            # What cannot be shared out everyone looks at, and the first process counts.
-            sharing = group if len(batch) % group.size == 0 else ALONE
+        for batch, sharing in _shared(triples, batch_size, group):
             counts = sharing is group or group.rank == 0
             mine = batch[sharing.rank :: sharing.size]
+            recording.copies = mine.conditioning.copies
             with torch.set_grad_enabled(backward):
                 losses = mine.loss(model)
             seen = losses.detach().cpu().double().sum()
@@ -94,6 +93,17 @@ def measure(
     loss = float(total) / len(triples)
     timesteps = torch.cat([batch.timesteps.cpu() for batch in triples.sizes])
     return Sweep(moments, loss, timesteps, torch.cat(norms) if backward else None)
+
+
+def _shared(triples: NoisedSet, batch_size: int, group: Group) -> Iterator[tuple[Batch, Group]]:
+    """Batches of `batch_size` for each process, and who shares them. What cannot be shared out
+    everyone looks at, and the first process counts."""
+    for batch in triples.batches(batch_size * group.size):
+        even = len(batch) - len(batch) % group.size
+        if even:
+            yield batch[:even], group
+        for rest in batch[even:].split(batch_size):
+            yield rest, ALONE
 
 
 def _everyones(own: Tensor, count: int, sharing: Group) -> Tensor:

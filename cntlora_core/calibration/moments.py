@@ -49,7 +49,8 @@ class Moments:
         """
         if self.gradients is None:
             raise RuntimeError("no gradients were measured")
-        return self.gradients.get(projections)
+        tokens = [self.tokens.get(output_key(p), 0) for p in projections]
+        return self.gradients.get(projections, tokens)
 
     def passed(self, projection: Projection) -> int:
         """Tokens that came back through the projection."""

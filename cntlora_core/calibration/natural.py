@@ -97,10 +97,14 @@ class NaturalGradient(torch.optim.Optimizer):
 
     @contextmanager
     def recording(
-        self, model: StableDiffusion, pictures: int, scale: float = 1.0
+        self,
+        model: StableDiffusion,
+        pictures: int,
+        scale: float = 1.0,
+        copies: Tensor | None = None,
     ) -> Iterator[None]:
-        """Around the passes of a batch, whose loss is `scale` times a mean over `pictures`, those
-        of all processes."""
+        """Around a pass of a batch, whose loss is `scale` times a mean over `pictures`, those of
+        all processes; `copies` are its conditioning's."""
         self.pictures = pictures
         (settings,) = self.param_groups
         if not self.fresh:
@@ -113,6 +117,7 @@ class NaturalGradient(torch.optim.Optimizer):
             loss_scale=scale / pictures,
             turn=settings["made"],
         ) as recording:
+            recording.copies = copies
             yield
         self.seen.extend(recording.take())
 

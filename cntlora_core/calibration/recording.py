@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import Group, gathered
-from ..lora.targets import Projection
+from ..lora.targets import TEXT, Projection
 from ..model.gradient_checkpointing import is_recomputed
 from .inputs import Inputs, Tokens, inputs_of, outputs_of
 
@@ -66,7 +66,9 @@ class Seen:
             key: [gathered(part.float(), group).transpose(0, 1).flatten(0, 1) for part in parts]
             for key, parts in self.rows.items()
         }
-        tokens = {key: count * group.size for key, count in self.tokens.items()}
+        counts = torch.tensor([*self.tokens.values()], dtype=torch.float64)
+        group.sum_([counts])  # prompts are of several lengths
+        tokens = dict(zip(self.tokens, map(int, counts.tolist()), strict=True))
         return Seen(rows, tokens, self.scales, self.diagonal)
 
 
@@ -85,6 +87,9 @@ class Recording:
         self.seen, self.turn, self.recomputes = Seen(), turn, recomputes
         self.backward, self.gradient, self.loss_scale = backward, gradient, loss_scale
         self.norms: list[Tensor] = []
+        # How often each picture's prompt stands in what the next pass reads of it (None: once). A
+        # copy of a token gets a part of its gradient only.
+        self.copies: Tensor | None = None
         # a layer's input and its gradient wait for each other, by projection
         self.inputs: dict[str, Inputs] = {}
         self.deltas: dict[str, Tensor] = {}
@@ -132,7 +137,7 @@ class Recording:
             again = key in self.seen.rows  # gradient checkpointing computes a pass twice
             if self.speakers[projection.input_key] == projection.name and not again:
                 x = inputs_of(projection, args[0].detach())
-                self._keep(key, x, projection.diagonal_in)
+                self._keep(key, x, projection.diagonal_in, self._copies(projection))
             if self.backward:
                 if not output.requires_grad:
                     # Nothing before this layer needs a gradient: let the backward pass end here.
@@ -144,7 +149,8 @@ class Recording:
     def _back(self, projection: Projection, grad: Tensor) -> None:
         grad = outputs_of(projection, grad.detach())
         key = output_key(projection)
-        self._keep(key, Tokens(grad), projection.diagonal_out, self.loss_scale)
+        copies = self._copies(projection)
+        self._keep(key, Tokens(grad), projection.diagonal_out, copies, self.loss_scale)
         if self.gradient is not None:
             self.deltas[projection.name] = grad
             self._meet(projection.name)
@@ -154,14 +160,28 @@ class Recording:
             delta, x = self.deltas.pop(name), self.inputs.pop(name)
             self.norms.append(self.gradient(name, delta, x, self.loss_scale))
 
-    def _keep(self, key: str, every: Inputs, diagonal: bool, scale: float = 1.0) -> None:
+    def _copies(self, projection: Projection) -> Tensor | None:
+        return self.copies if projection.input_key == TEXT else None
+
+    def _keep(
+        self,
+        key: str,
+        every: Inputs,
+        diagonal: bool,
+        copies: Tensor | None,
+        scale: float | None = None,
+    ) -> None:
+        """Without a `scale`: not of a gradient."""
         tokens, layout, places = every.tokens, every.layout, self.places
         if tokens not in places:
             places[tokens] = _spread(tokens, self.turn, every.x.device)
         if layout not in places:
             places[layout] = every.index(places[tokens])
-        rows = every.at(places[layout])
-        self.seen.add(key, rows, len(rows) * tokens, diagonal, scale)
+        rows, count = every.at(places[layout]), len(every.x) * tokens
+        if copies is not None:
+            count = int((tokens // copies).sum())
+            rows = rows if scale is None else rows * copies.to(rows)[:, None, None]
+        self.seen.add(key, rows, count, diagonal, 1.0 if scale is None else scale)
 
 
 @contextmanager

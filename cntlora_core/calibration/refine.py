@@ -57,7 +57,8 @@ def refine(
         for done, batch in enumerate(batches):
             pictures = len(batch) * group.size
             for part in batch.split(at_once):
-                with natural.recording(model, pictures, scale), torch.enable_grad():
+                copies = part.conditioning.copies
+                with natural.recording(model, pictures, scale, copies), torch.enable_grad():
                     (part.loss(model).sum() * (scale / pictures)).backward()
             gradient = adapters.gradient(scale)
             group.sum_([gradient])

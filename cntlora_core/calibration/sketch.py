@@ -34,7 +34,6 @@ class Sketches:
 
     width: int
     sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
     probes: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
 
     def add(
@@ -52,7 +51,7 @@ class Sketches:
         each = torch.empty(sizes, dtype=torch.float32, device=delta.device)
         if name not in self.sums:
             Z = torch.zeros(psi.shape[-1], inputs.width, device=delta.device)
-            self.sums[name], self.tokens[name] = (torch.zeros_like(each[0]), Z), 0
+            self.sums[name] = torch.zeros_like(each[0]), Z
         Y, Z = self.sums[name]
         for pictures, rows, own in inputs.parts(delta.shape[-1]):
             part = delta[pictures, rows].float()
@@ -63,20 +62,18 @@ class Sketches:
             del part, own  # before the next are made
         if counts:
             Y += each.sum(0) if len(each) > 1 else each[0]
-            self.tokens[name] += delta.shape[:-1].numel()
         return torch.linalg.vector_norm(each, dim=(1, 2))
 
     def combine(self, group: Group) -> None:
         """The sums of all processes."""
-        if group.size == 1:
-            return
-        for name, sums in self.sums.items():
-            count = torch.tensor([float(self.tokens[name])])
-            group.sum_([*sums, count])
-            self.tokens[name] = int(count)
+        for sums in self.sums.values() if group.size > 1 else ():
+            group.sum_([*sums])
 
-    def get(self, projections: Sequence[Projection]) -> tuple[Tensor, Tensor]:
-        """G of g projections of one shape, of rank k, as a product: `[g, m, k]` and `[g, k, d]`.
+    def get(
+        self, projections: Sequence[Projection], tokens: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """G of g projections of one shape that have seen so many tokens, of rank k, as a product:
+        `[g, m, k]` and `[g, k, d]`.
 
         (Psi Q)^+ comes from its Gram matrix: Gaussian and twice as long as wide, its condition is a
         handful. Raises RuntimeError when nothing was seen: a hook that never fired is a bug.
@@ -85,7 +82,6 @@ class Sketches:
         if not self.sums.keys() >= set(names):
             raise RuntimeError("no tokens were recorded")
         Y = torch.stack([self.sums[name][0] for name in names])
-        tokens = [self.tokens[name] for name in names]
         Z = torch.stack(torch._foreach_div([self.sums[name][1] for name in names], tokens))
         Q = linalg.orthonormal(Y)
         seen = self._probe(Y.shape[-2], 2 * self.width + 1, Y.device).T @ Q

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import CalibrationConfig, DataConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from ..distributed import Group
     from ..model.loader import StableDiffusion
     from .inputs import Inputs
 
@@ -30,11 +31,14 @@ def identity_of(
     data: DataConfig,
     calibration: CalibrationConfig,
     training: TrainConfig,
+    group: Group,
 ) -> dict[str, Any]:
     from ..training.identity import run_identity
 
     others = {name: getattr(args, name) for name in OPTIONS}
     others["class pictures"] = _digest(args.class_images)
+    # Each has a batch of its own. (One alone has nothing to tell: it had not before this was told.)
+    others["processes"] = group.size if group.size > 1 else None
     held_out = inputs.held_out if args.validate_every else None
     return run_identity(model, inputs.subject, held_out, [data], calibration, training, **others)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import DataConfig, RunConfig
+from ..data.captions import fill_words
 from ..data.concepts import join_concepts
 from ..data.dataset import read_subject
 from ..data.encoded import (
@@ -114,16 +115,16 @@ def read_priors(
     from ..training.prior_loss import BasePrediction, ClassImages, OutsideTheMask
 
     preserves = class_preserved(args)
-    pictures = None
+    pictures, class_prompt = None, fill_words(args.class_prompt or "", "", args.class_name)
     if preserves or args.prior_loss == "images":
-        pictures = _class_pictures(args, model, subject.resolution, data, observer)
+        pictures = _class_pictures(args, class_prompt, model, subject.resolution, data, observer)
     prior: PriorLoss | None = None
     if args.prior_loss == "images":
         assert pictures is not None
         prior = ClassImages(pictures)
     elif args.prior_loss == "base":
         side = (subject.resolution, subject.resolution)
-        prior = BasePrediction(encode_prompts(model, [args.class_prompt], size=side))
+        prior = BasePrediction(encode_prompts(model, [class_prompt], size=side))
     elif args.prior_loss == "masked":
         prior = OutsideTheMask(subject)
     return class_noised(model, pictures) if pictures and preserves else None, prior
@@ -131,6 +132,7 @@ def read_priors(
 
 def _class_pictures(
     args: argparse.Namespace,
+    class_prompt: str,
     model: StableDiffusion,
     resolution: int,
     data: DataConfig,
@@ -141,13 +143,18 @@ def _class_pictures(
     if args.class_images:
         words = ("", args.class_name)
         return read_subject(
-            model, args.class_images, args.class_prompt, data, words=words, observer=observer
+            model,
+            args.class_images,
+            class_prompt,
+            replace(data, masked=False),
+            words=words,
+            observer=observer,
         )
     usual, usual_steps = TRAINED if args.prior_loss == "images" else MEASURED
     how = settings_from(RunConfig, args)
     return class_images(
         model,
-        args.class_prompt,
+        class_prompt,
         resolution,
         count=how.class_count or usual,
         steps=how.class_steps or usual_steps,

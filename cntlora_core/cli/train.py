@@ -49,7 +49,8 @@ def run_train(args: argparse.Namespace, load: Any, disk: Disk = DISK) -> None:
             calibration = replace(calibration, init=inputs.continued.init)
         training = _resolved(args, model, inputs, training, observer)
         if checkpoints:
-            checkpoints.identity = identity_of(args, model, inputs, data, calibration, training)
+            made_with = (data, calibration, training, group)
+            checkpoints.identity = identity_of(args, model, inputs, *made_with)
             checkpoints.read()  # refuses another run's before anything is drawn or measured
         check_room(args, output, model, inputs.lora, calibration, training)
         preserve, prior = read_priors(args, model, inputs.subject, data, observer)

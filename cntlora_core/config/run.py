@@ -44,7 +44,7 @@ class RunConfig:
     continue_shared: bool = setting(
         False,
         "Of a LoRA that is continued, leave out layers that CNTLoRA does not train (text encoder, "
-        "convolutions), and what they did. Off: a file that has any is refused.",
+        "1 x 1 convolutions), and what they did. Off: a file that has any is refused.",
     )
     checkpoint_every: int = setting(
         100,

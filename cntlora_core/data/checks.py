@@ -14,10 +14,10 @@ NEAR = 3  # of 255: mean difference of thumbnails up to which two pictures count
 
 
 def check_pictures(
-    pictures: Iterable[Picture], resolution: int, *, masked: bool = True
+    pictures: Iterable[Picture], resolution: int, *, masked: bool | None = None
 ) -> list[str]:
     """What to know before training on these, a sentence each; empty when all is well. `masked`:
-    whether masks will be used."""
+    whether masks will be used (None: not known)."""
     pictures = list(pictures)
     findings = []
     if len(pictures) < 3:
@@ -33,9 +33,19 @@ def check_pictures(
         lack = counted(len(missing), "picture without a caption", "pictures without captions")
         findings.append(f"The prompt serves {lack}: {some(missing)}.")
     shaped = [p.name for p in pictures if p.mask_file]
-    if shaped and not masked:
+    if shaped and masked is False:
         have = counted(len(shaped), "picture has a mask", "pictures have masks")
         findings.append(f"{have}, not used: turn on masked.")
+    whole = [p.name for p in pictures if p.held_mask is None]
+    if masked and len(whole) == len(pictures):
+        findings.append("No picture has a mask: all of each is learnt.")
+    elif masked and whole:
+        have = counted(
+            len(whole),
+            "picture has no mask, and all of it is learnt",
+            "pictures have no mask, and all of them is learnt",
+        )
+        findings.append(f"{have}: {some(whole)}.")
     pairs = near_duplicates(pictures)
     if pairs:
         named = [f"'{a}' and '{b}'" for a, b in pairs]

@@ -57,7 +57,8 @@ def class_images(
     kept = [(*key, told) for key in keys]
     held = [found[0].to(model.device) for key in kept if cache and (found := cache.get(key))]
     if len(held) < count:
-        observer(Status(f"Drawing {count} pictures of '{prompt}' to preserve"))
+        how: dict[str, str | int] = {"count": count, "prompt": prompt}
+        observer(Status("Drawing {count} pictures of '{prompt}' to preserve", how))
         latents = sample_latents(
             model,
             [prompt] * count,

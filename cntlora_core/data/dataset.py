@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import DataConfig
-from ..errors import SettingError
+from ..errors import ImageError, SettingError
 from ..events import Notice, Observer, Progress, ignore
 from ..model.conditioning import Conditioning, encode_prompts
 from ..model.loader import StableDiffusion
@@ -83,7 +83,7 @@ def encode_subject(
         empty_prompt = encode_prompts(model, [""], size=(resolution, resolution))
         variants, variant_rows = _variants(model, texts)
     masked = data.masked and any(p.held_mask is not None for p in pictures)
-    return EncodedImages(
+    encoded = EncodedImages(
         names=tuple(v.picture.name for _, v in views),
         pictures=tuple(n for n, _ in views),
         mean=tuple(mean for mean, _ in latents),
@@ -106,6 +106,26 @@ def encode_subject(
         variants=variants,
         variant_rows=variant_rows,
     )
+    return _without_hidden(encoded, observer)
+
+
+def _without_hidden(encoded: EncodedImages, observer: Observer) -> EncodedImages:
+    """Without the views of which the mask shows nothing, which teach nothing. Raises ImageError
+    where no other is left."""
+    if encoded.masks is None:
+        return encoded
+    shown = [bool(mask.any()) for mask in encoded.masks]
+    if all(shown):
+        return encoded
+    if not any(shown):
+        raise ImageError(
+            "The masks show nothing of any picture: white is what is learnt. Turn masked off, or "
+            "give masks with white in them."
+        )
+    hidden = [name for name, seen in zip(encoded.names, shown, strict=True) if not seen]
+    said = counted(len(hidden), "view is left out", "views are left out")
+    observer(Notice(f"{said}, of which the mask shows nothing: {some(dict.fromkeys(hidden))}."))
+    return encoded.only([n for n, seen in enumerate(shown) if seen])
 
 
 def _digest(pictures: Sequence[Picture]) -> str:

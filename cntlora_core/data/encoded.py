@@ -76,7 +76,7 @@ class EncodedImages:
         rows = [self.variant_rows[i] for i in index.tolist()]
         drawn = [r[int(torch.randint(len(r), (1,), generator=generator))] for r in rows]
         words = self.variants[torch.tensor(drawn)].to(self.device, own.tokens.dtype)
-        return Conditioning(words.tokens, words.pooled, own.time_ids)
+        return replace(words, time_ids=own.time_ids)
 
     def only(self, views: Sequence[int]) -> EncodedImages:
         """The same with some of the views."""

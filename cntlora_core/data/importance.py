@@ -38,10 +38,14 @@ class Importance:
     def measured(cls, timesteps: Tensor, norms: Tensor, steps: int) -> Importance:
         """From the gradients' `norms` `[n]` of pictures at `timesteps` `[n]` of `steps`.
 
-        The logarithm of the norm is a parabola over the timesteps, fitted with a little ridge.
+        The logarithm of the norm is a parabola over the timesteps, fitted with a little ridge. A
+        picture without a gradient (its mask shows nothing) says nothing of them.
         """
-        u = (timesteps.double() + 0.5) / steps - 0.5
-        y = norms.double().clamp_min(torch.finfo(torch.float32).tiny).log()
+        told = norms > 0
+        if not told.any():
+            return cls.usual()
+        u = (timesteps[told].double() + 0.5) / steps - 0.5
+        y = norms[told].double().log()
         basis = torch.stack([torch.ones_like(u), u, u.square()], 1)
         ridge = torch.diag(torch.tensor([0.0, RIDGE, RIDGE], dtype=torch.float64))
         curve = torch.linalg.solve(basis.T @ basis + ridge, basis.T @ y)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from .families import REFINER
 from .single_file import build_text, build_vae, empty_unet, fill_unet
 from .tensor_file import TensorFiles, open_tensors
 from .tokenizers import check_tokenizer
@@ -117,6 +118,13 @@ def folder_family(config: Any, prediction: str, path: str) -> str:
             f"'{path}' takes {config['in_channels']} input channels (inpainting or depth): CNTLoRA "
             "trains text-to-image models, with 4."
         )
+    if config.get("class_embed_type") is not None:
+        raise CheckpointError(
+            f"'{path}' is conditioned on pictures or classes too (unCLIP, an upscaler): CNTLoRA "
+            "trains models that are conditioned on text alone."
+        )
+    if config["cross_attention_dim"] == 1280:
+        raise CheckpointError(f"'{path}' is {REFINER}")
     if config.get("addition_embed_type") == "text_time":
         layers = config.get("transformer_layers_per_block")
         if config.get("layers_per_block", 2) != 2 or (

@@ -12,6 +12,8 @@ from ..errors import CheckpointError
 from .ldm_names import UNET_PREFIX
 from .tensor_file import TensorSource, refuse_packed
 
+REFINER = "the SDXL refiner: choose the SDXL base model, which is what LoRAs are trained on."
+
 FAMILIES = ("sd1", "sd2", "sd2-v", "sdxl")
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -100,10 +102,7 @@ def detect_family(source: TensorSource) -> str:
     if width == 2048:
         return "sdxl"
     if width == 1280:
-        raise CheckpointError(
-            f"'{name}' is the SDXL refiner: choose the SDXL base model, which is what LoRAs are "
-            "trained on."
-        )
+        raise CheckpointError(f"'{name}' is {REFINER}")
     raise CheckpointError(
         f"'{name}' is no Stable Diffusion 1, 2 or SDXL: its cross-attention reads {width} channels."
     )

@@ -33,7 +33,7 @@ from .vae_tiles import ENCODE_BYTES
 MINI_SD_FOLDER = Path(__file__).parents[1] / "mini_sd"
 
 
-@dataclass
+@dataclass(repr=False)
 class StableDiffusion:
     """A frozen model. `family` is sd1, sd2 (epsilon), sd2-v or sdxl; `name` is what the metadata
     call it."""
@@ -47,9 +47,12 @@ class StableDiffusion:
     name: str
     device: torch.device
     dtype: torch.dtype
-    encoded: Memo = field(default_factory=Memo, repr=False)  # pictures it has encoded
+    encoded: Memo = field(default_factory=Memo)  # pictures it has encoded
     # Whose the UNet's weights are, where they are not its own: it has them while it works.
     lender: Callable[[], TensorSource] | None = None
+
+    def __repr__(self) -> str:
+        return f"<'{self.name}', {self.family}>"
 
     @property
     def vae_scale(self) -> int:

@@ -63,7 +63,8 @@ def run_calibration(
             prior=preserve, at_once=at_once, observer=observer, group=group,
         )  # fmt: skip
 
-    observer(Status(f"Calibrating ({config.init}) on {len(subject)} pictures"))
+    how = {"init": config.init, "count": len(subject)}
+    observer(Status("Calibrating ({init}) on {count} pictures", how))
     smallest, recomputing = ways[-1]
     tried = replace(config, batch_size=smallest, gradient_checkpointing=recomputing)
     with run_conditions(model, tried, subject.resolution):
@@ -105,7 +106,7 @@ def run_training(
         start = run_calibration(
             model, subject, calibration, preserve=preserve, observer=observer, group=group
         )
-    start = _resumed(saved, model, start, calibration) if saved else start
+    start = _resumed(saved, model, start, calibration, observer) if saved else start
     assert start is not None
     training, natural = _optimizer(start, training, model.name, calibration.init, observer)
     training = fitted_training(
@@ -182,9 +183,18 @@ def _resumed(
     model: StableDiffusion,
     measured: Calibration | None,
     config: CalibrationConfig,
+    observer: Observer,
 ) -> Calibration:
     """The start of a run that goes on. What to preserve is not in its file: it was measured again,
-    to the same numbers."""
+    to the same numbers, unless another rounding has given other layers a rank."""
+    if measured and not saved.lora.keys() <= measured.lora.keys():
+        if measured.preservation:
+            said = (
+                "Measured again, the prior is of other layers than the run that was stopped has: "
+                "it goes on, and preserves no more."
+            )
+            observer(Notice(said))
+        measured = None
     natural = measured.natural if measured else None
     metric = natural.metric if natural else Metric(config.rho)
     return replace(

@@ -150,7 +150,7 @@ class _Terms:
         return value
 
     def _subject(self, batch: Batch) -> Tensor:
-        with self.state.recording(self.model, self.pictures):
+        with self.state.recording(self.model, self.pictures, batch.conditioning.copies):
             losses = batch.loss(self.model)
             if self.config.debiased:
                 losses = losses * self.model.schedule.debiased_weight(batch.timesteps)

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 COPIES_OF_ADAPTERS = 5
 METRIC_COPIES = 4  # the moments, those damped and weighed, their inverses, a step's own
 LOWER_RESOLUTION = "a lower resolution"
+PLAN = (
+    "{free} GB of memory free: gradient checkpointing {checkpointing}, batch {batch}, about "
+    "{needed} GB beside the model."
+)
+TIMED_PLAN = PLAN.removesuffix(".") + ", about {minutes} min without samples."
 
 
 @dataclass(frozen=True)
@@ -70,15 +75,22 @@ class MemoryPlan:
     def fits(self) -> bool:
         return self.needed <= self.free
 
+    @property
+    def status(self) -> Status:
+        """The plan in words."""
+        values = {
+            "free": f"{self.free / 1e9:.1f}",
+            "checkpointing": "on" if self.gradient_checkpointing else "off",
+            "batch": f"{self.batch_size} x {self.accumulation}",
+            "needed": f"{self.needed / 1e9:.1f}",
+        }
+        if self.minutes is None:
+            return Status(PLAN, values)
+        return Status(TIMED_PLAN, values | {"minutes": f"{max(1.0, self.minutes):.0f}"})
+
     def __str__(self) -> str:
-        how = described(f"{self.batch_size} x {self.accumulation}", self.gradient_checkpointing)
-        time = "" if self.minutes is None else f", about {_minutes(self.minutes)} without samples"
-        text = (
-            f"{self.free / 1e9:.1f} GB of memory free: {how}, about {self.needed / 1e9:.1f} GB "
-            f"beside the model{time}."
-        )
         advice = f" That may be too little: try {self.next_to_try}."
-        return text if self.fits else text + advice
+        return self.status.said if self.fits else self.status.said + advice
 
 
 def described(batch: str | int, gradient_checkpointing: bool) -> str:
@@ -216,7 +228,7 @@ def _plan(
     asked = config.gradient_checkpointing, config.batch_size
     plan = replace(plan, next_to_try=smaller_precision(model) or LOWER_RESOLUTION)
     changed = (plan.gradient_checkpointing, plan.batch_size) != asked
-    observer(Notice(str(plan)) if changed or not plan.fits else Status(str(plan)))
+    observer(Notice(str(plan)) if changed or not plan.fits else plan.status)
     return plan
 
 
@@ -245,10 +257,6 @@ def sweep_bytes(projections: Sequence[Projection], rank: int) -> int:
 def metric_bytes(projections: Sequence[Projection]) -> int:
     """Of natural-gradient steps: the second moments and what is computed from them."""
     return METRIC_COPIES * moment_bytes(projections)
-
-
-def _minutes(minutes: float) -> str:
-    return "a minute" if minutes < 1.5 else f"{minutes:.0f} minutes"
 
 
 def picture_bytes(model: StableDiffusion, resolution: int) -> tuple[int, int] | None:

@@ -104,7 +104,7 @@ class BasePrediction:
         rows = torch.zeros(len(batch), dtype=torch.long)
         words = self.class_prompt[rows]
         if batch.conditioning.time_ids is not None:  # the same size and crop as the picture's
-            words = Conditioning(words.tokens, words.pooled, batch.conditioning.time_ids)
+            words = replace(words, time_ids=batch.conditioning.time_ids)
         return replace(batch, conditioning=words, mask=None)
 
     def loss(self, model: StableDiffusion, adapters: Adapters, batch: Batch) -> Tensor:

@@ -119,12 +119,15 @@ class TrainState:
         return self.optimizer if isinstance(self.optimizer, NaturalGradient) else None
 
     @contextmanager
-    def recording(self, model: StableDiffusion, pictures: int) -> Iterator[None]:
-        """Around the subject's passes, whose loss is a mean over so many `pictures`."""
+    def recording(
+        self, model: StableDiffusion, pictures: int, copies: Tensor | None = None
+    ) -> Iterator[None]:
+        """Around a pass of the subject, whose loss is a mean over so many `pictures`; `copies` are
+        its conditioning's."""
         if self.natural is None:
             yield
             return
-        with self.natural.recording(model, pictures, self.scaler.value):
+        with self.natural.recording(model, pictures, self.scaler.value, copies):
             yield
 
     def failure(self, wrong: str, lr: float, dtype: torch.dtype) -> str:

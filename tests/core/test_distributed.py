@@ -8,8 +8,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cntlora_core import distributed
+from cntlora_core.calibration import measure
+from cntlora_core.data.batches import Batch, NoisedSet
 from cntlora_core.distributed import ALONE, Processes, least, local_device, process_group
 from cntlora_core.errors import NonFiniteError, SettingError
+from cntlora_core.model.conditioning import Conditioning
 from cntlora_core.run.runs import _found_by_all
 
 CPU = torch.device("cpu")
@@ -129,3 +132,22 @@ def test_the_group_is_left_when_a_run_fails(monkeypatch):
     with pytest.raises(NonFiniteError):
         run()
     assert calls == ["gloo", "left"]
+
+
+def test_pictures_that_cannot_be_shared_out_pass_a_few_at_a_time():
+    """Of eight processes with batches of 2; sizes come as the pictures have them."""
+
+    def triples(count):
+        part = torch.arange(count)
+        return Batch(part, part, part, Conditioning(torch.zeros(count, 1, 1)))
+
+    def passes(*sizes):
+        given = NoisedSet(tuple(map(triples, sizes)))
+        return [(len(b), sharing.size) for b, sharing in measure._shared(given, 2, Eight())]
+
+    class Eight:
+        rank, size = 3, 8
+
+    assert passes(16, 8) == [(16, 8), (8, 8)]
+    assert passes(11) == [(8, 8), (2, 1), (1, 1)]
+    assert passes(23) == [(16, 8), (2, 1), (2, 1), (2, 1), (1, 1)]

@@ -67,11 +67,64 @@ def test_a_prior_of_another_kind_of_model_is_refused(pack, inputs, node):
     prior = run(
         pack.PriorImages, sd_model=inputs["sd_model"], class_prompt="a dog", class_count=1
     ).values[0]
-    tokens = prior.conditioning.tokens
-    words = replace(prior.conditioning, tokens=torch.cat([tokens, tokens], -1))
+    tokens = prior.encoded.conditioning.tokens
+    words = replace(prior.encoded.conditioning, tokens=torch.cat([tokens, tokens], -1))
+    foreign = replace(prior, encoded=replace(prior.encoded, conditioning=words))
     given = inputs if node == "TrainLoRA" else {k: inputs[k] for k in ("sd_model", "subject")}
     with pytest.raises(ValueError, match="prior was made with another kind of model than 'mini-sd"):
-        run(getattr(pack, node), **given, prior=replace(prior, conditioning=words))
+        run(getattr(pack, node), **given, prior=foreign)
+
+
+def test_what_another_checkpoint_of_the_same_kind_has_made_is_told(pack, inputs):
+    given = {k: inputs[k] for k in ("sd_model", "subject")}
+    made = {"sd_model": inputs["sd_model"], "class_prompt": "a dog", "class_count": 1}
+    prior = run(pack.PriorImages, **made).values[0]
+    calibrated = run(pack.CalibrateLoRA, **given, prior=prior).values[0]
+    run(pack.TrainLoRA, **inputs, prior=prior, lora_init=calibrated)
+    assert not any("which is another" in text for text in said(pack))
+
+    other = replace(prior.maker, name="one", content="1")
+    prior, calibrated = replace(prior, maker=other), replace(calibrated, maker=other)
+    run(pack.TrainLoRA, **inputs, prior=prior, lora_init=calibrated)
+    told = [text.split(",")[0] for text in said(pack) if "which is another" in text]
+    assert told == ["prior was made with 'one'", "lora_init was calibrated for 'one'"]
+    run(pack.CalibrateLoRA, **given, prior=prior)
+    assert any("prior was made with 'one'" in text for text in said(pack))
+
+
+def test_a_run_goes_on_with_the_start_and_the_prior_that_it_had(pack, inputs, stop):
+    """Another checkpoint's, or pictures that were read in another way, are another run."""
+    given = {k: inputs[k] for k in ("sd_model", "subject")}
+    made = {"sd_model": inputs["sd_model"], "class_prompt": "a dog", "class_count": 1}
+    prior = run(pack.PriorImages, **made).values[0]
+    calibrated = run(pack.CalibrateLoRA, **given, prior=prior).values[0]
+    other = replace(prior.maker, name="one", content="1")
+    flipped = replace(inputs["subject"].data, flip=True)
+    variants = [
+        {"lora_init": calibrated, "prior": prior},
+        {"lora_init": calibrated, "prior": replace(prior, maker=other)},
+        {"lora_init": replace(calibrated, maker=other), "prior": prior},
+        {"lora_init": replace(calibrated, data=(flipped,)), "prior": prior},
+    ]
+    known = {*states(pack)}
+    for more in variants:
+        stop(1, **more)
+    made = {*states(pack)} - known
+    assert len(made) == len(variants)
+    for path in made:
+        path.unlink()
+    foreign = run(pack.CalibrateLoRA, **given, prior=replace(prior, maker=other)).values[0]
+    assert foreign.made_from != calibrated.made_from
+
+
+def test_what_a_wire_carries_is_told_in_a_few_words(pack, inputs):
+    """Where a node fails the host writes all of its inputs into the answer."""
+    given = {k: inputs[k] for k in ("sd_model", "subject")}
+    made = {"sd_model": inputs["sd_model"], "class_prompt": "a dog", "class_count": 1}
+    start, lora, *_ = run(pack.CalibrateLoRA, **given).values
+    prior = run(pack.PriorImages, **made).values[0]
+    for value in (*given.values(), start, lora, prior):
+        assert len(str(value)) < 100
 
 
 def test_an_unfinished_run_that_cannot_be_written_is_told(pack, inputs, stop, monkeypatch):
@@ -105,7 +158,7 @@ def test_a_cancelled_run_goes_on_to_the_same_end(pack, inputs, whole, stop):
     (state,) = states(pack)
     assert state.name.startswith("sks_mini_sd_")
     assert said(pack)[-1] == "Queue the same graph again and the run goes on where it stopped."
-    assert pack.unfinished.choices()[3:] == [state.name.removesuffix(".state.safetensors")]
+    assert pack.unfinished.choices()[2:] == [state.name.removesuffix(".state.safetensors")]
     resumed = run(pack.TrainLoRA, **inputs).values
     assert "Goes on after step 3 of the run that was stopped." in said(pack)
     assert [e["step"] for e in events(pack) if e["type"] == "step"] == [4]
@@ -130,7 +183,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(pack, inputs, whole, monk
 
 def test_another_run_starts_afresh_and_a_chosen_one_says_what_differs(pack, inputs, stop):
     stop(1)
-    name = pack.unfinished.choices()[3]
+    name = pack.unfinished.choices()[2]
     run(pack.TrainLoRA, **inputs | {"seed": 1, "steps": 1})
     assert not [text for text in said(pack) if "Goes on" in text]
     with pytest.raises(ValueError, match="is of another run: its seed is 0, now it is 1"):
@@ -147,14 +200,16 @@ def test_no_name_leads_out_of_the_folder(pack, inputs, name):
         run(pack.TrainLoRA, **inputs, unfinished=name)
 
 
-def test_starting_afresh_and_removing(pack, inputs, stop):
+@pytest.mark.parametrize("choice", ["start afresh", "remove all"])
+def test_starting_afresh_leaves_other_runs_alone(pack, inputs, stop, choice):
+    """`remove all` was a choice once: a workflow that somebody shares must not remove any."""
+    assert choice in pack.unfinished.choices() or choice == "remove all"
     stop(1)
     stop(1, seed=5)
     assert len(states(pack)) == 2
-    run(pack.TrainLoRA, **inputs | {"steps": 1, "unfinished": "start afresh"})
-    assert len(states(pack)) == 1  # its own took the place of the old one, and ended
-    run(pack.TrainLoRA, **inputs | {"steps": 1, "unfinished": "remove all"})
-    assert not states(pack)
+    run(pack.TrainLoRA, **inputs | {"steps": 1, "unfinished": choice})
+    (left,) = states(pack)  # its own took the place of the old one, and ended
+    left.unlink()
 
 
 def test_what_to_set_is_said_where_the_next_run_would_not_go_on(pack, inputs, stop):

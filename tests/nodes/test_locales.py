@@ -1,6 +1,7 @@
 """What the page says in other languages: one table, `locales/words.json`, from which the files that
 the host reads are made. Tooltips and errors stay English."""
 
+import importlib
 import json
 import os
 import re
@@ -14,6 +15,8 @@ LANGUAGES = ("zh", "ja", "ko", "de")
 ENDINGS = {"Done", "Cancelled", "Cancelled; what was trained is kept"}
 # `say("...")` in the page; a phase where the core begins or reports one
 SAID = re.compile(r'\bsay\(\s*"([^"]+)"')
+# a phase that holds values; those without are the command line's
+STATUS = re.compile(r'\bStatus\(\s*"([^"]*{[^"]*)"')
 PHASE = re.compile(r'(?:Progress\(|\.measure\([^)]*?)"([^"]+)"')
 
 
@@ -26,13 +29,16 @@ def sources(folder, kind):
 
 
 def panel_words():
-    """What the panel says itself, and the core's words that it shows: phases and endings."""
+    """What the panel says itself, and the core's words that it shows: phases, statuses, endings."""
     (reporter,) = sources("nodes", "reporter.py")
     assert all(f'"{ending}"' in reporter for ending in ENDINGS)
     said = {word for text in sources("web", "*.js") for word in SAID.findall(text)}
+    plans = importlib.import_module("cntlora_pack.cntlora_core.training.memory_plan")
     return (
         said
         | ENDINGS
+        | {plans.PLAN, plans.TIMED_PLAN, "on", "off"}
+        | {w for text in sources("cntlora_core", "*.py") for w in STATUS.findall(text)}
         | {w for text in sources("cntlora_core", "*.py") for w in PHASE.findall(text)}
     )
 

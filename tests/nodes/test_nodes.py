@@ -54,16 +54,19 @@ def test_the_prediction_is_what_the_user_says(pack):
     assert fingerprint(**inputs) != fingerprint(**inputs, **wish)
 
 
-def test_a_notice_is_said_on_the_node_and_in_the_log(pack, monkeypatch, caplog):
-    said = []
-    server = SimpleNamespace(send_progress_text=lambda text, node: said.append((node, text)))
+def test_a_notice_goes_to_the_page_that_began_the_run_and_into_the_log(pack, monkeypatch, caplog):
+    sent = []
+    server = SimpleNamespace(client_id="ab-1", send_sync=lambda kind, message: sent.append(message))
     monkeypatch.setattr(pack.host.PromptServer, "instance", server)
-    node = SimpleNamespace(hidden=SimpleNamespace(unique_id="7", extra_pnginfo=None))
-    tell = pack.host.notices(node)
-    tell(pack.host.Notice("One."))
-    tell(pack.host.Notice("Two."))
-    assert said == [("7", "One."), ("7", "One. Two.")]
-    assert "Two." in caplog.text
+    hidden = SimpleNamespace(unique_id="7", extra_pnginfo={"workflow": {"id": "w"}})
+    monkeypatch.setattr(pack.LoadCheckpoint, "hidden", hidden, raising=False)
+    pack.host.notices(pack.LoadCheckpoint)(pack.host.Notice("One."))
+    (message,) = sent
+    assert message == {
+        **{"v": 1, "workflow": "w", "node": "7", "client": "ab1", "class": "CNTLoRALoadCheckpoint"},
+        "events": [{"type": "warning", "text": "One."}],
+    }
+    assert "One." in caplog.text
 
 
 @pytest.mark.parametrize("name", ["../up", "/etc", "nowhere", "C:\\x"])
@@ -113,7 +116,7 @@ def test_a_list_of_class_pictures_is_one_prior(pack, model):
     sizes = [torch.rand(1, 64, 48, 3), torch.rand(2, 32, 64, 3)]
     given = {"sd_model": [model], "class_prompt": ["a dog"], "resolution": [64]}
     prior, pictures = pack.run(pack.PriorImages, **given, images=sizes).values
-    assert len(prior) == 3
+    assert len(prior.encoded) == 3
     assert pictures.shape[0] == 3
 
 
@@ -139,7 +142,8 @@ def test_a_run_tells_everything_in_order_and_leaves_the_model_as_it_was(pack, mo
     assert images.shape == (4, 64, 64, 3)
     events = last_run(pack)
     assert json.loads(out.ui["cntlora_shown"][0]) == (
-        {"workflow": "", "node": "12:5", "class": "CNTLoRATrain"} | {"run": events[0]["run"]}
+        {"workflow": "", "node": "12:5", "client": "", "class": "CNTLoRATrain"}
+        | {"run": events[0]["run"]}
     )
     assert [e["step"] for e in events if e["type"] == "kept"] == [3]
     assert [e["seq"] for e in events] == list(range(1, len(events) + 1))
@@ -220,7 +224,7 @@ def test_auto_settings_get_numbers_from_the_model_and_the_page_is_told(
         pack.run(pack.TrainLoRA, sd_model=real, subject=pictures, sample_every=0, **auto)
     events = last_run(pack)
     assert [e["steps"] for e in events if e["type"] in ("run", "training")] == [0, 600]
-    told = [e["text"] for e in events if e["type"] == "status"]
+    told = [e["text"].format(**e["values"]) for e in events if e["type"] == "status"]
     assert "Chosen by model and pictures: steps 600, optimizer adamw, learning rate 0.0001" in told
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,9 +48,30 @@ def test_a_later_run_leaves_the_earlier_one_for_the_cache_to_show(pack):
     for report in (first, second):
         with report:
             pass
-    assert pack.host.events_file(node.path).stem == f"events_{second.run}"
-    assert pack.host.events_file(node.path, first.run).stem == f"events_{first.run}"
+    assert pack.host.events_file(node.path) == second.lines.path
+    assert pack.host.events_file(node.path, first.run) == first.lines.path
     assert pack.host.events_file(node.path, "../../etc") is None
+
+
+def test_a_page_is_told_of_its_own_last_run_or_else_of_anybodys(pack):
+    """Two pages may have the same file open."""
+    runs = {}
+    for client in ("a", "b", "a", "b"):
+        with pack.reporter.Reporter(pack.host.Identity("two", "3", client), "x") as report:
+            runs[client] = report
+    folder = pack.host.Identity("two", "3").path
+    for client in ("a", "b"):
+        assert pack.host.events_file(folder, client=client) == runs[client].lines.path
+        assert runs[client].trace["client"] == client
+    assert pack.host.events_file(folder, client="later") == runs["b"].lines.path
+
+
+def test_samples_of_one_step_are_two_files(pack):
+    """Those of the weights that are given out may be of a step that was drawn before."""
+    with pack.reporter.Reporter(pack.host.Identity("", "8"), "x") as report:
+        for _ in range(2):
+            report.picture(4, [Image.new("RGB", (8, 8))])
+        assert len([*report.folder.glob(f"{report.run}_000004_*.png")]) == 2
 
 
 def test_the_bar_is_full_at_the_end_only(pack, monkeypatch):

@@ -19,6 +19,40 @@ def test_a_folder_that_another_node_names_is_judged_when_it_is_known(pack):
         pack.run(pack.SubjectImages, folder=["nowhere"], **SUBJECT)
 
 
+def test_a_folder_that_another_node_names_is_looked_at_again(pack, folder):
+    """Which one is not known, so all count; with pictures connected none does."""
+    fingerprint = pack.SubjectImages.fingerprint_inputs
+    linked = [fingerprint([None], **SUBJECT)]
+    unread = [fingerprint([folder.name], images=(None,), **SUBJECT)]
+    Image.new("RGB", (64, 64)).save(folder / "one more.png")
+    linked.append(fingerprint([None], **SUBJECT))
+    unread.append(fingerprint([folder.name], images=(None,), **SUBJECT))
+    assert len({*linked}) == 2
+    assert len({*unread}) == 1
+
+
+@pytest.mark.parametrize("name", ["John Jr.", "Who?", "a: b", "con"])
+def test_every_folder_in_the_list_can_be_chosen(pack, name):
+    """Also those that no other system would have made."""
+    folder = pack.base / "input" / name
+    folder.mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    assert name in pack.picture_folders.folders()
+    assert pack.SubjectImages.validate_inputs(name) is True
+
+
+def test_a_list_of_folders_is_not_cut_to_its_first(pack):
+    with pytest.raises(ValueError, match="folder came as a list of 2, and this node takes one"):
+        pack.run(pack.SubjectImages, folder=[FOLDER, FOLDER], **SUBJECT)
+
+
+def test_connected_captions_are_off_with_the_others(pack):
+    given = {"folder": FOLDER, "images": [torch.rand(2, 64, 64, 3)], "captions": ["one", "two"]}
+    out = pack.run(pack.SubjectImages, **given, use_captions=[False], **SUBJECT)
+    assert [p.caption for p in out.values[0].pictures] == [None, None]
+    assert "The captions have no effect: use_captions is off." in out.ui["text"][0]
+
+
 @pytest.mark.parametrize("images", [[], [torch.zeros(0, 64, 64, 3)]])
 def test_no_pictures_from_the_graph_are_not_the_folders(pack, images):
     with pytest.raises(ValueError, match="No pictures came in"):

@@ -89,6 +89,9 @@ def test_the_api_form_says_the_same(path):
         assert same["inputs"] == values | linked
 
 
+TYPES = {"LORAMODEL": "LORA_MODEL"}
+
+
 def check_inputs(nodes, pack):
     schemas = {s.node_id: s for s in (node.define_schema() for node in pack.NODES)}
     for node in nodes:
@@ -96,8 +99,11 @@ def check_inputs(nodes, pack):
             continue
         fields = schemas[node["type"]].inputs
         fields = sorted(fields, key=lambda f: bool(f.options.get("optional")))  # as the host does
-        known = [f.id for f in fields]
-        assert [slot["name"] for slot in node["inputs"]] == known, node["type"]
+        assert [slot["name"] for slot in node["inputs"]] == [f.id for f in fields], node["type"]
+        for slot, field in zip(node["inputs"], fields, strict=True):
+            kind = field.io_type.upper()
+            kind = TYPES.get(kind, kind)
+            assert kind in slot["type"].split(","), (node["type"], slot["name"])
 
 
 @of_every_template

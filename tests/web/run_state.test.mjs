@@ -21,6 +21,9 @@ function stateAfter(...events) {
   return state;
 }
 
+// As the server numbers them after `start`.
+const numbered = (events) => events.map((event, at) => ({ run: "a", seq: at + 2, ...event }));
+
 test("events count once, in order", () => {
   const state = stateAfter(start, step(1, 0.5));
   assert.equal(accept(state, step(1, 0.5)), "old");
@@ -177,4 +180,31 @@ test("what is spoken does not count", () => {
   assert.equal(spoken(state), first);
   assert.notEqual(headline(state), spoken(state));
   assert.equal(spoken(emptyState()), "");
+});
+
+test("a status is said in the page's language, with the words among its values", () => {
+  useWords({ "memory: {free}, checkpointing {how}": "Speicher: {free}, {how}", on: "an" });
+  const state = stateAfter(start, ...numbered([{ type: "status", text: "memory: {free}, checkpointing {how}",
+    values: { free: "3.5", how: "on" } }]));
+  assert.equal(headline(state), "Speicher: 3.5, an");
+  useWords({});
+});
+
+test("a calibration that has ended is no plan of the training after it", () => {
+  const state = stateAfter(start, ...numbered([
+    { type: "status", text: "Calibrating" },
+    { type: "calibrated", base_loss: null, loss: null, ranks: { a: 4 } },
+    { type: "training", steps: 12, done: 0 },
+  ]));
+  assert.equal(numbers(state), "step 0/12");
+});
+
+test("a line of many steps is drawn from some of them, the last among these", () => {
+  const losses = Array.from({ length: 100000 }, (_, at) => at);
+  const state = stateAfter(start, ...numbered([{ type: "resumed", losses, validations: [[7, 0.5]] }]));
+  const [steps, raw] = columns(state);
+  assert.ok(steps.length < 2100);
+  assert.equal(steps.at(-1), 100000);
+  assert.equal(raw.at(-1), 99999);
+  assert.ok(steps.includes(7));
 });

@@ -1,4 +1,5 @@
 import dataclasses
+import sys
 import weakref
 
 import pytest
@@ -8,6 +9,7 @@ from cntlora_core import config as config_module
 from cntlora_core.calibration import measure
 from cntlora_core.calibration import passes as passes_module
 from cntlora_core.calibration.calibrate import calibrate
+from cntlora_core.calibration.closed_form import fitted_step
 from cntlora_core.calibration.ranks import budget_of
 from cntlora_core.calibration.sketch import Sketches
 from cntlora_core.config import CalibrationConfig
@@ -15,7 +17,7 @@ from cntlora_core.data.batches import draw_noised, fixed_noised, mean_loss
 from cntlora_core.data.class_images import class_images, class_noised
 from cntlora_core.data.importance import Importance
 from cntlora_core.errors import NonFiniteError
-from cntlora_core.lora.adapter import Factors, attached_lora, parameter_count
+from cntlora_core.lora.adapter import Factors, attached_lora, parameter_count, scaled
 from cntlora_core.lora.targets import find_projections
 
 QUICK = CalibrationConfig(effort="quick", batch_size=2, seed=1)
@@ -115,6 +117,25 @@ def test_never_worse_than_the_base_on_its_own_set(mini_sd, subject, init):
         assert after <= mean_loss(mini_sd, triples, 4) * (1 + 1e-6)
 
 
+def test_steps_that_end_no_better_leave_the_sweeps_own(mini_sd, subject, monkeypatch):
+    """And it is that one's size which is told, not the size that the steps began with."""
+    found = []
+
+    def fitted(*given):
+        own = fitted_step(*given)
+        found.append(dataclasses.replace(own, least=own.step / 2))
+        return found[0]
+
+    def ruined(self, subject, lora, start, *given):
+        return scaled(lora, 1000.0), start
+
+    monkeypatch.setattr(sys.modules[calibrate.__module__], "fitted_step", fitted)
+    monkeypatch.setattr(passes_module.Passes, "refined", ruined)
+    report = calibrate(mini_sd, subject, QUICK).report
+    assert report.loss == found[0].loss
+    assert report.step_size == found[0].step
+
+
 def test_data_ranks_use_the_budget_and_differ(mini_sd, target):
     projections = find_projections(mini_sd.unet)
     budget = budget_of(projections, 4)
@@ -208,6 +229,28 @@ def test_a_prior_takes_the_update_off_the_class(mini_sd, subject):
         return sum(ratios) / len(ratios)
 
     assert leak(16.0) < leak(0.0)
+
+
+def test_a_long_caption_beside_it_changes_nothing_of_a_short_ones(mini_sd, subject):
+    """The short one is then repeated to the long one's length, which the UNet does not see."""
+    words = subject.conditioning
+    longer = dataclasses.replace(
+        words, tokens=words.tokens.repeat(1, 3, 1), copies=torch.full((len(words),), 3)
+    )
+    own, repeated = (
+        calibrate(mini_sd, dataclasses.replace(subject, conditioning=c), QUICK)
+        for c in (words, longer)
+    )
+
+    def of_words(start):
+        read = [name for name in start.lora if "attn2.to_k" in name or "attn2.to_v" in name]
+        energy = start.report.energy
+        share = sum(energy[name] for name in read) / sum(energy.values())
+        return share, sum(start.report.ranks[name] for name in read)
+
+    assert of_words(repeated)[0] == pytest.approx(of_words(own)[0], rel=0.5)  # 9 times as much
+    assert of_words(repeated)[1] == pytest.approx(of_words(own)[1], abs=3)
+    assert repeated.report.loss == pytest.approx(own.report.loss, rel=0.02)
 
 
 def test_damaged_weights_are_named(mini_sd, subject):

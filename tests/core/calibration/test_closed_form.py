@@ -1,5 +1,6 @@
 """The closed form against brute force, on small random problems."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cntlora_core.calibration.closed_form import (
+    FITS,
     Fitted,
     cubic_minimum,
     domain_components,
@@ -273,7 +275,7 @@ def test_fitted_step_asks_no_loss_twice():
         return float("nan")
 
     assert fitted_step(loss, 1.0, 0.1, -1.0) == STILL
-    assert len(asked) == len(set(asked)) == 2
+    assert len(asked) == len(set(asked)) == 1 + FITS
 
 
 def test_fitted_step_stays_at_zero_when_nothing_helps():
@@ -324,3 +326,13 @@ def test_a_cubic_without_a_minimum_says_so():
     assert cubic_minimum(-1.0, (1.0, -2.0), (2.0, -8.0)) is None  # falls for ever
     assert cubic_minimum(-1.0, (1.0, float("nan")), (2.0, 0.0)) is None
     assert cubic_minimum(-1.0, (1.0, float("inf")), (2.0, 0.0)) is None
+
+
+@pytest.mark.parametrize("beyond", [math.inf, math.nan])
+@pytest.mark.parametrize("slope", [-0.4, None])
+def test_a_first_step_that_overflows_is_shortened(beyond, slope):
+    """In half precision the loss far out is no number; its minimum is at 0.2."""
+    found = fitted_step(lambda s: beyond if s > 0.5 else 1 + (s - 0.2) ** 2, 1.04, 1.0, slope)
+    assert 0.2 <= found.step <= 0.25
+    none = fitted_step(lambda s: beyond, 1.0, 1.0, -1.0)
+    assert (none.step, none.loss) == (0.0, 1.0)

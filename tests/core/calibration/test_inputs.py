@@ -63,7 +63,7 @@ def test_what_a_convolution_reads_and_gets_back_is_recorded():
         ]
     )
     torch.testing.assert_close(norms, G.norm(dim=1), rtol=1e-4, atol=1e-4)
-    up, down = sketches.get([projection])
+    up, down = sketches.get([projection], [seen.tokens["S.0"]])
     torch.testing.assert_close((up[0] @ down[0]).flatten(), G.sum(0) / 200, rtol=1e-3, atol=1e-3)
 
 

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from cntlora_core.calibration.moments import Moments, moment_bytes
 from cntlora_core.calibration.recording import ROWS, Seen, _spread, record, recorded_bytes
 from cntlora_core.calibration.sketch import Sketches
-from cntlora_core.lora.targets import Projection
+from cntlora_core.lora.targets import TEXT, Projection
 
 
 class Block(nn.Module):
@@ -122,10 +122,35 @@ def test_a_pass_that_is_computed_again_counts_once(reentrant):
         block(x).square().sum().backward()
     for p in PROJECTIONS:
         torch.testing.assert_close(
-            G(Moments(gradients=sketches), p), G(Moments(gradients=plain), p)
+            G(Moments(tokens=seen.tokens, gradients=sketches), p),
+            G(Moments(tokens=seen.tokens, gradients=plain), p),
         )
     assert seen.tokens == {"C.qk": 14, "C.out": 14, "S.q": 14, "S.k": 14, "S.out": 14}
     assert [part.shape for part in seen.rows["C.qk"]] == [(2, 7, 5)]
+
+
+def test_a_prompt_that_stands_in_its_row_three_times_is_seen_as_once():
+    """Prompts of several lengths are brought to one by repeating the shorter: attention sees the
+    same in it, and each copy of a token gets a part of the gradient."""
+    torch.manual_seed(0)
+    p = Projection("0", 5, 4, TEXT)
+    net = nn.Sequential(nn.Linear(5, 4)).requires_grad_(False)
+    words, queries = torch.randn(2, 6, 5), torch.randn(2, 3, 4)
+
+    def read(times):
+        sketches = Sketches(8)
+        with record(net, [p], backward=True, gradient=sketches.add) as recording:
+            recording.copies = torch.full((2,), times) if times > 1 else None
+            keys = net(words.repeat(1, times, 1).requires_grad_())
+            ((queries @ keys.mT).softmax(-1) @ keys).square().sum().backward()
+        return recording.take(), sketches
+
+    (once, G_once), (seen, G_seen) = read(1), read(3)
+    assert seen.tokens == once.tokens == {"C.text": 12, "S.0": 12}
+    for key in seen.rows:
+        torch.testing.assert_close(seen.rows[key][0][:, :6], once.rows[key][0])
+    for one, other in zip(G_seen.sums["0"], G_once.sums["0"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 class Two:
@@ -135,7 +160,10 @@ class Two:
 
     def sum_(self, tensors):
         for tensor in tensors:
-            tensor[1:] = tensor[:1] if len(tensor) == 2 else tensor[1:]
+            if tensor.dtype == torch.float64:  # counts
+                tensor *= 2
+            elif len(tensor) == 2:
+                tensor[1:] = tensor[:1]
 
 
 def test_processes_share_what_they_saw():

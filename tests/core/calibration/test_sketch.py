@@ -18,8 +18,9 @@ def passes(m, d, tokens, pictures, seed):
     return [torch.randn(pictures, tokens, size, generator=generator) for size in (m, d)]
 
 
-def whole(sketches, projection):
-    up, down = sketches.get([projection])
+def whole(sketches, projection, tokens=1):
+    """What `tokens` brought, as a mean of them."""
+    up, down = sketches.get([projection], [tokens])
     return up[0] @ down[0]
 
 
@@ -35,7 +36,7 @@ def test_what_has_no_more_directions_is_exact(m, d, tokens, pictures, seed):
     sketches = Sketches(9)
     for part in zip(delta.split(1), x.split(1), strict=True):
         sketches.add("p", part[0], Tokens(part[1]))
-    up, down = sketches.get([Projection("p", d, m, "p")])
+    up, down = sketches.get([Projection("p", d, m, "p")], [x.shape[:2].numel()])
     torch.testing.assert_close(up[0] @ down[0], gradient(delta, x), rtol=1e-3, atol=1e-3)
     assert up.shape[-1] <= 9
 
@@ -48,7 +49,7 @@ def test_leading_directions_are_kept_and_little_else_is_lost():
     sketches = Sketches(26)
     sketches.add("p", delta * strength, Tokens(x))
     G = gradient(delta * strength, x)
-    error = torch.linalg.matrix_norm(whole(sketches, Projection("p", 150, 200, "p")) - G)
+    error = torch.linalg.matrix_norm(whole(sketches, Projection("p", 150, 200, "p"), 3000) - G)
     best = torch.linalg.svdvals(G)[26:].square().sum().sqrt()
     assert float(error) < 4 * float(best)
     assert float(error) < 0.05 * float(G.norm())
@@ -75,7 +76,6 @@ def test_parts_of_a_pass_add_up(monkeypatch, at_once):
     torch.testing.assert_close(parted.add("p", delta, Tokens(x)), norms)
     for one, other in zip(parted.sums["p"], entire.sums["p"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
-    assert parted.tokens == {"p": 60}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -114,7 +114,6 @@ def test_processes_add_up_whoever_counts(spoken_by_two):
     mine.combine(spoken_by_two(other))
     p = Projection("p", 15, 12, "p")
     torch.testing.assert_close(whole(mine, p), whole(both, p), rtol=1e-4, atol=1e-5)
-    assert mine.tokens == both.tokens
 
 
 @pytest.fixture
@@ -125,10 +124,7 @@ def spoken_by_two():
         rank, size = 0, 2
 
         def __init__(self, other):
-            self.parts = [
-                [*sums, torch.tensor([float(n)])]
-                for sums, n in zip(other.sums.values(), other.tokens.values(), strict=True)
-            ]
+            self.parts = list(other.sums.values())
 
         def sum_(self, tensors):
             for tensor, more in zip(tensors, self.parts.pop(0), strict=True):
@@ -139,7 +135,7 @@ def spoken_by_two():
 
 def test_nothing_recorded_is_an_error():
     with pytest.raises(RuntimeError, match="no tokens"):
-        Sketches(4).get([Projection("p", 3, 3, "p")])
+        Sketches(4).get([Projection("p", 3, 3, "p")], [0])
 
 
 def test_the_bytes_are_those_of_the_sums():

@@ -1,11 +1,17 @@
 """`cntlora train` with several subjects and with masks."""
 
+import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from cntlora_core.cli import identity
 from cntlora_core.cli.main import main
+from cntlora_core.data import class_images, dataset
+from cntlora_core.model import conditioning
+from cntlora_core.training import identity as run_identity
 from cntlora_core.training.resume import RunSnapshots
 
 SHORT = ["--init", "gaussian", "--steps", "2", "--batch-size", "1", "--validate-every", "0"]
@@ -62,3 +68,37 @@ def test_a_prior_outside_the_masks(folders, capsys):
     assert train(folders, "--prior-loss", "masked", "--masked", "--events", str(log)) == 0
     assert steps(log) == [1, 2]
     assert not [e for e in events(log) if "no effect" in e.get("text", "")]
+
+
+@pytest.mark.parametrize(
+    "more", [("--prior-loss", "base"), ("--class-count", "1"), ("--class-images", "red")]
+)
+def test_the_class_is_filled_into_its_prompt_wherever_it_is_read(folders, monkeypatch, more):
+    read = []
+    encode = conditioning.encode_prompts
+
+    def kept(model, prompts, **options):
+        read.extend(prompts)
+        return encode(model, prompts, **options)
+
+    for module in (conditioning, dataset, class_images):
+        monkeypatch.setattr(module, "encode_prompts", kept)
+    more = [str(folders / word) if word == "red" else word for word in more]
+    said = ["--class-prompt", "a {class}", "--init", "target", "--effort", "quick"]
+    assert train(folders, *said, *more) == 0
+    assert "a thing" in read or "a dog" in read, read
+    assert "a {class}" not in read
+
+
+def test_a_run_goes_on_with_as_many_processes(monkeypatch):
+    """Each has a batch of its own. One alone is told as before."""
+    monkeypatch.setattr(run_identity, "run_identity", lambda *given, **others: others)
+    args = argparse.Namespace(
+        **dict.fromkeys(identity.OPTIONS), class_images=None, validate_every=0
+    )
+    inputs = SimpleNamespace(subject=None, held_out=None)
+    of = [
+        identity.identity_of(args, None, inputs, None, None, None, SimpleNamespace(size=size))
+        for size in (1, 2)
+    ]
+    assert [found["processes"] for found in of] == [None, 2]

@@ -7,6 +7,7 @@ from PIL import Image
 
 from cntlora_core.config import DataConfig
 from cntlora_core.data.buckets import crops_of
+from cntlora_core.data.checks import check_pictures
 from cntlora_core.data.dataset import encode_subject
 from cntlora_core.data.images import Picture, find_pictures
 from cntlora_core.errors import ImageError, SettingError
@@ -123,3 +124,33 @@ def test_resolutions_the_model_cannot_take(mini_sd, tmp_path):
         12,
         16,
     )
+
+
+def shape(name, white):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, white, 64))
+    return Picture(name, image, name, held_mask=mask)
+
+
+def test_views_of_which_the_mask_shows_nothing_are_left_out_and_named(mini_sd):
+    said, data = [], DataConfig(masked=True)
+    pictures = [shape("a.png", 32), shape("b.png", 0), shape("c.png", 64)]
+    encoded = encode_subject(mini_sd, pictures, "a cat", data, observer=said.append)
+    assert encoded.names == ("a.png", "c.png")
+    assert len(encoded.conditioning) == len(encoded.captions) == 2
+    texts = [e.text for e in said if isinstance(e, Notice)]
+    assert "1 view is left out, of which the mask shows nothing: b.png." in texts
+    with pytest.raises(ImageError, match="The masks show nothing of any picture"):
+        encode_subject(mini_sd, pictures[1:2], "a cat", data)
+    weighed = DataConfig(masked=True, unmasked_weight=0.1)
+    assert len(encode_subject(mini_sd, pictures, "a cat", weighed)) == 3
+
+
+def test_what_has_no_mask_among_those_that_have_is_named(tmp_path):
+    plain = Picture("d.png", shape("d.png", 64).image, "d")
+    findings = check_pictures([shape("a.png", 32), plain, shape("c.png", 64)], 64, masked=True)
+    assert "1 picture has no mask, and all of it is learnt: d.png." in findings
+    findings = check_pictures([plain] * 3, 64, masked=True)
+    assert "No picture has a mask: all of each is learnt." in findings
+    assert not any("mask" in text for text in check_pictures([plain] * 3, 64, masked=False))

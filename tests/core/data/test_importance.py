@@ -35,9 +35,10 @@ def test_draws_follow_the_density(importance, count, seed):
     assert int(drawn.max()) < STEPS
     many = importance.draw(20_000, STEPS, generator)
     share = torch.bincount(many * BINS // STEPS, minlength=BINS) * (BINS / 20_000)
-    # Stratified: each part of the schedule holds what it should, to a draw at either end.
+    # Stratified: each part of the schedule holds what it should, to a draw at either end, and to
+    # the step that lies across it: a part is 31.25 of them.
     torch.testing.assert_close(
-        share, torch.tensor(importance.density).float(), atol=3 * BINS / 20_000, rtol=0.03
+        share, torch.tensor(importance.density).float(), atol=3 * BINS / 20_000, rtol=0.05
     )
 
 
@@ -76,3 +77,13 @@ def test_many_small_batches_cover_the_schedule_evenly():
         return float((torch.bincount(t, minlength=STEPS).cumsum(0) / len(t) - wanted).abs().max())
 
     assert farthest(range(24)) < 0.06 < farthest([None] * 24)
+
+
+def test_a_picture_without_a_gradient_says_nothing_of_the_timesteps():
+    """Its mask shows nothing: it would be taken for a gradient of 1e-38."""
+    t = torch.arange(8) * 125
+    norms = 5 * torch.exp(-2 * t / 1000)
+    whole = Importance.measured(t[1:], norms[1:], 1000)
+    norms[0] = 0
+    assert Importance.measured(t, norms, 1000) == whole
+    assert Importance.measured(t, torch.zeros(8), 1000) == Importance.usual()

@@ -51,6 +51,10 @@ def test_prompts_of_different_lengths_are_repeated_and_mean_the_same(mini_sd):
     assert together.tokens.shape[1] == 6 * WIDTH
     joined = Conditioning.cat([encode_prompts(mini_sd, [p]) for p in prompts])
     torch.testing.assert_close(joined.tokens, together.tokens)
+    assert together.copies.tolist() == joined.copies.tolist() == [6, 3, 2]
+    assert together[torch.tensor([2, 0])].copies.tolist() == [2, 6]
+    short = together[:2].replaced(torch.tensor([False, True]), encode_prompts(mini_sd, [""]))
+    assert short.copies.tolist() == [6, 6]
     latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([500])
     with torch.no_grad():

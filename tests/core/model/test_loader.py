@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cntlora_core.errors import CheckpointError
-from cntlora_core.model.diffusers_folder import read_json, weights_files
+from cntlora_core.model.diffusers_folder import folder_family, read_json, weights_files
 from cntlora_core.model.loader import MINI_SD_FOLDER, load_checkpoint
 from cntlora_core.model.single_file import build_text
 from cntlora_core.model.tensor_file import TensorFiles
@@ -144,3 +144,15 @@ def test_the_second_text_encoder_has_its_projection(tmp_path):
 def test_separate_text_encoders_do_not_go_with_a_folder():
     with pytest.raises(CheckpointError, match="text encoders of its own"):
         load_checkpoint("mini-sd", text_encoders=["clip_l.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"class_embed_type": "projection", "cross_attention_dim": 1024}, "unCLIP, an upscaler"),
+        ({"addition_embed_type": "text_time", "cross_attention_dim": 1280}, "the SDXL refiner"),
+    ],
+)
+def test_folders_of_other_kinds_are_refused_by_name(more, says):
+    with pytest.raises(CheckpointError, match=says):
+        folder_family({"in_channels": 4} | more, "epsilon", "x")

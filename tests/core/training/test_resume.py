@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from safetensors import safe_open
 
 from cntlora_core.cli.main import main
 from cntlora_core.config import CalibrationConfig, TrainConfig
+from cntlora_core.data.class_images import class_images, class_noised
 from cntlora_core.errors import OutOfMemory, SettingError
 from cntlora_core.events import Notice, Step, Training
 from cntlora_core.model.loader import MINI_SD_FOLDER
-from cntlora_core.run.runs import run_training
+from cntlora_core.run.runs import run_calibration, run_training
 from cntlora_core.training import loop
 from cntlora_core.training.resume import RunSnapshots, state_path
 from cntlora_core.training.validation import validation_loss
@@ -92,6 +94,34 @@ def test_a_resumed_run_ends_bit_identical(mini_sd, subject, tmp_path, start, mor
     assert same(whole.lora, resumed.lora)
     assert whole.validations == resumed.validations
     assert whole.kept_step == resumed.kept_step
+
+
+def test_a_run_goes_on_where_the_prior_is_measured_of_other_layers(mini_sd, subject, tmp_path):
+    """Rounding decides the last rank: what a layer should preserve may not be known again."""
+    training = TrainConfig(steps=3, learning_rate=3e-3, validate_every=0)
+    prior = class_noised(mini_sd, class_images(mini_sd, "a dog", 32, count=1, steps=1))
+    start = run_calibration(mini_sd, subject, NATURAL, preserve=prior)
+    less = [p for p in start.natural.projections if p.name != min(start.lora)]
+    other = replace(
+        start,
+        lora={p.name: start.lora[p.name] for p in less},
+        natural=replace(start.natural, projections=less, metric=start.natural.metric.only(less)),
+        preservation=replace(
+            start.preservation, inputs={p.name: start.preservation.inputs[p.name] for p in less}
+        ),
+    )
+    for made in (start, other):
+        path = tmp_path / f"{len(made.lora)}.state.safetensors"
+        checkpoints = RunSnapshots(path, {}, resume=True)
+        given = {"checkpoints": checkpoints, "start": start}
+        with pytest.raises(Cancelled):
+            run_training(mini_sd, subject, NATURAL, training, **given, observer=cancel_after(1))
+        events = []
+        given["start"] = made
+        run = run_training(mini_sd, subject, NATURAL, training, **given, observer=events.append)
+        assert run.steps == 3
+        told = any("preserves no more" in e.text for e in events if isinstance(e, Notice))
+        assert told == (made is other)
 
 
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(mini_sd, subject, tmp_path):

@@ -8,7 +8,7 @@ from ..cntlora_core.config import RunConfig
 from ..cntlora_core.devices import DTYPES
 from ..cntlora_core.errors import CNTLoRAError, LoRAFileError
 from ..cntlora_core.events import Event, Notice, Status
-from ..cntlora_core.files import DISK, free_name
+from ..cntlora_core.files import DISK, free_name, remove_written
 from . import host
 from .host import io
 from .reporter import Reporter, shown
@@ -76,6 +76,8 @@ class SaveLoRA(io.ComfyNode):
 
         path = free_name(host.lora_path(name))
         saved = host.lora_name(lora.write(path, DTYPES[save_precision], note, cls.disk))
+        if lora.spare:
+            remove_written(lora.spare)
         text = " ".join([f"Saved as {saved}", *said])
         with Reporter(host.identity(cls), "CNTLoRASaveLoRA", disk=cls.disk) as report:
             report.note(Status(text))  # for a page that is opened later

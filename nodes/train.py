@@ -138,10 +138,11 @@ class TrainLoRA(io.ComfyNode):
                 )
                 with keeper.keeping(run):
                     sampler.finish(run)
+            lora = inputs.finished(run)
+            lora.spare = keeper.spare(lora, run.kept_step)
             checkpoints.remove()
         images = to_image(sampler.pictures)
         losses = {"loss": run.losses or [loss for _, loss in run.validations]}
-        lora = inputs.finished(run)
         lora.traces = (report.trace, *before)
         return io.NodeOutput(lora, losses, images, ui=shown(*lora.traces))
 

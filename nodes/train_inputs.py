@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from ..cntlora_core.config import TrainConfig
@@ -13,7 +14,7 @@ from ..cntlora_core.data.encoded import EncodedImages, unvalidated, unvalidated_
 from ..cntlora_core.defaults import resolve
 from ..cntlora_core.errors import CNTLoRAError
 from ..cntlora_core.events import Event, Notice, Saved
-from ..cntlora_core.files import Disk, free_name
+from ..cntlora_core.files import Disk, free_name, remove_written
 from ..cntlora_core.model.loader import StableDiffusion
 from ..cntlora_core.presets import PRESETS
 from ..cntlora_core.run.outcome import RunResult
@@ -30,6 +31,9 @@ from . import host
 from .reporter import Reporter
 from .types import CalibratedStart, ClassPictures, LoRAModel, Maker, Pictures, lora_model
 from .unfinished import GO_ON
+
+SPARE = "cntlora-unsaved"  # in the loras folder: what was trained, until it is saved
+SPARES = 4
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,10 @@ class TrainInputs:
     def finished(self, run: RunResult) -> LoRAModel:
         story = (self.start.config, run.training, run.kept_step, self.start.source)
         return lora_model(run.lora, self.model, self.subject, *story)
+
+
+def _moment() -> str:
+    return time.strftime("%Y-%m-%d_%H%M%S")
 
 
 def prior_identity(prior: EncodedImages | None, prior_loss: str) -> list[str]:
@@ -173,13 +181,26 @@ class Keeper:
     def keep(self, run: RunResult) -> None:
         if not run.steps:
             return
-        moment = time.strftime("%Y-%m-%d_%H%M%S")
-        path = free_name(host.lora_path(f"cntlora-interrupted/{moment}_step{run.kept_step}"))
+        path = host.lora_path(f"cntlora-interrupted/{_moment()}_step{run.kept_step}")
+        path = free_name(path)
         saved = self.inputs.finished(run).write(path, observer=self._note, disk=self.disk)
         name = host.lora_name(saved)
         elsewhere = saved.is_absolute() and name == str(saved)
         self.places.append(name if elsewhere else f"loras/{name}")
         self.report.note(Saved(self.places[-1]))
+
+    def spare(self, lora: LoRAModel, step: int) -> Path | None:
+        """A finished LoRA on disk until Save LoRA has run: another node may fail before that, or
+        ComfyUI. Of those that nobody saves the last few stay."""
+        try:
+            path = free_name(host.lora_path(f"{SPARE}/{_moment()}_step{step}"))
+            written = lora.write(path, disk=self.disk)
+        except CNTLoRAError as error:
+            self.report.note(Notice(f"Until Save LoRA has run the LoRA is on no disk: {error}"))
+            return None
+        for old in sorted(path.parent.glob(f"{'[0-9]' * 4}-*_step*.safetensors"))[:-SPARES]:
+            remove_written(old)
+        return written
 
     @contextmanager
     def keeping(self, run: RunResult) -> Iterator[None]:

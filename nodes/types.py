@@ -150,6 +150,7 @@ class LoRAModel(dict[str, Tensor]):
     write: Callable[..., Path]
     prompt: str
     traces: Traces = ()
+    spare: Path | None = None  # where it lies until it is saved
 
     def __repr__(self) -> str:
         return f"<a LoRA of '{self.prompt}', {len(self)} tensors>"

@@ -28,6 +28,25 @@ ANSWER_LATE = """(ms) => {
         return answer;
     };
 }"""
+# Events of a run of the Train node, as the server tells them: of this page, or of another `client`.
+TELL = """([run, type, said, client]) => {
+    const { graph, api } = window.app;
+    const train = graph.nodes.find((n) => n.comfyClass === 'CNTLoRATrain');
+    const own = { run, client: client ?? api.clientId };
+    const begun = { ...own, seq: 1, type: 'run', folder: '', steps: 9, started: 1 };
+    const events = said.map((text, n) => ({ ...own, seq: n + 2, type, text }));
+    const source = { workflow: graph.id ?? '', node: train.id, class: train.comfyClass };
+    const detail = { ...source, client: own.client, events: [begun, ...events] };
+    api.dispatchEvent(new CustomEvent('cntlora.event', { detail }));
+}"""
+UNDO = """async () => {
+    const { app } = window;
+    const node = app.graph.nodes.find((n) => n.comfyClass === 'CNTLoRATrain');
+    node.pos = [node.pos[0] + 40, node.pos[1]];
+    const tracker = app.extensionManager.workflow.activeWorkflow.changeTracker;
+    (tracker.captureCanvasState ?? tracker.checkState).call(tracker);
+    await app.extensionManager.command.execute('Comfy.Undo');
+}"""
 SHORT = {"steps": 8, "sample_every": 8, "validate_every": 4, "effort": "quick"}
 
 
@@ -58,23 +77,31 @@ def test_the_panel_lives_and_survives_a_reload(page):
 def test_every_warning_of_a_run_can_be_read(page):
     page.open_example("train_a_subject")
     said = ["No captions were found.", "A prior is connected for nothing. " * 9, "One picture."]
-    page.evaluate(
-        """(said) => {
-            const { graph, api } = window.app;
-            const train = graph.nodes.find((n) => n.comfyClass === 'CNTLoRATrain');
-            const run = { run: 'a', seq: 1, type: 'run', folder: '', steps: 9, started: 1 };
-            const events = said.map((text, n) => ({ run: 'a', seq: n + 2, type: 'warning', text }));
-            const source = { workflow: graph.id ?? '', node: train.id, class: train.comfyClass };
-            const detail = { ...source, events: [run, ...events] };
-            api.dispatchEvent(new CustomEvent('cntlora.event', { detail }));
-        }""",
-        said,
-    )
+    page.evaluate(TELL, ["a", "warning", said, None])
     assert page.texts("notice") == said
     notices = page.page.get_by_role("log", name="Warnings").filter(has_text="One picture.")
     notices.evaluate("(e) => e.scrollTo(0, e.scrollHeight)")
     assert notices.evaluate("(e) => e.scrollTop > 0 && e.clientHeight > 40")
     page.shot("warnings")
+
+
+def test_the_panels_outlive_an_undo(page):
+    page.open_example("train_a_subject")
+    before = page.evaluate(PANEL_HEIGHTS)
+    page.evaluate(UNDO)
+    page.page.wait_for_timeout(1500)
+    assert page.evaluate(PANEL_HEIGHTS) == before
+    page.evaluate(TELL, ["b", "status", ["told after the undo"], None])
+    assert "told after the undo" in page.texts("headline")
+
+
+def test_another_page_with_the_file_open_leaves_this_pages_run_alone(page):
+    page.open_example("train_a_subject")
+    page.evaluate(TELL, ["c", "status", ["of another page"], "another"])
+    assert "of another page" in page.texts("headline")  # nothing of its own yet
+    page.evaluate(TELL, ["d", "status", ["of this page"], None])
+    page.evaluate(TELL, ["e", "status", ["later, of another page"], "another"])
+    assert "of this page" in page.texts("headline")
 
 
 def test_two_train_nodes_each_show_their_own_run(page):

@@ -260,3 +260,20 @@ def test_a_run_with_another_prior_is_another_run(pack, inputs):
     assert all(found.count(each) == 1 for each in found)
     assert identity(pictures, "masked") == found[1]  # it is not looked at
     assert identity(pictures, "none") == found[0]
+
+
+def test_a_finished_training_lies_on_disk_until_it_is_saved(pack, inputs):
+    """Another node may fail before Save LoRA has run."""
+    folder = pack.base / "loras/cntlora-unsaved"
+    for path in folder.glob("*"):
+        path.unlink()
+    loras = [run(pack.TrainLoRA, **inputs | {"seed": n, "steps": 1}).values[0] for n in range(6)]
+    assert len([*folder.iterdir()]) == 4
+    last = loras[-1]
+    assert last.spare.parent == folder
+    with safe_open(last.spare, framework="pt") as file:
+        assert {*file.keys()} == {*last}
+    run(pack.SaveLoRA, lora=last, name="saved")
+    assert not last.spare.exists()
+    assert len([*folder.iterdir()]) == 3
+    run(pack.SaveLoRA, lora=last, name="saved")  # again: there is nothing to remove

@@ -90,6 +90,8 @@ def calibrate(
     step, energy = fitted.step, solution.energy
     lora, loss = solution.scaled(step), fitted.loss
     if swept.norms is None or not step:
+        if metric.prior:
+            observer(Notice("Training after this start preserves nothing of the prior."))
         return _finish(config, lora, energy, base, loss, step, passes, started)
 
     # refine

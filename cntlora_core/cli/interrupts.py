@@ -5,9 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
 
 from ..errors import Interrupted
-from ..events import Event, Training
+from ..events import Event, Step, Training
+
+if TYPE_CHECKING:
+    from ..distributed import Group
 
 
 class Interrupts:
@@ -16,13 +20,15 @@ class Interrupts:
 
     A second signal raises KeyboardInterrupt at once, but not while steps are made: there it would
     leave half a step, and the whole one is over soon. However many come, the run is left once;
-    those that come while its work is kept change nothing.
+    those that come while its work is kept change nothing. The processes of `group` leave after the
+    same step, whichever of them got the signal: one alone would leave the others waiting for it.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.group: Group | None = None
         self.stepping = False
         self.leaving = False
         self.before: dict[int, object] = {}
@@ -43,8 +49,13 @@ class Interrupts:
 
     def __call__(self, event: Event) -> None:
         self.stepping = self.stepping or isinstance(event, Training)
-        if self.received is not None:
-            self._leave(self.received)
+        received = self.received or 0
+        if self.stepping and self.group and self.group.size > 1:
+            if not isinstance(event, Step):
+                return  # not every process is told of everything else
+            received = _highest(received, self.group)
+        if received:
+            self._leave(received)
 
     def finish(self) -> None:
         """The run is over: what is left is to keep its work, which no signal stops."""
@@ -61,3 +72,12 @@ class Interrupts:
         if not self.leaving:
             self.leaving = True
             raise Interrupted("Interrupted.", 128 + number)
+
+
+def _highest(own: int, group: Group) -> int:
+    """Of all processes' numbers."""
+    import torch
+
+    from ..distributed import gathered
+
+    return int(gathered(torch.tensor(float(own)), group).max())

@@ -38,7 +38,7 @@ def run_train(args: argparse.Namespace, load: Any, disk: Disk = DISK) -> None:
     device = local_device(pick_device(args.device))
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
-        group = stack.enter_context(process_group(device))
+        group = interrupts.group = stack.enter_context(process_group(device))
         tell = _reports(args, stack) if group.rank == 0 else ignore
         observer = broadcast(tell, interrupts)
         model = load(args, device, observer)

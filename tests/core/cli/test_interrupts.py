@@ -7,7 +7,7 @@ import pytest
 
 from cntlora_core.cli.interrupts import Interrupts
 from cntlora_core.errors import Interrupted
-from cntlora_core.events import Status, Step, Training
+from cntlora_core.events import Notice, Status, Step, Training
 
 STEP = Step(1, 0.1, 1e-3)
 
@@ -56,3 +56,34 @@ def test_the_handlers_before_are_back():
     with Interrupts():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
+
+
+class Two:
+    """This process, and another that has got the signal `other`."""
+
+    rank, size = 0, 2
+
+    def __init__(self, other):
+        self.other = other
+
+    def sum_(self, tensors):
+        tensors[0][1] = self.other
+
+
+@pytest.mark.parametrize(("own", "other"), [(1, 0), (0, signal.SIGINT)])
+def test_of_several_processes_all_leave_after_the_step_in_which_one_got_it(own, other):
+    with Interrupts() as interrupts:
+        interrupts.group = Two(other)
+        interrupts(Training(10, 0))
+        send(own)
+        interrupts(Notice("Told by the first process alone."))
+        with pytest.raises(Interrupted) as caught:
+            interrupts(STEP)
+    assert caught.value.status == 130
+
+
+def test_without_a_signal_nobody_leaves():
+    with Interrupts() as interrupts:
+        interrupts.group = Two(0)
+        interrupts(Training(10, 0))
+        interrupts(STEP)

@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import SettingError
+
 if TYPE_CHECKING:
     from .loader import StableDiffusion
+
+
+MOST_CHUNKS = 60  # of the length that prompts of 1 to 6 chunks have in common
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,18 @@ class Conditioning:
         return len(self.tokens)
 
     def __getitem__(self, rows: slice | Tensor) -> Conditioning:
+        """Those prompts, at the length that they need together."""
+
         def chosen(t: Tensor) -> Tensor:
             return t[rows.to(t.device) if isinstance(rows, Tensor) else rows]
 
-        return self._each(chosen, None if self.copies is None else chosen(self.copies))
+        if self.copies is None:
+            return self._each(chosen, None)
+        once = self.tokens.shape[1] // chosen(self.copies)
+        length = math.lcm(*once.tolist())
+        copies = length // once
+        picked = self._each(chosen, copies if copies.gt(1).any() else None)
+        return replace(picked, tokens=picked.tokens[:, :length])
 
     def to(self, device: str | torch.device, dtype: torch.dtype) -> Conditioning:
         sizes = None if self.time_ids is None else self.time_ids.to(device)
@@ -102,8 +115,15 @@ def encode_prompts(
 def _of_one_length(parts: Sequence[Conditioning]) -> tuple[list[Tensor], Tensor | None]:
     """Token embeddings `[n, L, D]` of several lengths, the shorter ones repeated, and the copies of
     all rows. Attention sees the same in a token once or several times, as long as all of a prompt's
-    are."""
-    length = math.lcm(*(part.tokens.shape[1] for part in parts))
+    are. Raises SettingError for too many lengths."""
+    lengths = [part.tokens.shape[1] for part in parts]
+    length = math.lcm(*lengths)
+    if length > MOST_CHUNKS * (chunk := math.gcd(*lengths)):
+        counts = ", ".join(str(n // chunk) for n in sorted({*lengths}))
+        raise SettingError(
+            f"The captions have {counts} chunks, too many lengths for one run: set max_tokens to "
+            "450 or less, or shorten the longest."
+        )
     times = [length // part.tokens.shape[1] for part in parts]
     tokens = [
         part.tokens if n == 1 else part.tokens.repeat(1, n, 1)

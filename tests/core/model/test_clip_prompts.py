@@ -52,17 +52,31 @@ def test_prompts_of_different_lengths_are_repeated_and_mean_the_same(mini_sd):
     joined = Conditioning.cat([encode_prompts(mini_sd, [p]) for p in prompts])
     torch.testing.assert_close(joined.tokens, together.tokens)
     assert together.copies.tolist() == joined.copies.tolist() == [6, 3, 2]
-    assert together[torch.tensor([2, 0])].copies.tolist() == [2, 6]
+    # some of them are as long as they must be together
+    assert together[torch.tensor([2, 0])].copies.tolist() == [1, 3]
+    assert together[:2].tokens.shape[1] == 2 * WIDTH
+    alone = together[torch.tensor([1, 1])]
+    assert alone.copies is None
+    assert torch.equal(alone.tokens[:1], encode_prompts(mini_sd, prompts[1:2]).tokens)
     short = together[:2].replaced(torch.tensor([False, True]), encode_prompts(mini_sd, [""]))
-    assert short.copies.tolist() == [6, 6]
+    assert short.copies.tolist() == [2, 2]
     latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([500])
     with torch.no_grad():
         for row, prompt in enumerate(prompts):
             alone = encode_prompts(mini_sd, [prompt]).unet_kwargs()
-            repeated = together[row : row + 1].unet_kwargs()
+            repeated = {"encoder_hidden_states": together.tokens[row : row + 1]}
             a, b = (mini_sd.unet(latent, t, **kwargs).sample for kwargs in (alone, repeated))
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_too_many_lengths_are_a_sentence():
+    given = [Conditioning(torch.zeros(1, 3 * chunks, 2)) for chunks in (7, 8, 9)]
+    with pytest.raises(
+        SettingError, match=r"7, 8, 9 chunks, too many lengths .* max_tokens to 450"
+    ):
+        Conditioning.cat(given)
+    assert Conditioning.cat(given[:2]).copies.tolist() == [8, 7]
 
 
 def test_a_skipped_layers_output_goes_through_the_final_norm():

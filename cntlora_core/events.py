@@ -35,16 +35,19 @@ def plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Status(Event):
-    """A new phase of the run, in plain words: `text` with `values` in its braces, apart, so that it
-    can be said in another language."""
+    """A new phase of the run, in plain words: `template` with `values` in its braces, apart, so
+    that a page can say it in another language."""
 
     type: ClassVar[str] = "status"
-    text: str
+    template: str
     values: Mapping[str, str | int] = field(default_factory=dict)
 
     @property
-    def said(self) -> str:
-        return self.text.format(**self.values) if self.values else self.text
+    def text(self) -> str:
+        return self.template.format(**self.values) if self.values else self.template
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "text": self.text}
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ function addValidation(state, event) {
 }
 
 // What stands in a sentence may be words too: on, off.
-function inWords({ text, values = {} }) {
+function inWords({ text, template = text, values = {} }) {
   const said = Object.entries(values).map(([name, value]) => [name, say(String(value))]);
-  return say(text, Object.fromEntries(said));
+  return say(template, Object.fromEntries(said));
 }
 
 const HANDLERS = {

@@ -58,7 +58,7 @@ class Console:
             self._line(f"  step {event.step}: held-out loss {event.loss:.5f}")
         elif isinstance(event, Status):
             self._close()
-            self._line(event.said)
+            self._line(event.text)
         elif isinstance(event, Training):
             self._close()
             self.total_steps, self.made_before = event.steps, event.done

@@ -90,7 +90,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         advice = f" That may be too little: try {self.next_to_try}."
-        return self.status.said if self.fits else self.status.said + advice
+        return self.status.text if self.fits else self.status.text + advice
 
 
 def described(batch: str | int, gradient_checkpointing: bool) -> str:

@@ -4,7 +4,6 @@ import pytest
 
 from cntlora_core.config import TrainConfig
 from cntlora_core.defaults import default_learning_rate, default_steps, resolve
-from cntlora_core.events import Status
 
 SD = "sd15.safetensors"
 
@@ -26,11 +25,11 @@ def test_what_is_auto_becomes_a_number_and_is_told():
     chosen = {"steps": 250, "learning_rate": 5e-4, "optimizer": "natural"}
     assert config == TrainConfig(**chosen, seed=3)
     # A rate that nobody uses is not told.
-    assert told == [Status("Chosen by model and pictures: steps 250, optimizer natural")]
+    assert [e.text for e in told] == ["Chosen by model and pictures: steps 250, optimizer natural"]
     told.clear()
     assert resolve(TrainConfig(), SD, "gaussian", 5, told.append).optimizer == "adamw"
     said = "steps 500, optimizer adamw, learning rate 0.0001"
-    assert told == [Status(f"Chosen by model and pictures: {said}")]
+    assert [e.text for e in told] == [f"Chosen by model and pictures: {said}"]
 
 
 def test_what_was_said_stays_and_nothing_is_told():

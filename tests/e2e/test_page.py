@@ -28,14 +28,14 @@ ANSWER_LATE = """(ms) => {
         return answer;
     };
 }"""
-# Events of a run of the Train node, as the server tells them: of this page, or of another `client`.
-TELL = """([run, type, said, client]) => {
+# Events of a run of a node, as the server tells them: of this page, or of another `client`.
+TELL = """([kind, run, type, said, client]) => {
     const { graph, api } = window.app;
-    const train = graph.nodes.find((n) => n.comfyClass === 'CNTLoRATrain');
+    const node = graph.nodes.find((n) => n.comfyClass === kind);
     const own = { run, client: client ?? api.clientId };
     const begun = { ...own, seq: 1, type: 'run', folder: '', steps: 9, started: 1 };
     const events = said.map((text, n) => ({ ...own, seq: n + 2, type, text }));
-    const source = { workflow: graph.id ?? '', node: train.id, class: train.comfyClass };
+    const source = { workflow: graph.id ?? '', node: node.id, class: kind };
     const detail = { ...source, client: own.client, events: [begun, ...events] };
     api.dispatchEvent(new CustomEvent('cntlora.event', { detail }));
 }"""
@@ -77,7 +77,7 @@ def test_the_panel_lives_and_survives_a_reload(page):
 def test_every_warning_of_a_run_can_be_read(page):
     page.open_example("train_a_subject")
     said = ["No captions were found.", "A prior is connected for nothing. " * 9, "One picture."]
-    page.evaluate(TELL, ["a", "warning", said, None])
+    page.evaluate(TELL, ["CNTLoRATrain", "a", "warning", said, None])
     assert page.texts("notice") == said
     notices = page.page.get_by_role("log", name="Warnings").filter(has_text="One picture.")
     notices.evaluate("(e) => e.scrollTo(0, e.scrollHeight)")
@@ -91,17 +91,30 @@ def test_the_panels_outlive_an_undo(page):
     page.evaluate(UNDO)
     page.page.wait_for_timeout(1500)
     assert page.evaluate(PANEL_HEIGHTS) == before
-    page.evaluate(TELL, ["b", "status", ["told after the undo"], None])
+    page.evaluate(TELL, ["CNTLoRATrain", "b", "status", ["told after the undo"], None])
     assert "told after the undo" in page.texts("headline")
 
 
 def test_another_page_with_the_file_open_leaves_this_pages_run_alone(page):
     page.open_example("train_a_subject")
-    page.evaluate(TELL, ["c", "status", ["of another page"], "another"])
+    page.evaluate(TELL, ["CNTLoRATrain", "c", "status", ["of another page"], "another"])
     assert "of another page" in page.texts("headline")  # nothing of its own yet
-    page.evaluate(TELL, ["d", "status", ["of this page"], None])
-    page.evaluate(TELL, ["e", "status", ["later, of another page"], "another"])
+    page.evaluate(TELL, ["CNTLoRATrain", "d", "status", ["of this page"], None])
+    page.evaluate(TELL, ["CNTLoRATrain", "e", "status", ["later, of another page"], "another"])
     assert "of this page" in page.texts("headline")
+
+
+def test_a_notice_of_a_node_without_a_panel_stands_beside_the_graph(page):
+    page.open_example("train_a_subject")
+    said = "Is it a v-prediction model? Set prediction."
+    page.evaluate(TELL, ["CNTLoRALoadCheckpoint", "a", "warning", ["Of others."], "another"])
+    page.evaluate(TELL, ["CNTLoRALoadCheckpoint", "b", "warning", [said], None])
+    toast = page.page.locator(".p-toast-message")
+    toast.filter(has_text=said).wait_for(timeout=5000)
+    assert toast.filter(has_text="Of others.").count() == 0
+    page.page.wait_for_timeout(500)
+    page.shot("notice")
+    toast.get_by_role("button").first.click()
 
 
 def test_two_train_nodes_each_show_their_own_run(page):

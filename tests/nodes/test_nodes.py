@@ -224,7 +224,7 @@ def test_auto_settings_get_numbers_from_the_model_and_the_page_is_told(
         pack.run(pack.TrainLoRA, sd_model=real, subject=pictures, sample_every=0, **auto)
     events = last_run(pack)
     assert [e["steps"] for e in events if e["type"] in ("run", "training")] == [0, 600]
-    told = [e["text"].format(**e["values"]) for e in events if e["type"] == "status"]
+    told = [e["text"] for e in events if e["type"] == "status"]
     assert "Chosen by model and pictures: steps 600, optimizer adamw, learning rate 0.0001" in told
 
 

@@ -184,7 +184,8 @@ test("what is spoken does not count", () => {
 
 test("a status is said in the page's language, with the words among its values", () => {
   useWords({ "memory: {free}, checkpointing {how}": "Speicher: {free}, {how}", on: "an" });
-  const state = stateAfter(start, ...numbered([{ type: "status", text: "memory: {free}, checkpointing {how}",
+  const state = stateAfter(start, ...numbered([{ type: "status", text: "memory: 3.5, checkpointing on",
+      template: "memory: {free}, checkpointing {how}",
     values: { free: "3.5", how: "on" } }]));
   assert.equal(headline(state), "Speicher: 3.5, an");
   useWords({});

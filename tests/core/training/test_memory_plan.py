@@ -38,10 +38,6 @@ GB = 10**9
 ASKED = {"batch_size": 4, "accumulation": 2, "gradient_checkpointing": False}
 
 
-def words(event):
-    return event.said if isinstance(event, Status) else event.text
-
-
 @pytest.mark.parametrize(
     ("free", "expected"),
     [
@@ -122,15 +118,15 @@ def test_a_run_fits_itself_and_says_so(mini_sd, subject, monkeypatch):
         monkeypatch.setattr(memory_plan, "free_memory", lambda device: free)
         events = []
         result = run_training(mini_sd, subject, plain, asked, observer=events.append)
-        told = [e for e in events if isinstance(e, (Notice, Status)) and "GB" in words(e)]
+        told = [e for e in events if isinstance(e, (Notice, Status)) and "GB" in e.text]
         return result.lora, told
 
     large, told = run(100 * GB)
     assert [type(event) for event in told] == [Status, Status]  # calibration, training
-    assert "checkpointing off, batch 2 x 1" in words(told[1])
+    assert "checkpointing off, batch 2 x 1" in told[1].text
     small, told = run(int(2.5 * GB))
     assert [type(event) for event in told] == [Notice, Notice]
-    assert "checkpointing on, batch 1 x 2" in words(told[1])
+    assert "checkpointing on, batch 1 x 2" in told[1].text
     for name, factors in large.items():
         torch.testing.assert_close(small[name].up, factors.up, rtol=1e-3, atol=1e-4)
 
@@ -147,7 +143,7 @@ def test_several_processes_run_as_the_one_with_least_memory_can(mini_sd, monkeyp
     asked, told = TrainConfig(steps=1, learning_rate=1e-3, batch_size=2), []
     plan = fitted_training(mini_sd, asked, continued({}), 64, told.append, Group())
     assert plan == dataclasses.replace(asked, gradient_checkpointing=True)
-    assert words(told[0]).startswith("3.5 GB of memory free")
+    assert told[0].text.startswith("3.5 GB of memory free")
     assert fitted_calibration(mini_sd, CalibrationConfig(), 64, told.append, Group())[1] == 2
 
 
@@ -161,13 +157,13 @@ def test_a_timed_calibration_says_how_long_the_training_takes(mini_sd, monkeypat
     start = dataclasses.replace(continued({}), report=report)
     config, told = TrainConfig(steps=90, batch_size=2, accumulation=2), []
     assert fitted_training(mini_sd, config, start, 64, told.append) == config
-    assert words(told[0]).endswith(", about 36 min without samples.")  # 90 x 4 x 3 x 2 s
+    assert told[0].text.endswith(", about 36 min without samples.")  # 90 x 4 x 3 x 2 s
     fitted_training(mini_sd, config, start, 64, told.append, prior=True)
-    assert "about 72 min" in words(told.pop())
+    assert "about 72 min" in told.pop().text
     fitted_training(mini_sd, dataclasses.replace(config, steps=1), start, 64, told.append)
-    assert words(told[1]).endswith(", about 1 min without samples.")
+    assert told[1].text.endswith(", about 1 min without samples.")
     fitted_training(mini_sd, config, continued({}), 64, told.append)
-    assert words(told[2]).endswith("beside the model.")
+    assert told[2].text.endswith("beside the model.")
 
 
 def test_what_the_metadata_say_is_what_ran(mini_sd, subject, monkeypatch):
@@ -242,7 +238,7 @@ def test_the_plan_is_what_a_card_was_measured_to_take(
 
     def planned():
         """The allocator knows nothing of the framework's own."""
-        beside = float(re.search(r"([\d.]+) GB beside", words(told[-1]))[1])
+        beside = float(re.search(r"([\d.]+) GB beside", told[-1].text)[1])
         return beside + (NEEDS[family].weights - GROWTH) / GB
 
     config = CalibrationConfig(rank=4)
@@ -270,7 +266,7 @@ def test_the_next_thing_to_try_is_a_smaller_precision(mini_sd, monkeypatch):
     def advice(model):
         told = []
         fitted_calibration(model, CalibrationConfig(), 64, told.append)
-        return words(told[0]).split("try ")[1]
+        return told[0].text.split("try ")[1]
 
     half = dataclasses.replace(mini_sd, dtype=torch.bfloat16)
     assert advice(mini_sd) == "precision bf16."

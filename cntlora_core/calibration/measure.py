@@ -82,13 +82,15 @@ def measure(
                 (losses.sum() * scale).backward()
                 weights = 1 if mine.weights is None else mine.weights
                 norms.append(_everyones(recording.gradient_norms() / weights, len(batch), sharing))
-            if not torch.isfinite(seen + (norms[-1].sum() if backward else 0)):
-                raise NonFiniteError(_why_not_finite(model), step=0)
+                if not torch.isfinite(seen + norms[-1].sum()):  # so on every process
+                    raise NonFiniteError(_why_not_finite(model), step=0)
             total += seen if counts else 0
             moments.take_in(recording.take().together(sharing))
             done += len(batch)
             observer(Progress(phase, done, len(triples)))
     group.sum_([total])
+    if not torch.isfinite(total):
+        raise NonFiniteError(_why_not_finite(model), step=0)
     sketches.combine(group)
     loss = float(total) / len(triples)
     timesteps = torch.cat([batch.timesteps.cpu() for batch in triples.sizes])

@@ -253,13 +253,14 @@ def test_a_long_caption_beside_it_changes_nothing_of_a_short_ones(mini_sd, subje
     assert repeated.report.loss == pytest.approx(own.report.loss, rel=0.02)
 
 
-def test_damaged_weights_are_named(mini_sd, subject):
+@pytest.mark.parametrize("init", ["target", "domain"])
+def test_damaged_weights_are_named(mini_sd, subject, init):
     weight = mini_sd.unet.conv_in.weight
     original = weight.data.clone()
     try:
         weight.data[0, 0, 0, 0] = float("nan")
         with pytest.raises(NonFiniteError, match=r"conv_in\.weight"):
-            calibrate(mini_sd, subject, QUICK)
+            calibrate(mini_sd, subject, dataclasses.replace(QUICK, init=init))
     finally:
         weight.data.copy_(original)
 

@@ -94,7 +94,9 @@ class CalibrateLoRA(io.ComfyNode):
             kept = class_noised(sd_model, prior.encoded) if prior else None
             validate = None
             if held_out is not encoded:
-                validate = validation_loss(sd_model, held_out, config.batch_size)
+                validate = validation_loss(
+                    sd_model, held_out, config.batch_size, before_each=host.check_cancel
+                )
 
             def told(event: Event) -> None:  # one validation is no chart
                 if not isinstance(event, Base | Validation):

@@ -98,7 +98,9 @@ class TrainInputs:
     def validation(self, config: TrainConfig) -> Callable[[], float] | None:
         if not config.validate_every:
             return None
-        return validation_loss(self.model, self.held_out, config.batch_size)
+        return validation_loss(
+            self.model, self.held_out, config.batch_size, before_each=host.check_cancel
+        )
 
     def finished(self, run: RunResult) -> LoRAModel:
         story = (self.start.config, run.training, run.kept_step, self.start.source)

@@ -3,7 +3,7 @@ validation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
@@ -242,12 +242,17 @@ def _batch(
 
 @torch.no_grad()
 def mean_loss(
-    model: StableDiffusion, triples: NoisedSet, batch_size: int, group: Group = ALONE
+    model: StableDiffusion,
+    triples: NoisedSet,
+    batch_size: int,
+    group: Group = ALONE,
+    before_each: Callable[[], None] = lambda: None,
 ) -> float:
     """Mean denoising loss over all triples, forward passes only; the processes of `group` share the
-    work."""
+    work. `before_each` pass may raise to stop."""
     total = torch.zeros(1, dtype=torch.float64)
     for batch in triples.share(group).batches(batch_size):
+        before_each()
         total += batch.loss(model).cpu().double().sum()
     group.sum_([total])
     return float(total) / len(triples)

@@ -51,12 +51,22 @@ class Ongoing:
     base_loss: float | None
     checkpoints: RunSnapshots | None
     observer: Observer
+    validate: Callable[[], float] | None = None
     left: BaseException | None = None
 
     def watch(self, event: Event) -> None:
         """The observer; an exception of it leaves the run between two steps."""
         try:
             self.observer(event)
+        except BaseException as error:
+            self.left = error
+            raise
+
+    def validated(self) -> float:
+        """The validation loss; an exception there leaves the run between two steps too."""
+        assert self.validate
+        try:
+            return self.validate()
         except BaseException as error:
             self.left = error
             raise

@@ -126,7 +126,7 @@ def run_training(
         if state.step:
             observer(Resumed(state.losses, state.validations))
         written = None if group.rank else checkpoints
-        run = Ongoing(start, state, training, base_loss, written, observer)
+        run = Ongoing(start, state, training, base_loss, written, observer, validate)
         preservation = start.preservation and start.preservation.on(model.device)
 
         def go_on(way: tuple[int, bool]) -> None:
@@ -138,7 +138,7 @@ def run_training(
             with recomputing_activations(model.unet, run.training.gradient_checkpointing):
                 train(
                     model, subject, state, run.training,
-                    prior=prior, preservation=preservation, validate=validate,
+                    prior=prior, preservation=preservation, validate=validate and run.validated,
                     save=run.save, observer=run.watch, group=group,
                 )  # fmt: skip
 

@@ -193,6 +193,8 @@ class SavedState:
         state.losses = tensors["losses"].tolist()
         state.validations = [(int(step), loss) for step, loss in story["validations"]]
         state.looked = state.step if state.step or state.validations else -1
+        if story.get("validating"):  # it was left in the middle of that: it is made now
+            state.looked = state.step - 1
         if story["best"]:
             step, loss, strength = story["best"]
             state.best = Kept(step, self._factors("best"), strength, loss)
@@ -254,6 +256,7 @@ def _pack(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "importance": state.importance and list(state.importance.density),
         "averaged": state.average.count,
         "validations": state.validations,
+        "validating": state.validating,
         "best": [state.best.step, state.best.loss, state.best.strength] if state.best else None,
         "strength": state.strength.value if state.strength else 1.0,
         "optimizer": {"param_groups": optimizer["param_groups"], "state": plain},

@@ -65,13 +65,16 @@ class TrainState:
     drawn: Tensor | None = None  # the generator's state after the last step of this process
     rate: float = 0.0  # of the last step
     looked: int = -1  # the last step after which all was checked, saved and told
+    validating: bool = False  # the validation of this step was begun and has not ended
 
     @property
     def flat(self) -> nn.Parameter:
         return self.adapters.flat
 
     def validate(self, loss: Callable[[], float]) -> None:
-        """Note a validation at this step, and keep the weights when they are the best."""
+        """Note a validation at this step, and keep the weights when they are the best. Where `loss`
+        raises, none was made."""
+        self.validating = True
 
         def at(strength: float) -> float:
             self._give_out(strength)
@@ -83,6 +86,7 @@ class TrainState:
             self._give_out(strength)
             self.best = Kept(self.step, self.adapters.factors(), strength, found)
         self.give_out()
+        self.validating = False
 
     def give_out(self) -> None:
         """Between steps everybody sees the running mean, at its strength."""

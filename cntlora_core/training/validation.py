@@ -14,9 +14,13 @@ if TYPE_CHECKING:
 
 
 def validation_loss(
-    model: StableDiffusion, subject: EncodedImages, batch_size: int, group: Group = ALONE
+    model: StableDiffusion,
+    subject: EncodedImages,
+    batch_size: int,
+    group: Group = ALONE,
+    before_each: Callable[[], None] = lambda: None,
 ) -> Callable[[], float]:
     """The loss on the subject's pictures at fixed timesteps and noise, of the model as it stands
-    when called."""
+    when called. `before_each` pass may raise to stop: of many pictures it takes minutes."""
     triples = fixed_noised(subject, len(model.schedule))
-    return lambda: mean_loss(model, triples, batch_size, group)
+    return lambda: mean_loss(model, triples, batch_size, group, before_each)

@@ -96,6 +96,37 @@ def test_a_resumed_run_ends_bit_identical(mini_sd, subject, tmp_path, start, mor
     assert whole.kept_step == resumed.kept_step
 
 
+@pytest.mark.parametrize("start", [PLAIN, NATURAL])
+@pytest.mark.parametrize(("at", "made"), [(3, 0), (6, 2), (9, 4)])
+def test_a_validation_that_was_left_is_made_when_the_run_goes_on(
+    mini_sd, subject, tmp_path, start, at, made
+):
+    """Of many pictures it takes minutes: Cancel does not wait for its end."""
+    training = TrainConfig(steps=4, learning_rate=3e-3, validate_every=2)
+    passes = count(-2)  # two of the untouched model come first, then four a validation
+
+    def cancel():
+        if next(passes) == at:
+            raise Cancelled
+
+    held_out = subject.only([0, 1])
+    given = {"checkpoints": RunSnapshots(tmp_path / "x.state.safetensors", {}, resume=True)}
+    whole = run_training(
+        mini_sd, subject, start, training, validate=validation_loss(mini_sd, held_out, 8)
+    )
+    given["validate"] = validation_loss(mini_sd, held_out, 8, before_each=cancel)
+    kept = []
+    with pytest.raises(Cancelled):
+        run_training(mini_sd, subject, start, training, **given, on_stop=kept.append)
+    assert kept[0].steps == made
+    events = []
+    resumed = run_training(mini_sd, subject, start, training, **given, observer=events.append)
+    assert same(whole.lora, resumed.lora)
+    assert whole.validations == resumed.validations
+    steps = [e.step for e in events if isinstance(e, Step)]
+    assert steps == [n for n in (1, 2, 3, 4) if n >= made]
+
+
 def test_a_run_goes_on_where_the_prior_is_measured_of_other_layers(mini_sd, subject, tmp_path):
     """Rounding decides the last rank: what a layer should preserve may not be known again."""
     training = TrainConfig(steps=3, learning_rate=3e-3, validate_every=0)

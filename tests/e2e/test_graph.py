@@ -73,7 +73,8 @@ def test_the_saved_file_is_listed_and_tells_its_story(comfyui):
     assert name == "people/anna.safetensors"
     assert name in [n.replace("\\", "/") for n in listed]
     with safe_open(comfyui.base / "models/loras" / name, framework="pt") as file:
-        assert file.metadata()["ss_steps"] == "6"
+        # the best of its validations, which the seed decides
+        assert file.metadata()["ss_steps"] in ("0", "3", "6")
         assert file.metadata()["ss_output_name"] == "anna"
         assert len(list(file.keys())) % 3 == 0
     graph["4"]["inputs"]["seed"] += 1

@@ -47,7 +47,7 @@ def test_what_validates_was_neither_calibrated_nor_trained_on(pack, model, pictu
         seen["trained"] = subject.names
         raise pack.host.Cancelled
 
-    def validation(model, subject, batch_size):
+    def validation(model, subject, batch_size, before_each):
         seen["validated"] = subject.names
         return lambda: 1.0
 

@@ -87,7 +87,8 @@ class CalibrateLoRA(io.ComfyNode):
             Reporter(host.identity(cls), "CNTLoRACalibrate", before=subject.traces) as report,
             host.working(sd_model),
         ):
-            doubts = of_other_models(sd_model, prior)
+            maker = Maker.of(sd_model)
+            doubts = of_other_models(maker, prior)
             for text in (*doubts, *_without_effect(config, prior is not None)):
                 report(Notice(text))
             encoded, held_out = subject.encode(sd_model, report)
@@ -112,7 +113,6 @@ class CalibrateLoRA(io.ComfyNode):
                 title="Rank and energy of each projection",
                 params=parameter_count(start.lora),
             )
-        maker = Maker.of(sd_model)
         made_from = f"{encoded.digest} {encoded.captions} {_kept_as(prior, maker)}"
         lora = lora_model(run.lora, sd_model, encoded, config)
         lora.traces = (report.trace, *subject.traces)

@@ -29,17 +29,16 @@ def check_prior(model: StableDiffusion, prior: ClassPictures | None) -> None:
 
 
 def of_other_models(
-    model: StableDiffusion, prior: ClassPictures | None, start: CalibratedStart | None = None
+    own: Maker, prior: ClassPictures | None, start: CalibratedStart | None = None
 ) -> list[str]:
-    """A sentence for each thing that another model of the same kind has made: it runs, and is
-    seldom meant."""
+    """A sentence for each thing that another model of the same kind than this node's `own` has
+    made: it runs, and is seldom meant."""
     made = [
         ("prior was made with", prior and prior.maker),
         ("lora_init was calibrated for", start and start.maker),
     ]
-    own = Maker.of(model)
     return [
-        f"{what} '{maker.name}', which is another than the '{model.name}' of sd_model: connect the "
+        f"{what} '{maker.name}', which is another than the '{own.name}' of sd_model: connect the "
         "same model to both nodes, unless you mean it."
         for what, maker in made
         if maker and maker.content != own.content

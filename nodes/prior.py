@@ -107,7 +107,7 @@ class PriorImages(io.ComfyNode):
                 given = Pictures(tuple(from_batches(images)), class_prompt, data)
                 prior = given.encode_all(sd_model, report)
             pictures = decode(sd_model, prior.mean)
+            made = ClassPictures(prior, Maker.of(sd_model))
         pictures = [p.resize(pictures[0].size) for p in pictures]  # they come out as one batch
         shown = to_image([large_enough(picture) for picture in pictures])
-        made = ClassPictures(prior, Maker.of(sd_model))
         return io.NodeOutput(made, to_image(pictures), ui=ui.PreviewImage(shown, cls=cls))

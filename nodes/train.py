@@ -24,6 +24,7 @@ from .types import (
     ClassPictures,
     ExtraSettings,
     LoRAInit,
+    Maker,
     Pictures,
     Prior,
     SDModel,
@@ -111,7 +112,7 @@ class TrainLoRA(io.ComfyNode):
             Reporter(node, "CNTLoRATrain", config.steps, before=before, disk=cls.disk) as report,
             host.working(sd_model),
         ):
-            doubts = of_other_models(sd_model, prior, start)
+            doubts = of_other_models(Maker.of(sd_model), prior, start)
             idle = without_effect(config, validation, prior is not None, more.prior_loss)
             for text in (*doubts, *idle):
                 report(Notice(text))

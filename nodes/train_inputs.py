@@ -29,7 +29,7 @@ from ..cntlora_core.training.resume import RunSnapshots
 from ..cntlora_core.training.validation import validation_loss
 from . import host
 from .reporter import Reporter
-from .types import CalibratedStart, ClassPictures, LoRAModel, Maker, Pictures, lora_model
+from .types import CalibratedStart, ClassPictures, LoRAModel, Pictures, lora_model
 from .unfinished import GO_ON
 
 SPARE = "cntlora-unsaved"  # in the loras folder: what was trained, until it is saved
@@ -60,7 +60,7 @@ class TrainInputs:
 
     def identity(self, config: TrainConfig) -> dict[str, Any]:
         """What the run is made from and with."""
-        return run_identity(
+        same = run_identity(
             self.model,
             self.subject,
             self.held_out if config.validate_every else None,
@@ -71,16 +71,16 @@ class TrainInputs:
             start=self.start.made_from,
             continued=self.start.source and self.start.source.sha256,
             prior=prior_identity(self.prior.encoded if self.prior else None, self.prior_loss),
-            **self._made_otherwise(),
         )
+        return same | self._made_otherwise(same["checkpoint's content"])
 
-    def _made_otherwise(self) -> dict[str, Any]:
+    def _made_otherwise(self, content: str) -> dict[str, Any]:
         """Where the start or the prior was made with another model or from pictures read in
         another way: most runs have nothing of it, and keep the identity that they had before this
         was told apart."""
-        own, found = Maker.of(self.model), dict[str, Any]()
+        found: dict[str, Any] = {}
         for name, part in (("start", self.start), ("prior", self.prior)):
-            if part and part.maker and part.maker.content != own.content:
+            if part and part.maker and part.maker.content != content:
                 found[f"{name}'s checkpoint"] = part.maker.content
         if self.start.data and self.start.data != self.pictures.all_data:
             found["start's data"] = [asdict(one) for one in self.start.data]
@@ -107,8 +107,10 @@ class TrainInputs:
         return lora_model(run.lora, self.model, self.subject, *story)
 
 
-def _moment() -> str:
-    return time.strftime("%Y-%m-%d_%H%M%S")
+def _free_path(folder: str, step: int) -> Path:
+    """In the loras folder, named by the moment and the step."""
+    moment = time.strftime("%Y-%m-%d_%H%M%S")
+    return free_name(host.lora_path(f"{folder}/{moment}_step{step}"))
 
 
 def prior_identity(prior: EncodedImages | None, prior_loss: str) -> list[str]:
@@ -183,8 +185,7 @@ class Keeper:
     def keep(self, run: RunResult) -> None:
         if not run.steps:
             return
-        path = host.lora_path(f"cntlora-interrupted/{_moment()}_step{run.kept_step}")
-        path = free_name(path)
+        path = _free_path("cntlora-interrupted", run.kept_step)
         saved = self.inputs.finished(run).write(path, observer=self._note, disk=self.disk)
         name = host.lora_name(saved)
         elsewhere = saved.is_absolute() and name == str(saved)
@@ -195,7 +196,7 @@ class Keeper:
         """A finished LoRA on disk until Save LoRA has run: another node may fail before that, or
         ComfyUI. Of those that nobody saves the last few stay."""
         try:
-            path = free_name(host.lora_path(f"{SPARE}/{_moment()}_step{step}"))
+            path = _free_path(SPARE, step)
             written = lora.write(path, disk=self.disk)
         except CNTLoRAError as error:
             self.report.note(Notice(f"Until Save LoRA has run the LoRA is on no disk: {error}"))

@@ -100,7 +100,8 @@ class ExtraSettings:
 
 @dataclass(frozen=True)
 class Maker:
-    """The model that something was made with: its name, and what tells it from others."""
+    """The model that something was made with: its name, and what tells it from others, which is
+    read while the model works: lent weights are with it only then."""
 
     name: str
     content: str

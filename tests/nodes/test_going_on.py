@@ -2,6 +2,7 @@
 
 import json
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -277,3 +278,20 @@ def test_a_finished_training_lies_on_disk_until_it_is_saved(pack, inputs):
     assert not last.spare.exists()
     assert len([*folder.iterdir()]) == 3
     run(pack.SaveLoRA, lora=last, name="saved")  # again: there is nothing to remove
+
+
+def test_a_model_whose_weights_are_lent_goes_through_every_node(pack, inputs):
+    """Use ComfyUI Model's: it has them only while it works."""
+    core = "cntlora_pack.cntlora_core.model."
+    folder = sys.modules[core + "loader"].MINI_SD_FOLDER / "model" / "unet"
+    files = sys.modules[core + "diffusers_folder"].weights_files(folder)
+    lent = replace(inputs["sd_model"], unet=deepcopy(inputs["sd_model"].unet))
+    lent.lender = lambda: sys.modules[core + "tensor_file"].TensorFiles(files)
+    made = {"sd_model": lent, "class_prompt": "a dog", "class_count": 1}
+    prior = run(pack.PriorImages, **made).values[0]
+    given = inputs | {"sd_model": lent, "prior": prior}
+    calibrated = run(
+        pack.CalibrateLoRA, **{k: given[k] for k in ("sd_model", "subject", "prior")}
+    ).values[0]
+    run(pack.TrainLoRA, **given | {"steps": 1}, lora_init=calibrated)
+    assert not any("which is another" in text for text in said(pack))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ..cntlora_core.calibration.calibrate import continued
 from ..cntlora_core.config import CalibrationConfig, RunConfig
-from ..cntlora_core.errors import CNTLoRAError
+from ..cntlora_core.errors import SettingError
 from ..cntlora_core.lora.continuing import continued_lora
 from ..cntlora_core.model.loader import StableDiffusion
 from . import host
 from .host import io
+from .paths import stamps
 from .types import CalibratedStart, LoRAInit, SDModel
 from .widgets import widgets_of
 
@@ -37,12 +38,14 @@ class ContinueLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_file: str, **others: object) -> str:
+    def fingerprint_inputs(cls, lora_file: str | None, **_others: object) -> str:
+        """What the file is; of a name that is connected (None) it is not known which, so all
+        count."""
         try:
-            seen = host.lora_file(lora_file).stat()
-        except (CNTLoRAError, OSError) as error:
+            names = host.lora_names() if lora_file is None else [lora_file]
+            return stamps(map(host.lora_file, names))
+        except SettingError as error:
             return str(error)
-        return f"{lora_file} {seen.st_size} {seen.st_mtime_ns} {others.get('continue_shared')}"
 
     @classmethod
     def execute(

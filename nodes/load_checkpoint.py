@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 from ..cntlora_core.config import ModelConfig
@@ -14,6 +12,7 @@ from ..cntlora_core.model.loader import load_checkpoint
 from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io
+from .paths import stamps
 from .types import SDModel
 from .widgets import widgets_of
 
@@ -23,9 +22,6 @@ PARTS = {
     "text_encoder": ("text_encoders", "For a checkpoint without text encoders."),
     "text_encoder_2": ("text_encoders", "SDXL's other one, in any order."),
 }
-
-# A graph made before an input existed has these: nothing runs again for their being written out.
-DEFAULTS = asdict(ModelConfig()) | dict.fromkeys(PARTS, host.OWN)
 
 
 class LoadCheckpoint(io.ComfyNode):
@@ -69,12 +65,17 @@ class LoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str | None = None, **others: Any) -> str:
-        files: list[str | None] = []
+        """What the files are; the host compares the inputs themselves. Of a name that is connected
+        (None) it is not known which, so all count."""
+        paths: list[str | None] = []
         with suppress(SettingError):  # which the run says
-            files = [checkpoint and host.checkpoint_path(checkpoint), *_parts(others)]
-        stats = [os.stat(path) for path in files if path and os.path.exists(path)]
-        seen = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-        return f"{checkpoint}|{sorted((DEFAULTS | others).items())}|{seen}"
+            names = host.checkpoint_names() if checkpoint is None else [checkpoint]
+            paths += map(host.checkpoint_path, names)
+            for name, (folder, _) in PARTS.items():
+                part = others.get(name, host.OWN)
+                names = host.part_names(folder) if part is None else [part]
+                paths += (host.part_path(folder, name) for name in names)
+        return stamps(path for path in paths if path)
 
     @classmethod
     def execute(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from ..cntlora_core.errors import SettingError
@@ -38,6 +39,16 @@ def inside(root: str | os.PathLike[str], name: str, known: Collection[str] = ())
             "instead."
         )
     return path
+
+
+def stamps(paths: Iterable[str | os.PathLike[str]]) -> str:
+    """What changes when one of the files does, or comes, or goes."""
+    seen = []
+    for path in paths:
+        with suppress(OSError):  # gone since it was listed
+            stat = os.stat(path)
+            seen.append((os.fspath(path), stat.st_size, stat.st_mtime_ns))
+    return repr(seen)
 
 
 def _plain(part: str) -> bool:

@@ -25,6 +25,7 @@ from ..cntlora_core.settings import read_settings
 from . import host
 from .host import io, ui
 from .host_images import from_batches, to_image, with_captions, with_masks
+from .paths import stamps
 from .picture_folders import EXAMPLES, files_of, folders
 from .reporter import shown
 from .types import Pictures, SubjectPictures
@@ -139,13 +140,12 @@ class SubjectImages(io.ComfyNode):
         return io.NodeOutput(subject, sheet, ui=preview | {"text": (text,)} | shown(trace))
 
 
-def _stamps(folder: str) -> list[object]:
+def _stamps(folder: str) -> str:
     """What changes when something in the folder does."""
     try:
-        paths = [p for file in files_of(folder) for p in file.sources]
-        return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+        return stamps(p for file in files_of(folder) for p in file.sources)
     except (CNTLoRAError, OSError) as error:
-        return [str(error)]
+        return str(error)
 
 
 def _sizes(pictures: Sequence[Picture]) -> str:

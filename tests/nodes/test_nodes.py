@@ -48,10 +48,32 @@ def test_the_prediction_is_what_the_user_says(pack):
     assert load().schedule.prediction == "epsilon"
     wish = {"prediction": "v + zero terminal SNR"}
     assert load(**wish).schedule.prediction == "v + zero terminal SNR"
-    inputs = {"checkpoint": "mini-sd (embedded)", "precision": "fp32"}
-    fingerprint = pack.LoadCheckpoint.fingerprint_inputs
-    assert fingerprint(**inputs) == fingerprint(**inputs, prediction="auto")
-    assert fingerprint(**inputs) != fingerprint(**inputs, **wish)
+
+
+@pytest.mark.parametrize(
+    ("node", "folder", "inputs"),
+    [
+        ("LoadCheckpoint", "checkpoints", {"checkpoint": "sd15.safetensors"}),
+        ("LoadCheckpoint", "checkpoints", {"checkpoint": None}),  # another node says which
+        ("LoadCheckpoint", "vae", {"checkpoint": "mini-sd (embedded)", "vae": "sd15.safetensors"}),
+        ("LoadCheckpoint", "vae", {"checkpoint": "mini-sd (embedded)", "vae": None}),
+        ("ContinueLoRA", "loras", {"lora_file": "sd15.safetensors"}),
+        ("ContinueLoRA", "loras", {"lora_file": None}),
+    ],
+)
+def test_a_file_that_was_replaced_is_read_again(pack, node, folder, inputs):
+    path = pack.base / folder / "sd15.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    seen = set()
+    try:
+        for content in (b"one", b"another"):
+            path.write_bytes(content)
+            asked = [getattr(pack, node).fingerprint_inputs(**inputs) for _ in range(2)]
+            assert asked[0] == asked[1]
+            seen.add(asked[0])
+    finally:
+        path.unlink()
+    assert len(seen) == 2
 
 
 def test_a_notice_goes_to_the_page_that_began_the_run_and_into_the_log(pack, monkeypatch, caplog):

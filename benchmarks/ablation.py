@@ -25,7 +25,7 @@ import torch
 from ranks import interval, read
 from subject_folders import read_halves
 
-from cntlora_core.calibration import natural, recording, refine, second_moment
+from cntlora_core.calibration import constraints, natural, recording, refine, second_moment
 from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.config import EFFORTS, CalibrationConfig
 from cntlora_core.data import importance
@@ -48,7 +48,7 @@ class Variant:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        modules = (importance, natural, recording, refine, second_moment)
+        modules = (constraints, importance, natural, recording, refine, second_moment)
         by_name = {module.__name__.rsplit(".", 1)[1]: module for module in modules}
         with ExitStack() as stack:
             stack.enter_context(patch.dict(EFFORTS, balanced=self.batches))
@@ -70,6 +70,8 @@ VARIANTS = {
     "steps not held": Variant({"natural.UNUSUAL": float("inf")}),
     "metrics of rank 8": Variant({"second_moment.RANK": 8}),
     "metrics of rank 64": Variant({"second_moment.RANK": 64}),
+    "damping of wide layers by their mean": Variant({"constraints.WIDEST": EVERY}),
+    "damping as of 64 channels": Variant({"constraints.WIDEST": 64}),
     "16 rows": Variant({"recording.ROWS": 16}),
     "every row": Variant({"recording.ROWS": EVERY}),
     "metric new in every step": Variant({"natural.REFRESH": 1}),

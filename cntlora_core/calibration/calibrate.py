@@ -108,10 +108,7 @@ def calibrate(
         if (after := passes.loss(triples, refined)) < base:
             lora, loss, step, natural = refined, after, fitted.least, reached
     done = _finish(config, lora, energy, base, loss, step, passes, started)
-    preservation = preserve(
-        projections, metric.prior, moments,
-        weight=config.preservation, rho=config.rho, step=abs(fitted.step), pictures=count,
-    ) if metric.prior else None  # fmt: skip
+    preservation = preserve(projections, metric, moments, step=abs(fitted.step), pictures=count)
     return replace(done, importance=importance, natural=natural, preservation=preservation)
 
 

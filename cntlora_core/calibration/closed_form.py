@@ -4,7 +4,9 @@ here).
 A projection is y = W x with W `[m, d]`. The update D that aligns it with its targets and preserves
 what the model knows solves a damped least-squares problem:
 
-    D = R K^-1,    R = E[(y* - W x) x^T],    K = C + lambda C_p + rho tau I,    tau = tr(C) / d.
+    D = R K^-1,    R = E[(y* - W x) x^T],    K = C + lambda C_p + rho tau I,
+
+tau the strength of C (constraints.py).
 
 Moments are of small rank (second_moment.py), and so are their inverses and roots. Products with
 large matrices are never formed: `svd` asks only what they do to a few vectors.

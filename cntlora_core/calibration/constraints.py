@@ -14,6 +14,11 @@ from .closed_form import Components, domain_components, target_components
 from .moments import Moments
 from .second_moment import SecondMoment, stack
 
+# Channels by which a layer's strength is shared out at most: no more than WIDEST / rho directions
+# of any layer are stronger than its damping. By the mean over a wide one the weak ones, which bring
+# noise alone, would be trusted the more the wider it is (docs/experiments.md).
+WIDEST = 128
+
 
 class Constraint(Protocol):
     """What the subject asks of a layer. `backward`: it needs gradients."""
@@ -53,26 +58,39 @@ class Metric:
         """Of some of the layers."""
         return replace(self, prior=self.prior and self.prior.only(projections))
 
+    def P(self, projection: Projection, moments: Moments) -> SecondMoment:
+        """Of the layer's outputs `[m, m]`."""
+        return moments.S(projection).damped(self._rho_out(projection))
+
     def K(self, projection: Projection, moments: Moments) -> SecondMoment:
         """Of the layer's inputs `[d, d]`."""
-        return self._of_inputs(moments.C(projection), self._prior(projection))
+        K = moments.C(projection).damped(self._rho_in(projection))
+        prior = self._prior(projection)
+        return K if prior is None else K.plus(prior, self.weight)
 
     def of_outputs(self, projections: Sequence[Projection], moments: Moments) -> SecondMoment:
-        """P `[g, m, m]` of layers of one output width, worked on together."""
-        return stack([moments.S(p) for p in projections]).damped(self.rho)
+        """P `[g, m, m]` of layers of one kind of output, worked on together."""
+        S = stack([moments.S(p) for p in projections])
+        return S.damped(self._rho_out(projections[0]))
 
     def of_inputs(self, projections: Sequence[Projection], moments: Moments) -> SecondMoment:
-        """K `[g, d, d]` of layers of one input width."""
+        """K `[g, d, d]` of layers of one kind of input."""
         C = stack([moments.C(p) for p in projections])
+        K = C.damped(self._rho_in(projections[0]))
         kept = [prior for p in projections if (prior := self._prior(p)) is not None]
-        return self._of_inputs(C, stack(kept) if kept else None)
+        return K.plus(stack(kept), self.weight) if kept else K
 
     def _prior(self, projection: Projection) -> SecondMoment | None:
         return self.prior.C(projection) if self.prior and self.weight else None
 
-    def _of_inputs(self, C: SecondMoment, prior: SecondMoment | None) -> SecondMoment:
-        K = C.damped(self.rho)
-        return K if prior is None else K.plus(prior, self.weight)
+    def _rho_out(self, p: Projection) -> float:
+        return self.rho if p.diagonal_out else self._rho(p.out_features)
+
+    def _rho_in(self, p: Projection) -> float:
+        return self.rho if p.diagonal_in else self._rho(p.channels_in)
+
+    def _rho(self, channels: int) -> float:
+        return self.rho * max(1.0, channels / WIDEST)
 
 
 @dataclass(frozen=True)

@@ -153,9 +153,9 @@ def at_a_time(items: Iterable[Item], numbers: Callable[[Item], int]) -> Iterator
     yield group
 
 
-def shape_of(p: Projection) -> tuple[int, int, bool, bool]:
+def shape_of(p: Projection) -> tuple[int, int, int, bool, bool]:
     """Layers of one shape are worked on together."""
-    return p.in_features, p.out_features, p.diagonal_in, p.diagonal_out
+    return p.in_features, p.channels_in, p.out_features, p.diagonal_in, p.diagonal_out
 
 
 def moment_bytes(projections: Sequence[Projection]) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..lora.adapter import Adapters
 from ..lora.targets import Projection
+from .constraints import Metric
 from .moments import Moments
 from .second_moment import SecondMoment, moved
 
@@ -53,25 +54,25 @@ class Preservation:
 
 def preserve(
     projections: Sequence[Projection],
-    prior: Moments,
+    metric: Metric,
     subject: Moments,
     *,
-    weight: float,
-    rho: float,
     step: float,
     pictures: int,
-) -> Preservation:
-    """From what calibration measured on the prior and, with gradients, on `pictures` of the
-    subject.
+) -> Preservation | None:
+    """From what calibration measured on the prior, if it did, and, with gradients, on `pictures` of
+    the subject.
 
-    `weight` is lambda. The sweep's quadratic model of the mean loss along its own update, <G, D> +
+    The sweep's quadratic model of the mean loss along its own update, <G, D> +
     1/(2 step) tr(S D K D^T) for each token, has its minimum at `step`; its term of C_p, with the
-    diagonal of S (damped by `rho`) for S, is what training keeps small.
+    diagonal of P for S, is what training keeps small.
     """
+    if not metric.prior:
+        return None
     outputs, inputs = {}, {}
     for p in projections:
-        curvature = subject.S(p).damped(rho).diagonal()
+        curvature = metric.P(p, subject).diagonal()
         passed = subject.passed(p) / pictures
-        outputs[p.name] = PRESERVATION_SHARE * weight * passed / step * curvature
-        inputs[p.name] = prior.C(p)
+        outputs[p.name] = PRESERVATION_SHARE * metric.weight * passed / step * curvature
+        inputs[p.name] = metric.prior.C(p)
     return Preservation(outputs, inputs).on(torch.device("cpu"))

@@ -112,9 +112,9 @@ def output_width(p: Projection) -> tuple[int, bool]:
     return p.out_features, p.diagonal_out
 
 
-def input_width(p: Projection) -> tuple[int, bool]:
+def input_width(p: Projection) -> tuple[int, int, bool]:
     """The same of inputs."""
-    return p.in_features, p.diagonal_in
+    return p.in_features, p.channels_in, p.diagonal_in
 
 
 def _every_of(groups: Sequence[Ragged]) -> Tensor:

@@ -73,7 +73,7 @@ class CalibrationConfig:
     # 0.5 was best or level among 0.1 to 2
     rho: float = setting(
         0.5,
-        "Damping of the second moments, as a share of their mean. Higher trusts the pictures less.",
+        "Damping of the second moments, as a share of their size. Higher trusts the pictures less.",
         low=1e-3,
         high=1000,
         step=0.1,

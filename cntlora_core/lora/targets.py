@@ -1,5 +1,6 @@
 """Which layers of the UNet get an adapter, and which of them read the same input."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -38,6 +39,11 @@ class Projection:
     @property
     def attention(self) -> bool:
         return not (self.diagonal_in or self.diagonal_out or self.convolution)
+
+    @property
+    def channels_in(self) -> int:
+        """Of its input; a patch holds each of them several times."""
+        return self.in_features // math.prod(self.convolution.kernel if self.convolution else ())
 
     @property
     def parameters_per_rank(self) -> int:

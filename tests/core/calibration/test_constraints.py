@@ -1,0 +1,56 @@
+"""How much a layer's metric is damped."""
+
+import pytest
+import torch
+
+from cntlora_core.calibration.constraints import WIDEST, Metric
+from cntlora_core.calibration.moments import Moments
+from cntlora_core.calibration.recording import Seen, input_key, output_key
+from cntlora_core.lora.targets import Projection
+from cntlora_core.model.convolution import Convolution
+
+PATCHES = Convolution((3, 3), (1, 1), (1, 1))
+RHO = 0.5
+
+
+def moments_of(p):
+    seen = Seen()
+    for key, width, diagonal in (
+        (input_key(p), p.in_features, p.diagonal_in),
+        (output_key(p), p.out_features, p.diagonal_out),
+    ):
+        seen.add(key, torch.randn(1, 64, width), 64, diagonal, 1.0)
+    moments = Moments()
+    moments.take_in(seen)
+    return moments
+
+
+def shares(p):
+    """Of the mean strength, what is added to the inputs' metric and to the outputs'."""
+    moments, metric = moments_of(p), Metric(RHO)
+    pairs = (metric.K(p, moments), moments.C(p)), (metric.P(p, moments), moments.S(p))
+    found = [
+        float((damped.diagonal() - own.diagonal()).mean() / own.diagonal().mean())
+        for damped, own in pairs
+    ]
+    together = metric.of_inputs([p], moments), metric.of_outputs([p], moments)
+    for (alone, _), group in zip(pairs, together, strict=True):
+        torch.testing.assert_close(group.diagonal()[0], alone.diagonal())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("d", "m", "more", "share_in", "share_out"),
+    [
+        (96, WIDEST, {}, RHO, RHO),
+        (2 * WIDEST, 5 * WIDEST, {}, 2 * RHO, 5 * RHO),
+        (9 * 96, 96, {"convolution": PATCHES}, RHO, RHO),
+        (9 * 2 * WIDEST, 96, {"convolution": PATCHES}, 2 * RHO, RHO),
+        (8 * WIDEST, 2 * WIDEST, {"diagonal_in": True}, RHO, 2 * RHO),
+        (96, 8 * WIDEST, {"diagonal_out": True}, RHO, RHO),
+    ],
+)
+def test_what_is_wider_is_damped_more(d, m, more, share_in, share_out):
+    torch.manual_seed(0)
+    found = shares(Projection("p", d, m, "x", **more))
+    assert found == pytest.approx([share_in, share_out], rel=1e-3)

@@ -122,10 +122,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--model", default=MINI_SD)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = load_checkpoint(args.model)
+    model = load_checkpoint(args.model, device=args.device)
     for seed in args.seeds:
         for folder in args.subjects:
             for name in args.variants:

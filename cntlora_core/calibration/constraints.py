@@ -16,8 +16,9 @@ from .second_moment import SecondMoment, stack
 
 # Channels by which a layer's strength is shared out at most: no more than WIDEST / rho directions
 # of any layer are stronger than its damping. By the mean over a wide one the weak ones, which bring
-# noise alone, would be trusted the more the wider it is (docs/experiments.md).
-WIDEST = 128
+# noise alone, would be trusted the more the wider it is. They are those of the widest layers on
+# which rho was chosen, of tokens and of patches (docs/experiments.md).
+WIDEST, WIDEST_OF_PATCHES = 128, 192
 
 
 class Constraint(Protocol):
@@ -84,13 +85,14 @@ class Metric:
         return self.prior.C(projection) if self.prior and self.weight else None
 
     def _rho_out(self, p: Projection) -> float:
-        return self.rho if p.diagonal_out else self._rho(p.out_features)
+        return self.rho if p.diagonal_out else self._rho(p.out_features / WIDEST)
 
     def _rho_in(self, p: Projection) -> float:
-        return self.rho if p.diagonal_in else self._rho(p.channels_in)
+        widest = WIDEST_OF_PATCHES if p.convolution else WIDEST
+        return self.rho if p.diagonal_in else self._rho(p.channels_in / widest)
 
-    def _rho(self, channels: int) -> float:
-        return self.rho * max(1.0, channels / WIDEST)
+    def _rho(self, wider: float) -> float:
+        return self.rho * max(1.0, wider)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cntlora_core.calibration.constraints import WIDEST, Metric
+from cntlora_core.calibration.constraints import WIDEST, WIDEST_OF_PATCHES, Metric
 from cntlora_core.calibration.moments import Moments
 from cntlora_core.calibration.recording import Seen, input_key, output_key
 from cntlora_core.lora.targets import Projection
@@ -44,8 +44,8 @@ def shares(p):
     [
         (96, WIDEST, {}, RHO, RHO),
         (2 * WIDEST, 5 * WIDEST, {}, 2 * RHO, 5 * RHO),
-        (9 * 96, 96, {"convolution": PATCHES}, RHO, RHO),
-        (9 * 2 * WIDEST, 96, {"convolution": PATCHES}, 2 * RHO, RHO),
+        (9 * WIDEST_OF_PATCHES, 96, {"convolution": PATCHES}, RHO, RHO),
+        (9 * 2 * WIDEST_OF_PATCHES, 2 * WIDEST, {"convolution": PATCHES}, 2 * RHO, 2 * RHO),
         (8 * WIDEST, 2 * WIDEST, {"diagonal_in": True}, RHO, 2 * RHO),
         (96, 8 * WIDEST, {"diagonal_out": True}, RHO, RHO),
     ],

@@ -15,9 +15,9 @@ from .moments import Moments
 from .second_moment import SecondMoment, stack
 
 # Channels by which a layer's strength is shared out at most: no more than WIDEST / rho directions
-# of any layer are stronger than its damping. By the mean over a wide one the weak ones, which bring
-# noise alone, would be trusted the more the wider it is. They are those of the widest layers on
-# which rho was chosen, of tokens and of patches (docs/experiments.md).
+# of a layer's tokens are stronger than its damping. By the mean over a wide one the weak ones,
+# which bring noise alone, would be trusted the more the wider it is. They are those of the widest
+# layers on which rho was chosen, of tokens and of patches (docs/experiments.md).
 WIDEST, WIDEST_OF_PATCHES = 128, 192
 
 

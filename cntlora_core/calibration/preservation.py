@@ -63,9 +63,9 @@ def preserve(
     """From what calibration measured on the prior, if it did, and, with gradients, on `pictures` of
     the subject.
 
-    The sweep's quadratic model of the mean loss along its own update, <G, D> +
-    1/(2 step) tr(S D K D^T) for each token, has its minimum at `step`; its term of C_p, with the
-    diagonal of P for S, is what training keeps small.
+    The sweep's quadratic model of the mean loss along its own update, <G, D> + 1/(2 step)
+    tr(S D K D^T) for each token, has its minimum at `step`; its term of C_p, with the diagonal of
+    the metric's P for S and its weight for lambda, is what training keeps small.
     """
     if not metric.prior:
         return None

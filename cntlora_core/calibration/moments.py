@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..lora.targets import Projection
 from .recording import Seen, input_key, output_key
-from .second_moment import RANK, Diagonal, LowRank, Rows, SecondMoment, moved, stack, unstack
+from .second_moment import Diagonal, LowRank, Rows, SecondMoment, moved, rank_of, stack, unstack
 from .sketch import Sketches
 
 TOGETHER = 64  # layers of one shape that are worked on at once
@@ -162,6 +162,4 @@ def moment_bytes(projections: Sequence[Projection]) -> int:
     """Of C and S, fp32."""
     inputs = {p.input_key: (p.in_features, p.diagonal_in) for p in projections}
     sides = [*inputs.values(), *((p.out_features, p.diagonal_out) for p in projections)]
-    return 4 * sum(
-        d if diagonal else min(d, RANK) * (d + min(d, RANK)) + 1 for d, diagonal in sides
-    )
+    return 4 * sum(d if diagonal else rank_of(d) * (d + rank_of(d)) + 1 for d, diagonal in sides)

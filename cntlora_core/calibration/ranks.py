@@ -10,9 +10,6 @@ from torch import Tensor
 from ..lora.targets import TEXT, Projection
 
 MAX_RANK_FACTOR = 4  # no layer takes more than this many times the mean rank
-# Of what a convolution's term is predicted to be worth: where there was little to learn, more of it
-# was the pictures' own (docs/experiments.md).
-CONVOLUTION_SHARE = 0.5
 
 
 def uniform_ranks(projections: Sequence[Projection], rank: int) -> dict[str, int]:
@@ -53,8 +50,7 @@ def data_ranks(
         p = projections[index]
         values, rank = scores[p.name], ranks[p.name]
         if rank < min(max_rank, len(values)):
-            worth = float(values[rank]) * (CONVOLUTION_SHARE if p.convolution else 1)
-            heapq.heappush(heap, (-worth / p.parameters_per_rank, index))
+            heapq.heappush(heap, (-float(values[rank]) / p.parameters_per_rank, index))
 
     for index in range(len(projections)):
         push(index)

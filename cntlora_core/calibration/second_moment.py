@@ -20,12 +20,19 @@ from torch import Tensor
 
 from . import linalg
 
-RANK = 32  # of U; of 96 to 384 dimensions as good as all of them
+# Columns of U. Of 96 to 384 dimensions 32 are as good as all of them; of wider ones a fifth, 64 at
+# most, take another percent off the loss (docs/experiments.md).
+RANK, WIDE_RANK, OF_WIDE = 32, 64, 5
 DAMPING = 1e-2  # of a power step, in mean strengths: what has none stays where it is
 STARTING = 3  # power steps that find the first U; each later one starts from the last
 
 
 Matmul = Callable[[Tensor], Tensor]
+
+
+def rank_of(d: int) -> int:
+    """Directions that are kept of `d` dimensions."""
+    return min(d, max(RANK, min(WIDE_RANK, d // OF_WIDE)))
 
 
 class SecondMoment(Protocol):
@@ -73,8 +80,10 @@ class LowRank:
 
     @classmethod
     def of(cls, rows: Rows) -> LowRank:
-        """The leading directions of the rows' own moment, found from `RANK` of them."""
-        at = torch.arange(RANK, device=rows.rows.device) * rows.rows.shape[-2] // RANK
+        """The leading directions of the rows' own moment, found from as many of them."""
+        n, d = rows.rows.shape[-2:]
+        k = rank_of(d)
+        at = torch.arange(k, device=rows.rows.device) * n // k
         basis = linalg.orthonormal(rows.rows[..., at, :].mT)
         for _ in range(STARTING):
             basis = _power_step(basis, rows.matmul, rows.trace())

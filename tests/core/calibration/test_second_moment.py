@@ -9,10 +9,12 @@ from cntlora_core.calibration import linalg
 from cntlora_core.calibration.natural_step import Half, both_ways, natural_steps
 from cntlora_core.calibration.second_moment import (
     RANK,
+    WIDE_RANK,
     Diagonal,
     LowRank,
     Rows,
     moved,
+    rank_of,
     stack,
     unstack,
 )
@@ -45,25 +47,31 @@ def test_nothing_is_left_out_of_a_narrow_layer(d, n, more, seed):
     torch.testing.assert_close(dense(again), dense(both))
 
 
+def test_wide_layers_keep_more_directions():
+    """Of the miniature's widths 32, from a fifth on more, 64 at most, and never more than all."""
+    assert [rank_of(d) for d in (5, 96, 128, 160)] == [5, RANK, RANK, RANK]
+    assert [rank_of(d) for d in (240, 320, 1280)] == [48, WIDE_RANK, WIDE_RANK]
+
+
 def falling(d):
     return torch.arange(1, d + 1, dtype=torch.float64) ** -1.0
 
 
-@pytest.mark.parametrize("d", [2 * RANK, 96, 160])
+@pytest.mark.parametrize("d", [2 * RANK, 96, 160, 240, 400])
 def test_of_a_wide_layer_the_leading_directions_are_kept(d):
     """Streamed, it is nearly as near as the best matrix of this form; the trace is exact."""
     parts = rows_of(200, d, seed=0, spectrum=falling(d)).split(50)
     streamed = LowRank.of(Rows(parts[0]))
     for k, part in enumerate(parts[1:], 2):
         streamed = streamed.merged(Rows(part), 1 / k)
-    C = moment(torch.cat(parts))
+    C, kept = moment(torch.cat(parts)), rank_of(d)
     values, vectors = torch.linalg.eigh(C)
-    best = LowRank(vectors[:, -RANK:], torch.diag(values[-RANK:]), values[:-RANK].mean())
+    best = LowRank(vectors[:, -kept:], torch.diag(values[-kept:]), values[:-kept].mean())
     error, least = (torch.linalg.matrix_norm(dense(m) - C) for m in (streamed, best))
     assert float(error) < 2.5 * float(least) < 0.01 * float(torch.linalg.matrix_norm(C))
     torch.testing.assert_close(streamed.trace(), C.trace())
     torch.testing.assert_close(
-        streamed.basis.T @ streamed.basis, torch.eye(RANK, dtype=torch.float64)
+        streamed.basis.T @ streamed.basis, torch.eye(kept, dtype=torch.float64)
     )
     torch.testing.assert_close(streamed.diagonal(), dense(streamed).diagonal())
 

@@ -1,13 +1,11 @@
-"""Gradients of whole layers, of which the leading directions are kept.
+"""Gradients of whole layers, known from what they do to a few random vectors.
 
-G = E[delta x^T] `[m, d]` of a layer is needed for its leading directions alone. So of the sum S of
-all passes stays
+G = E[delta x^T] `[m, d]` of a layer is needed for its leading directions alone. A pass adds to
 
-    S ~ Q R,    Q [m, k] orthonormal,    R = Q^T S [k, d]
+    Y = G Omega  [m, k],    Z = Psi G  [l, d],    G ~ Q (Psi Q)^+ Z,    Q = orth(Y)
 
-and every pass is joined by one step of subspace iteration: the columns of Q R and what is new are
-asked for along the rows that are known (derived here, docs/method.md). No `[m, d]` matrix is ever
-made, kept or moved.
+(Tropp, Yurtsever, Udell & Cevher 2017, algorithm 4), so that no `[m, d]` matrix is ever made, kept
+or moved. Both are linear in G: passes and processes add up.
 """
 
 from __future__ import annotations
@@ -18,25 +16,23 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from ..distributed import Group, gathered
+from ..distributed import Group
 from ..lora.targets import Projection
 from . import linalg
 from .inputs import AT_ONCE, Inputs
 
-OVERSAMPLING = 32
-FOR_NORMS = 26  # random vectors that a picture's gradient is measured by
+# What G has beside the k directions that are kept comes to them as noise, k / (l - k) of it: in
+# wide layers much, of 18 more than half of what was kept (docs/experiments.md).
+OVERSAMPLING = 64
 SKETCHING_BYTES = 4 * AT_ONCE  # what a layer takes in passing
-ELSEWHERE = 0.1  # of a row that is asked along is random: what no row knew is met too
-JOINING = 2  # steps of the iteration that make one sum of several processes'
 SEED = 0  # of the random vectors; which they are matters little
 
 
 @dataclass
 class Sketches:
-    """Of every layer that a gradient reached, `width` (k) directions, Q and R; see above. fp32,
-    where the passes are."""
+    """Of every layer that a gradient reached, `width` (k) directions; see above. fp32, where the
+    passes are."""
 
     width: int
     sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -48,72 +44,55 @@ class Sketches:
         """What pictures' gradients `delta` `[n, tokens, m]`, which are `scale` times what they
         should be, and `inputs` `[n, tokens, d]` bring; of any dtype, taken to fp32 in parts.
 
-        Returns the norm of each picture's G `[n]` as random vectors see it, its square right in the
-        mean. `counts`: off for what another process adds.
+        Returns the norm of each picture's G `[n]` as Omega sees it, its square right in the mean.
+        `counts`: off for what another process adds.
         """
-        (n, _, m), d, device = delta.shape, inputs.width, delta.device
+        omega = self._probe(inputs.width, self.width, delta.device)
+        psi = self._probe(delta.shape[-1], 2 * self.width + 1, delta.device)
+        sizes = len(delta), delta.shape[-1], omega.shape[-1]
+        each = torch.empty(sizes, dtype=torch.float32, device=delta.device)
         if name not in self.sums:
-            k = min(self.width, m, d)
-            self.sums[name] = torch.zeros(m, k, device=device), torch.zeros(k, d, device=device)
-        Q, R = self.sums[name]
-        omega = self._probe(d, FOR_NORMS, device)
-        rows = torch.cat([omega, self._along(R)], 1)
-        each = torch.empty(n, m, rows.shape[1], dtype=torch.float32, device=device)
-        for pictures, places, own in inputs.parts(m):
-            part = delta[pictures, places].float()
-            more = 1 if places.start else 0  # to what a picture's first tokens gave
-            each[pictures].baddbmm_(part.mT, own.answers(rows), beta=more, alpha=1 / scale)
+            Z = torch.zeros(psi.shape[-1], inputs.width, device=delta.device)
+            self.sums[name] = torch.zeros_like(each[0]), Z
+        Y, Z = self.sums[name]
+        for pictures, rows, own in inputs.parts(delta.shape[-1]):
+            part = delta[pictures, rows].float()
+            more = 1 if rows.start else 0  # to what a picture's first tokens gave
+            each[pictures].baddbmm_(part.mT, own.answers(omega), beta=more, alpha=1 / scale)
+            if counts:
+                own.add_outer(Z, part @ psi, 1 / scale)
             del part, own  # before the next are made
-        seen = omega.shape[1]
-        norms = torch.linalg.vector_norm(each[..., :seen], dim=(1, 2))
         if counts:
-            columns = torch.addmm(each[..., seen:].sum(0), Q, R @ rows[:, seen:])
-            basis = linalg.orthonormal(columns)
-            kept = (basis.mT @ Q) @ R
-            for pictures, places, own in inputs.parts(m):
-                own.add_outer(kept, delta[pictures, places].float() @ basis, 1 / scale)
-                del own
-            self.sums[name] = basis, kept
-        return norms
+            Y += each.sum(0) if len(each) > 1 else each[0]
+        return torch.linalg.vector_norm(each, dim=(1, 2))
 
     def combine(self, group: Group) -> None:
-        """The sums of all processes, the same on each."""
-        for name, (Q, R) in self.sums.items() if group.size > 1 else ():
-            self.sums[name] = self._joined(gathered(Q, group), gathered(R, group))
+        """The sums of all processes."""
+        for sums in self.sums.values() if group.size > 1 else ():
+            group.sum_([*sums])
 
     def get(
         self, projections: Sequence[Projection], tokens: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """G of g projections of one shape that have seen so many tokens, of rank k, as a product:
-        `[g, m, k]`, orthonormal, and `[g, k, d]`.
+        `[g, m, k]` and `[g, k, d]`.
 
-        Raises RuntimeError when nothing was seen: a hook that never fired is a bug.
+        (Psi Q)^+ comes from its Gram matrix: Gaussian and twice as long as wide, its condition is a
+        handful. Raises RuntimeError when nothing was seen: a hook that never fired is a bug.
         """
         names = [p.name for p in projections]
         if not self.sums.keys() >= set(names):
             raise RuntimeError("no tokens were recorded")
-        Q = torch.stack([self.sums[name][0] for name in names])
-        return Q, torch.stack(torch._foreach_div([self.sums[name][1] for name in names], tokens))
+        Y = torch.stack([self.sums[name][0] for name in names])
+        Z = torch.stack(torch._foreach_div([self.sums[name][1] for name in names], tokens))
+        Q = linalg.orthonormal(Y)
+        seen = self._probe(Y.shape[-2], 2 * self.width + 1, Y.device).T @ Q
+        return Q, linalg.solve(seen.mT @ seen, seen.mT @ Z)
 
     def forget(self, projections: Sequence[Projection]) -> None:
         """Their memory back: nobody asks for them again."""
         for p in projections:
             del self.sums[p.name]
-
-    def _joined(self, Q: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of the products of `Q` `[n, m, k]` and `R` `[n, k, d]`, as one of rank k."""
-        rows = R[0]
-        for _ in range(JOINING):
-            basis = linalg.orthonormal((Q @ (R @ self._along(rows))).sum(0))
-            rows = ((basis.mT @ Q) @ R).sum(0)
-        return basis, rows
-
-    def _along(self, R: Tensor) -> Tensor:
-        """The rows that are known, a little turned, as columns `[d, k]`."""
-        (k, d), tiny = R.shape, torch.finfo(R.dtype).tiny
-        elsewhere = self._probe(d, self.width, R.device)[:, :k]
-        known = normalize(R.mT, dim=0, eps=tiny)
-        return known + ELSEWHERE * normalize(elsewhere, dim=0)
 
     def _probe(self, size: int, count: int, device: torch.device) -> Tensor:
         """`count` random vectors `[size, count]` that keep norms in the mean; all directions where
@@ -127,14 +106,14 @@ class Sketches:
 
 
 def sketch_bytes(projections: Sequence[Projection], width: int) -> int:
-    """Of Q and R, fp32."""
+    """Of Y and Z, fp32."""
     return 4 * sum(sketch_numbers(p, width) for p in projections)
 
 
 def sketch_numbers(projection: Projection, width: int) -> int:
-    """Of Q and R of a layer."""
+    """Of Y and Z of a layer."""
     d, m = projection.in_features, projection.out_features
-    return min(width, m, d) * (m + d)
+    return m * min(width, d) + d * min(2 * width + 1, m)
 
 
 def sketch_width(rank: int) -> int:

@@ -189,7 +189,7 @@ def test_a_few_at_a_time_is_as_all_at_once_and_gives_their_gradients_back(monkey
             asked.append([p.name for p in group])
             return super().components(group, *given)
 
-    monkeypatch.setattr("cntlora_core.calibration.moments.MOST", 2 * 3520)
+    monkeypatch.setattr("cntlora_core.calibration.moments.MOST", 2 * 3840)
     found = solved(model, projections, again, Asked(metric))
     assert asked == [["p0", "p1"], ["p2", "p3"], ["p4"], ["wide"]]
     assert not again.gradients.sums

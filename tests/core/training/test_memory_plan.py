@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cntlora_core.calibration import second_moment, sketch
 from cntlora_core.calibration.calibrate import continued
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.devices import GROWTH, free_memory
@@ -213,8 +214,8 @@ def test_the_table_is_what_shapes_say(family, resolution, checkpointing):
 
 
 # What the allocator of an H100 or an H200 took at the peak of calibrations (batch 2) and of AdamW
-# steps (by batch), the UNet included, GB; rank 4, bf16. The card's memory, GB: on the smallest with
-# gradient checkpointing.
+# steps (by batch), the UNet included, GB; rank 4, bf16, when metrics were of rank 32 and sketches
+# of 26 directions. The card's memory, GB: on the smallest with gradient checkpointing.
 TAKEN = [
     ("sd1", 80, 512, (3.95, 4.17), {1: 2.78, 2: 3.80, 4: 5.73}),
     ("sdxl", 80, 1024, (20.47, 20.62, 21.30), {1: 12.41, 2: 19.20, 4: 32.73}),
@@ -235,6 +236,8 @@ def test_the_plan_is_what_a_card_was_measured_to_take(
         pictures=SimpleNamespace(scale=8),
     )
     monkeypatch.setattr(memory_plan, "free_memory", lambda device: gb * GB)
+    monkeypatch.setattr(second_moment, "WIDE_RANK", 32)
+    monkeypatch.setattr(sketch, "OVERSAMPLING", 18)
 
     def planned():
         """The allocator knows nothing of the framework's own."""

@@ -45,8 +45,8 @@ ORDINARY = {
 BESIDE = {
     "with feed-forward, 2, importance": Method(WIDE, 2, importance=True),
     "ours": Method(OURS, optimizer="natural", rates=(0.0,)),
-    "ours, convolutions": Method(
-        replace(OURS, targets="attention+ff+conv"), optimizer="natural", rates=(0.0,)
+    "ours, no convolutions": Method(
+        replace(OURS, targets="attention+ff"), optimizer="natural", rates=(0.0,)
     ),
     "ours, held out": Method(OURS, optimizer="natural", rates=(0.0,), held_out=True),
     "ours, then AdamW": Method(OURS, rates=(7.5e-4, 1.5e-3, 3e-3)),

@@ -35,7 +35,7 @@ from cntlora_core.calibration.recording import record
 from cntlora_core.calibration.sketch import Sketches, sketch_width
 from cntlora_core.config import EFFORTS, CalibrationConfig, TrainConfig
 from cntlora_core.lora.adapter import Adapters, attached_lora
-from cntlora_core.lora.targets import Projection, find_projections
+from cntlora_core.lora.targets import ALL, Projection, find_projections
 from cntlora_core.model.families import config_of
 from cntlora_core.model.gradient_checkpointing import recomputing_activations
 from cntlora_core.training.memory_estimate import meta_lora
@@ -145,7 +145,7 @@ def phases(
     side: int,
     batch_size: int = 1,
     rank: int = 4,
-    targets: str = "attention+ff",
+    targets: str = ALL,
     gradient_checkpointing: bool = False,
 ) -> list[Counts]:
     """A pass without gradients, a step of AdamW, natural-gradient steps with a metric that is
@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--family", choices=SIZES, action="append")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--targets", default="attention+ff")
+    parser.add_argument("--targets", default=ALL)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

@@ -24,7 +24,7 @@ from cntlora_core.calibration.moments import Moments, alike, moment_bytes, shape
 from cntlora_core.calibration.ranks import MAX_RANK_FACTOR, budget_of, data_ranks
 from cntlora_core.calibration.recording import ROWS, Seen, input_key, output_key
 from cntlora_core.calibration.sketch import Sketches, sketch_bytes, sketch_width
-from cntlora_core.lora.targets import Projection, find_projections
+from cntlora_core.lora.targets import ALL, Projection, find_projections
 from cntlora_core.model.families import config_of
 
 
@@ -44,7 +44,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--family", choices=("sd1", "sd2", "sdxl"), default="sdxl")
-    parser.add_argument("--targets", choices=("attention", "attention+ff"), default="attention")
+    parser.add_argument(
+        "--targets", choices=("attention", "attention+ff", ALL), default="attention"
+    )
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

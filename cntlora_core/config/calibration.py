@@ -56,9 +56,9 @@ class CalibrationConfig:
     batch_size: int = common.batch_size()
     targets: Targets = setting(
         "auto",
-        "Layers that get an adapter. auto: attention and, for calibrated inits with data ranks, "
-        "feed-forward. conv: the UNet's convolutions share the ranks (a LoCon file): more likeness "
-        "on the small models it was measured on. The file's size is the same.",
+        "Layers that get an adapter. auto: all of them with init target and data ranks, no "
+        "convolutions with domain, else attention. conv: the UNet's 3 x 3 convolutions share the "
+        "ranks (a LoCon file, which the common tools load). The file's size is the same.",
         advanced=True,
     )
     # 4 kept the subject's loss and most of the class (docs/method.md)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..config import CALIBRATED, CalibrationConfig
+from ..config import CalibrationConfig
 from ..errors import CheckpointError
 from ..model.convolution import Convolution
 
@@ -94,9 +94,10 @@ def find_projections(unet: nn.Module, targets: str = "attention") -> tuple[Proje
 
 
 def targets_for(config: CalibrationConfig) -> str:
-    """What `auto` means: feed-forward layers too where data ranks find them room in the same
-    budget."""
+    """What `auto` means: more layers where data ranks find them room in the same budget, of
+    `domain`, which was not measured with convolutions, feed-forward layers alone."""
     if config.targets != "auto":
         return config.targets
-    wide = config.init in CALIBRATED and config.rank_rule == "data"
-    return "attention+ff" if wide else "attention"
+    if config.rank_rule == "data":
+        return {"target": ALL, "domain": "attention+ff"}.get(config.init, "attention")
+    return "attention"

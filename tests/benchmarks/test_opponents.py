@@ -37,7 +37,7 @@ def test_the_judge_leaves_what_is_attached(opponents, mini_sd, subject):
 
 def test_only_ordinary_loras_share_the_rank_among_more_layers(opponents):
     names = "attention, 2", "with feed-forward, 2", "with convolutions, 2"
-    names += "ours", "ours, convolutions", "ours, held out"
+    names += "ours", "ours, no convolutions", "ours, held out"
     ranks = [opponents.rank_of(opponents.METHODS[name], 4) for name in names]
     assert ranks == [4, 2, 1, 4, 4, 4]
 

@@ -62,7 +62,7 @@ def test_configs_cannot_be_changed():
 @pytest.mark.parametrize(
     ("init", "rule", "targets", "expected"),
     [
-        ("target", "data", "auto", "attention+ff"),
+        ("target", "data", "auto", "attention+ff+conv"),
         ("domain", "data", "auto", "attention+ff"),
         ("target", "uniform", "auto", "attention"),
         ("gaussian", "data", "auto", "attention"),

@@ -244,7 +244,7 @@ def test_the_plan_is_what_a_card_was_measured_to_take(
         beside = float(re.search(r"([\d.]+) GB beside", told[-1].text)[1])
         return beside + (NEEDS[family].weights - GROWTH) / GB
 
-    config = CalibrationConfig(rank=4)
+    config = CalibrationConfig(rank=4, targets="attention+ff")
     fitted_calibration(model, config, resolution, told.append)
     for taken in calibrations:
         assert planned() == pytest.approx(taken, rel=0.1)

@@ -1,6 +1,7 @@
 """A LoRA is given out at the strength that fits the pictures it was not fitted to."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -51,7 +52,8 @@ def test_what_fits_is_given_out_and_the_steps_are_the_same(mini_sd, subject):
     """Of a loss whose minimum lies at half the strength half of the LoRA is kept; the weights that
     are trained know nothing of it."""
     config = TrainConfig(steps=4, learning_rate=1.0, validate_every=2)
-    whole = run_training(mini_sd, subject, QUICK, config)
+    quick = replace(QUICK, targets="attention")  # the first layer's norm changes little
+    whole = run_training(mini_sd, subject, quick, config)
     layer = next(iter(whole.lora))
     whole_norm = whole.lora[layer].up.norm().item()
 
@@ -61,7 +63,7 @@ def test_what_fits_is_given_out_and_the_steps_are_the_same(mini_sd, subject):
         return 1 + (norm / whole_norm - 0.5) ** 2
 
     notices = []
-    run = run_training(mini_sd, subject, QUICK, config, validate=loss, observer=notices.append)
+    run = run_training(mini_sd, subject, quick, config, validate=loss, observer=notices.append)
     assert run.strength == pytest.approx(0.5, abs=0.08)
     assert run.losses == whole.losses
     kept = run.lora[layer]

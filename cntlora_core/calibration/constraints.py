@@ -16,8 +16,8 @@ from .second_moment import SecondMoment, stack
 
 # Channels by which a layer's strength is shared out at most: no more than WIDEST / rho directions
 # of a layer's tokens are stronger than its damping. By the mean over a wide one the weak ones,
-# which bring noise alone, would be trusted the more the wider it is. It is the widest of the layers
-# on which rho was chosen; patches, 9 numbers to a channel, want half (docs/experiments.md).
+# which bring noise alone, would be trusted the more the wider it is. Rho was chosen on layers that
+# are no wider; patches, 9 numbers to a channel, want half (docs/experiments.md).
 WIDEST, WIDEST_OF_PATCHES = 128, 64
 
 

@@ -58,7 +58,8 @@ class CalibrationConfig:
         "auto",
         "Layers that get an adapter. auto: all of them with init target and data ranks, no "
         "convolutions with domain, else attention. conv: the UNet's 3 x 3 convolutions share the "
-        "ranks (a LoCon file, which the common tools load). The file's size is the same.",
+        "ranks (a LoCon file, which the common tools load): more likeness, and a little more of "
+        "what else the model draws changes. The file's size is the same.",
         advanced=True,
     )
     # 4 kept the subject's loss and most of the class (docs/method.md)

@@ -281,7 +281,7 @@ def test_convolutions_share_the_ranks_and_pass_twice_alike(mini_sd, subject):
     plain = calibrate(mini_sd, subject, config)
     twice = calibrate(mini_sd, subject, dataclasses.replace(config, gradient_checkpointing=True))
     layers = {p.name: p for p in find_projections(mini_sd.unet, config.targets)}
-    assert sum(layers[name].convolution is not None for name in plain.lora) > 2
+    assert sum(layers[name].convolution is not None for name in plain.lora) > 3
     assert parameter_count(plain.lora) <= budget_of(
         [p for p in layers.values() if p.attention], config.rank
     )

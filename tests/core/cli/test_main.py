@@ -15,6 +15,7 @@ SUBJECT = MINI_SD_FOLDER / "subject"
 HELD_OUT = MINI_SD_FOLDER / "heldout"
 PROMPT = "a sks cat face emoji"
 SMALL = ["--effort", "quick", "--resolution", "32"]
+EVERY_LAYER = ["--targets", "attention+ff"]  # of these each gets a rank
 
 
 def arguments(command, output, *more):
@@ -77,12 +78,12 @@ def test_same_seed_same_file(tmp_path):
 
 def test_calibrate_sample_inspect(tmp_path, capsys):
     out = tmp_path / "cat.safetensors"
-    assert main(arguments("calibrate", out, "--class-prompt", "a cat face emoji", *SMALL)) == 0
+    class_prompt = "--class-prompt", "a cat face emoji"
+    assert main(arguments("calibrate", out, *class_prompt, *SMALL, *EVERY_LAYER)) == 0
     capsys.readouterr()
     assert main(["inspect", str(out)]) == 0
     about = json.loads(capsys.readouterr().out)
-    assert 14 <= about["modules"] <= 56 + 14 + 26  # keys and values of the prompt's at least
-    assert any("resnets" in name for name in about["ranks"])
+    assert about["modules"] == 56 + 14
     assert about["rank"]["min"] >= 1
     assert about["metadata"]["ss_steps"] == "0"
     assert sum(m["norm"] for m in about["ranks"].values()) > 0
@@ -112,7 +113,7 @@ def test_calibrate_sample_inspect(tmp_path, capsys):
 
 def test_training_goes_on_from_a_file_with_its_ranks(tmp_path):
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    assert main(arguments("calibrate", first, "--rank", "2", *SMALL)) == 0
+    assert main(arguments("calibrate", first, "--rank", "2", *SMALL, *EVERY_LAYER)) == 0
     assert (
         main(
             arguments(
@@ -133,7 +134,7 @@ def test_training_goes_on_from_a_file_with_its_ranks(tmp_path):
         shapes = [{k: tuple(f.get_tensor(k).shape) for k in f.keys()} for f in (old, new)]  # noqa: SIM118
         changed = [k for k in shapes[0] if not torch.equal(old.get_tensor(k), new.get_tensor(k))]
     assert shapes[0] == shapes[1]
-    assert len(changed) > len(shapes[0]) / 2
+    assert len(changed) > 56
 
 
 def test_info(capsys):

@@ -2,10 +2,11 @@
 
 G = E[delta x^T] `[m, d]` of a layer is needed for its leading directions alone. A pass adds to
 
-    Y = G Omega  [m, k],    Z = Psi G  [l, d],    G ~ Q (Psi Q)^+ Z,    Q = orth(Y)
+    Y = G Omega  [m, k],    Z = Psi G  [l, d],    G ~ Q (Psi Q)^+ Z,    Q = orth(Y),    l = 2 k + 1
 
 (Tropp, Yurtsever, Udell & Cevher 2017, algorithm 4), so that no `[m, d]` matrix is ever made, kept
-or moved. Both are linear in G: passes and processes add up.
+or moved; of a layer that reads more than it says (d > m, as every 3x3 convolution) the same of G^T,
+so that the longer side has the fewer vectors. Both are linear in G: passes and processes add up.
 """
 
 from __future__ import annotations
@@ -47,8 +48,7 @@ class Sketches:
         Returns the norm of each picture's G `[n]` as Omega sees it, its square right in the mean.
         `counts`: off for what another process adds.
         """
-        omega = self._probe(inputs.width, self.width, delta.device)
-        psi = self._probe(delta.shape[-1], 2 * self.width + 1, delta.device)
+        omega, psi = self._probes(inputs.width, delta.shape[-1], delta.device)
         sizes = len(delta), delta.shape[-1], omega.shape[-1]
         each = torch.empty(sizes, dtype=torch.float32, device=delta.device)
         if name not in self.sums:
@@ -83,16 +83,25 @@ class Sketches:
         names = [p.name for p in projections]
         if not self.sums.keys() >= set(names):
             raise RuntimeError("no tokens were recorded")
-        Y = torch.stack([self.sums[name][0] for name in names])
-        Z = torch.stack(torch._foreach_div([self.sums[name][1] for name in names], tokens))
-        Q = linalg.orthonormal(Y)
-        seen = self._probe(Y.shape[-2], 2 * self.width + 1, Y.device).T @ Q
-        return Q, linalg.solve(seen.mT @ seen, seen.mT @ Z)
+        Y, Z = (
+            torch.stack(torch._foreach_div(sums, tokens))
+            for sums in zip(*(self.sums[name] for name in names), strict=True)
+        )
+        omega, psi = self._probes(Z.shape[-1], Y.shape[-2], Y.device)
+        if Z.shape[-1] > Y.shape[-2]:
+            up, down = _product(Z.mT, Y.mT, omega)
+            return down.mT, up.mT
+        return _product(Y, Z, psi)
 
     def forget(self, projections: Sequence[Projection]) -> None:
         """Their memory back: nobody asks for them again."""
         for p in projections:
             del self.sums[p.name]
+
+    def _probes(self, d: int, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Omega and the transpose of Psi."""
+        of_inputs, of_outputs = _counts(d, m, self.width)
+        return self._probe(d, of_inputs, device), self._probe(m, of_outputs, device)
 
     def _probe(self, size: int, count: int, device: torch.device) -> Tensor:
         """`count` random vectors `[size, count]` that keep norms in the mean; all directions where
@@ -113,7 +122,21 @@ def sketch_bytes(projections: Sequence[Projection], width: int) -> int:
 def sketch_numbers(projection: Projection, width: int) -> int:
     """Of Y and Z of a layer."""
     d, m = projection.in_features, projection.out_features
-    return m * min(width, d) + d * min(2 * width + 1, m)
+    of_inputs, of_outputs = _counts(d, m, width)
+    return m * min(of_inputs, d) + d * min(of_outputs, m)
+
+
+def _counts(d: int, m: int, width: int) -> tuple[int, int]:
+    """Of random vectors for the inputs and for the outputs."""
+    few, many = width, 2 * width + 1
+    return (many, few) if d > m else (few, many)
+
+
+def _product(Y: Tensor, Z: Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and (Psi Q)^+ Z, `psi` the transpose of Psi."""
+    Q = linalg.orthonormal(Y)
+    seen = psi.T @ Q
+    return Q, linalg.solve(seen.mT @ seen, seen.mT @ Z)
 
 
 def sketch_width(rank: int) -> int:

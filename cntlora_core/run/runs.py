@@ -50,7 +50,9 @@ def run_calibration(
 ) -> Calibration:
     """Calibrate, with what a run needs around it. Where memory runs out it begins again in the next
     smaller way; raises OutOfMemory with what to try next after the smallest."""
-    config, at_once = fitted_calibration(model, config, subject.resolution, observer, group)
+    config, at_once = fitted_calibration(
+        model, config, subject.resolution, observer, group, preserves=preserve is not None
+    )
     ways = _ways(at_once, config.gradient_checkpointing, group)
 
     def run(way: tuple[int, bool]) -> Calibration:

@@ -55,20 +55,21 @@ def test_leading_directions_are_kept_and_little_else_is_lost():
     assert float(error) < 0.05 * float(G.norm())
 
 
-def test_many_faint_directions_are_not_taken_for_leading_ones():
+@pytest.mark.parametrize(("m", "d"), [(320, 320), (320, 2880)])  # attention's, a convolution's
+def test_many_faint_directions_are_not_taken_for_leading_ones(m, d):
     """As in wide layers, whose gradients are mostly noise: what the leading terms claim is there,
     and nearly the most that so many can hold."""
     generator = torch.Generator().manual_seed(0)
-    leading = torch.randn(320, 4, generator=generator) @ torch.randn(4, 400, generator=generator)
-    fall = torch.arange(1.0, 401) ** -0.5  # of strengths, as activations' and gradients' are
-    sketches, G = Sketches(sketch_width(4)), torch.zeros(320, 400)
+    leading = torch.randn(m, 4, generator=generator) @ torch.randn(4, d, generator=generator)
+    fall = torch.arange(1.0, d + 1) ** -0.5  # of strengths, as activations' and gradients' are
+    sketches, G = Sketches(sketch_width(4)), torch.zeros(m, d)
     for seed in range(4):
-        delta, x = passes(320, 400, 100, 2, seed)
+        delta, x = passes(m, d, 100, 2, seed)
         x = x * fall + 0.001 * delta @ leading  # alike in every pass, beside noise
-        delta = delta * fall[:320]
+        delta = delta * fall[:m]
         sketches.add("p", delta, Tokens(x))
         G += delta.flatten(0, 1).T @ x.flatten(0, 1)
-    U, sigma, Vh = torch.linalg.svd(whole(sketches, Projection("p", 400, 320, "p")))
+    U, sigma, Vh = torch.linalg.svd(whole(sketches, Projection("p", d, m, "p")), False)
     claimed, held = sigma[:4], (U.T @ G @ Vh.T).diagonal()[:4]
     best = torch.linalg.svdvals(G)[:4].square().sum()
     assert float(claimed.square().sum()) < 1.05 * float(held.square().sum())
@@ -158,9 +159,15 @@ def test_nothing_recorded_is_an_error():
         Sketches(4).get([Projection("p", 3, 3, "p")], [0])
 
 
-def test_the_bytes_are_those_of_the_sums():
-    delta, x = passes(12, 150, 3, 1, 0)
+@pytest.mark.parametrize(("m", "d"), [(12, 150), (150, 12), (150, 150)])
+def test_the_bytes_are_those_of_the_sums(m, d):
+    delta, x = passes(m, d, 3, 1, 0)
     sketches = Sketches(8)
     sketches.add("p", delta, Tokens(x))
-    said = sketch_bytes([Projection("p", 150, 12, "p")], 8)
+    said = sketch_bytes([Projection("p", d, m, "p")], 8)
     assert said == sum(part.nbytes for part in sketches.sums["p"])
+
+
+def test_the_longer_side_has_the_fewer_vectors():
+    wide, tall = (sketch_bytes([Projection("p", *size, "p")], 8) for size in ((900, 90), (90, 900)))
+    assert wide == tall == 4 * (900 * 8 + 90 * 17)

@@ -1,26 +1,34 @@
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_unet import SMALL_UNET
 
 from cntlora_core.calibration.calibrate import calibrate
+from cntlora_core.calibration.constraints import Metric
+from cntlora_core.calibration.moments import Moments
+from cntlora_core.calibration.natural import NaturalStart
 from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.lora.adapter import attached_lora, gaussian_init
-from cntlora_core.lora.targets import find_projections
+from cntlora_core.lora.targets import ALL, find_projections
+from cntlora_core.model.families import config_of
 from cntlora_core.model.gradient_checkpointing import recomputing_activations
 from cntlora_core.run.runs import run_training
 from cntlora_core.training import memory_plan
 from cntlora_core.training.memory_estimate import (
     Adapted,
     estimate_training_memory,
+    meta_lora,
     unet_calibration_memory,
     unet_sampling_memory,
     unet_training_memory,
     vae_memory,
 )
-from cntlora_core.training.shapes import peak_bytes
+from cntlora_core.training.memory_plan import COPIES_OF_ADAPTERS, NEEDS, natural_bytes
+from cntlora_core.training.shapes import Live, meta_unet, peak_bytes, unet_inputs
+from cntlora_core.training.state import start_state
 
 SMALL_DEFAULTS = {
     "side": 32,
@@ -130,6 +138,50 @@ def test_a_calibration_holds_more_than_a_training_step(monkeypatch):
     many = unet_calibration_memory(SMALL_UNET, Adapted(**settings | {"rank": 64}))
     assert many.adapters > 0, "the steps hold more than the sweep"
     assert many.metric > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preserves", [False, True])
+def test_the_steps_hold_what_is_planned(preserves):
+    """Passes and updates of SD 1.5 with a metric and all layers, by their storages: within a tenth
+    of the activations, the adapters and `natural_bytes`."""
+    unet = meta_unet(config_of("sd1")["unet"], torch.bfloat16, "cuda")
+    projections = find_projections(unet, ALL)
+    model = SimpleNamespace(unet=unet, device=torch.device("meta"), dtype=torch.bfloat16)
+    inputs = unet_inputs(unet.config, 1, 64, torch.bfloat16)
+    settings = TrainConfig(steps=1, learning_rate=1e-4)
+    with (
+        Live([*unet.parameters(), *unet.buffers()]) as live,
+        attached_lora(unet, meta_lora(projections, 16), trainable=True) as adapters,
+        recomputing_activations(unet),
+    ):
+        start = NaturalStart(projections, Metric(0.5), Moments(), 1.0)
+        state = start_state(model, adapters, settings, start)
+
+        def step():
+            live.peak = live.now
+            state.begin_step()
+            with state.recording(model, 1):
+                unet(return_dict=False, **inputs)[0].float().square().mean().backward()
+            state.gather_gradient()
+            state.optimise(1e-4, finite=True)
+            state.end_step()
+
+        step()
+        if preserves:
+            of_inputs = {
+                key: own
+                for key, own in state.optimizer.moments.seconds.items()
+                if key.startswith("C.")
+            }
+            state.optimizer.metric = Metric(0.5, Moments(of_inputs), 4.0)
+            state.optimizer.metrics = {}
+            step()
+            live.peak = live.now
+        step()
+        planned = 64**2 * NEEDS["sd1"].checkpointed + COPIES_OF_ADAPTERS * adapters.flat.nbytes
+    planned += natural_bytes(projections, 1, torch.bfloat16, preserves)
+    assert live.peak == pytest.approx(planned, rel=0.1)
 
 
 @pytest.mark.slow

@@ -181,7 +181,7 @@ def test_what_the_metadata_say_is_what_ran(mini_sd, subject, monkeypatch):
 
 def test_info_says_what_the_families_take():
     needs = describe_needs()
-    assert needs["sdxl 1024 px with gradient checkpointing"] == "5.7 GB"
+    assert needs["sdxl 1024 px with gradient checkpointing"] == "5.8 GB"
     assert float(needs["sdxl 1024 px"].split()[0]) > 11
 
 
@@ -203,14 +203,13 @@ def test_the_table_is_what_shapes_say(family, resolution, checkpointing):
     estimate = estimate_training_memory(
         family,
         resolution=resolution,
-        targets="attention+ff",
         dtype=torch.bfloat16,
         gradient_checkpointing=checkpointing,
     )
     needs = NEEDS[family]
     each = needs.checkpointed if checkpointing else needs.plain
     assert needs.weights == estimate.weights
-    assert (resolution // 8) ** 2 * each == pytest.approx(estimate.activations, rel=0.03)
+    assert (resolution // 8) ** 2 * each == pytest.approx(estimate.activations, rel=0.01)
 
 
 # What the allocator of an H100 or an H200 took at the peak of calibrations (batch 2) and of AdamW

@@ -8,7 +8,8 @@ Each contestant is looked at on its way, all in batches of 2: an ordinary LoRA (
 layers in the same number of parameters, AdamW, averaged weights) after so many training steps, ours
 after each effort of calibration and after the steps that follow; every LoRA at the strength that
 fits the held-out pictures best. The ordinary LoRA counts up to its lowest loss (its highest subject
-fidelity); where ours is better still, it is compared with that.
+fidelity); where ours is better still, it is compared with that. A second table is at equal loss,
+the lowest that both reach: what each forgets least for it, at any of its looks and any strength.
 `class` preserves what the model itself draws for the class prompt, `domain` 32 pictures of the
 pre-training domain, of which 48 others measure the forgetting (fidelity.py). Resumable, a line for
 each look.
@@ -17,10 +18,8 @@ each look.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from fidelity import (
     Domain,
     Reference,
     domain,
+    forgetting,
     halves_of,
     measure,
     prior_triples,
@@ -37,6 +37,7 @@ from fidelity import (
 from strengths import strongest
 from subject_folders import read_halves
 from tqdm import tqdm
+from tradeoff_report import ORDINARY, Row, at_equal_loss, report
 
 from cntlora_core.calibration.calibrate import Calibration, calibrate
 from cntlora_core.config import CalibrationConfig, TrainConfig
@@ -50,12 +51,11 @@ from cntlora_core.training.loop import train
 from cntlora_core.training.state import start_state
 from cntlora_core.training.validation import validation_loss
 
-Row = dict[str, Any]
-ORDINARY = "ordinary"
 ORDINARY_STEPS = (20, 40, 80, 160, 240)
 OURS_STEPS = (60,)
 LOOKS = ("balanced", "thorough")
 PRIORS = ("none", "class", "domain")
+PATH = (0.2, 0.4, 0.6, 0.8, 1.0)  # strengths
 
 
 def trained(
@@ -96,72 +96,12 @@ def looks(
     for step, lora in trained(model, subject, ordinary, args.lr, seed, ORDINARY_STEPS):
         yield ORDINARY, f"step {step}", lora
     for name, prior in priors.items():
-        config = CalibrationConfig(seed=seed)
+        config = CalibrationConfig(seed=seed, targets=args.targets)
         for effort in LOOKS:
             start = calibrate(model, subject, replace(config, effort=effort), prior=prior)
             yield f"target, {name}", effort, start.lora
             for step, later in trained(model, subject, start, args.lr, seed, OURS_STEPS):
                 yield f"target, {name}", f"{effort} + {step}", later
-
-
-def at(curve: list[tuple[float, float]], x: float) -> float | None:
-    """y at x on a curve of (x, y), linear between neighbours; None outside."""
-    points = sorted(curve)
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if x0 <= x <= x1:
-            return y0 + (y1 - y0) * ((x - x0) / (x1 - x0) if x1 > x0 else 0.0)
-    return None
-
-
-def compared(x: float, way: list[tuple[float, float]], better: Callable[..., Any]) -> float | None:
-    """y where an ordinary LoRA's looks (x, y) are at `x` on their way to the best x, or there where
-    `x` is better still (`better`: min or max); None where it is worse than the first."""
-    best = better(range(len(way)), key=lambda i: way[i][0])
-    return way[best][1] if better(x, way[best][0]) == x else at(way[: best + 1], x)
-
-
-def report(rows: list[Row]) -> str:
-    """Every look (medians over subjects and seeds), and what an ordinary LoRA pays for the same
-    loss, or the same fidelity."""
-    lines = [
-        "| contestant | when | loss | forgetting | subject | class | unrelated | forgetting, share "
-        "of the ordinary at its loss or its best | unrelated, less the ordinary's at its subject "
-        "fidelity or its best |"
-    ]
-    lines += ["|" + "---|" * 9]
-    runs = {(r["subject"], r["seed"]) for r in rows}
-    for contestant, when in dict.fromkeys((r["contestant"], r["when"]) for r in rows):
-        mine = [r for r in rows if (r["contestant"], r["when"]) == (contestant, when)]
-        shares, gains = [], []
-        for run in sorted(runs):
-            ordinary = [
-                r for r in rows if r["contestant"] == ORDINARY and (r["subject"], r["seed"]) == run
-            ]
-            own = [r for r in mine if (r["subject"], r["seed"]) == run]
-            for r in own:
-                paid = compared(
-                    r["loss"], [(1.0, 1.0)] + [(o["loss"], o["forgetting"]) for o in ordinary], min
-                )
-                if paid and paid > 1:
-                    shares.append((r["forgetting"] - 1) / (paid - 1))
-                kept = compared(
-                    r["subject_fidelity"],
-                    [(o["subject_fidelity"], o["unrelated"]) for o in ordinary],
-                    max,
-                )
-                if kept:
-                    gains.append(r["unrelated"] - kept)
-
-        def median(name: str, of: list[Row] = mine) -> str:
-            return f"{statistics.median(r[name] for r in of):.3f}"
-
-        cells = [
-            median(n) for n in ("loss", "forgetting", "subject_fidelity", "class", "unrelated")
-        ]
-        share = f"{statistics.median(shares):.2f} ({len(shares)} of {len(mine)})" if shares else "-"
-        gain = f"{statistics.median(gains):+.3f} ({len(gains)} of {len(mine)})" if gains else "-"
-        lines.append(f"| {contestant} | {when} | {' | '.join(cells)} | {share} | {gain} |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -180,6 +120,7 @@ def main() -> None:
         "--data", type=Path, required=True, help="made by benchmarks/mini_sd/prepare_data.py"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--targets", default="auto", help="of ours")
     parser.add_argument("--lr", type=float, default=3e-3, help="of the ordinary LoRA")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -216,7 +157,7 @@ def main() -> None:
                 rows.append(row)
                 with args.output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-    print(report(rows))
+    print(report(rows), at_equal_loss(rows), sep="\n\n")
 
 
 def _look(
@@ -225,11 +166,16 @@ def _look(
     strength, loss = strongest(model, lora, validate)
     with attached_lora(model.unet, scaled(lora, strength)):
         scores = measure(model, to, of)
-        return {
-            "loss": loss / base,
-            "strength": strength,
-            **{("subject_fidelity" if n == "subject" else n): v for n, v in scores.items()},
-        }
+    path = []
+    for each in PATH:
+        with attached_lora(model.unet, scaled(lora, each)):
+            path.append((validate() / base, forgetting(model, of)))
+    return {
+        "loss": loss / base,
+        "strength": strength,
+        "path": path,
+        **{("subject_fidelity" if n == "subject" else n): v for n, v in scores.items()},
+    }
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def test_refinement_is_watched_on_the_way(bench, mini_sd, subject, held_out):
 
 def test_what_an_ordinary_lora_pays(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
-    tradeoff = importlib.import_module("tradeoff")
+    tradeoff = importlib.import_module("tradeoff_report")
     ordinary = [(0.9, 1.1), (0.7, 1.3)]
     assert tradeoff.at(ordinary, 0.8) == pytest.approx(1.2)
     assert tradeoff.at(ordinary, 0.6) is None
@@ -169,3 +169,26 @@ def test_what_an_ordinary_lora_pays(monkeypatch):
         "| ours | w | 0.900 | 1.020 | 0.500 | 1.000 | 0.800 | 0.20 (1 of 1) | +0.100 (1 of 1) |"
         in tradeoff.report(rows)
     )
+
+
+def test_what_is_forgotten_at_equal_loss(monkeypatch):
+    """The ordinary LoRA comes to 0.8, by 1.3 and, at another look, by 1.2; ours to 0.6 by 1.4, and
+    on its way past 0.8 by 1.15."""
+    monkeypatch.syspath_prepend(FOLDER)
+    tradeoff = importlib.import_module("tradeoff_report")
+    paths = {
+        "ordinary": [[(0.9, 1.1), (0.8, 1.3)], [(0.85, 1.1), (0.8, 1.2)]],
+        "ours": [[(0.9, 1.1), (0.7, 1.2), (0.6, 1.4)]],
+        "worse": [[(0.95, 1.05), (0.9, 1.15), (0.92, 1.3)]],
+    }
+    assert tradeoff.least(paths["ours"], 0.8) == pytest.approx(1.15)
+    assert tradeoff.least(paths["ours"], 0.6) == pytest.approx(1.4)
+    assert tradeoff.least(paths["ordinary"], 0.8) == pytest.approx(1.2)
+    rows = [
+        {"subject": "s", "seed": 0, "contestant": name, "path": path}
+        for name, own in paths.items()
+        for path in own
+    ]
+    table = tradeoff.at_equal_loss(rows)
+    assert "| ours | 1.150 | 1.200 | 0.75 (1) |" in table
+    assert "| worse | 1.150 | 1.067 | 2.25 (1) |" in table  # at its own best, 0.9

@@ -4,7 +4,7 @@ weights' gradients. Streamed over passes."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -80,6 +80,16 @@ class Moments:
                 moment = Diagonal.of(rows) if diagonal else LowRank.of(rows)
             self.seconds |= dict(zip(keys, unstack(moment), strict=True))
             self.tokens |= {key: self.tokens.get(key, 0) + seen.tokens[key] for key in keys}
+
+    def share(self, keys: Sequence[str], metric: SecondMoment) -> None:
+        """Keep no basis of their own of what stands under `keys` where `metric`, made of them,
+        stands on the same."""
+        if not isinstance(metric, LowRank):
+            return
+        for key, basis in zip(keys, metric.basis, strict=True):
+            own = self.seconds[key]
+            if isinstance(own, LowRank) and own.basis.shape == basis.shape:
+                self.seconds[key] = replace(own, basis=basis)
 
     def only(self, projections: Sequence[Projection]) -> Moments:
         """Those of some of the layers, without G."""

@@ -26,7 +26,7 @@ from .constraints import Metric
 from .moments import Moments
 from .natural_step import BothWays, Half, Step, both_ways, natural_steps
 from .ragged import Ragged, Together, together
-from .recording import Seen, record
+from .recording import Seen, input_key, output_key, record
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
@@ -129,13 +129,9 @@ class NaturalGradient(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step along the gradient of `flat`, that of a mean over the recorded pictures."""
         (settings,) = self.param_groups
-        fresh = self.fresh
-        if fresh:
-            seen, self.seen = self.seen.together(self.group), Seen()
-            self.tokens |= {p.name: n / self.pictures for p, n in seen.came_back(self.projections)}
-            self.moments.take_in(seen)
-        if fresh or not self.metrics:
-            self.metrics = {}  # the old ones go first
+        if self.fresh:
+            self._take_in()
+        if not self.metrics:
             self.metrics = self._metrics()
         grads = self._gradients()
         steps = [self._steps(group, grads) for group in self.groups]
@@ -148,6 +144,12 @@ class NaturalGradient(torch.optim.Optimizer):
             self._take(group.up, ups, of_up[group.of_up], "B")
             self._take(group.down, downs, of_down[group.of_down], "A")
         settings["made"] += 1
+
+    def _take_in(self) -> None:
+        """What was seen, in place of the metric that was made without it."""
+        seen, self.seen, self.metrics = self.seen.together(self.group), Seen(), {}
+        self.tokens |= {p.name: n / self.pictures for p, n in seen.came_back(self.projections)}
+        self.moments.take_in(seen)
 
     def _take(
         self, layers: Sequence[Ragged], steps: Sequence[Step], shares: Tensor, half: str
@@ -211,16 +213,19 @@ class NaturalGradient(torch.optim.Optimizer):
         return ((1 + UNUSUAL**-2) / (1 + excess)).clamp_max(1.0)
 
     def _metrics(self) -> dict[str, BothWays]:
-        """From the moments as they are, those of layers of one width together."""
+        """From the moments as they are, those of layers of one width together. Where both have one
+        basis it is kept once."""
         by_name = {p.name: p for p in self.projections}
         found = {}
         for group in self.groups:
-            for layers, half, make in (
-                (group.up, "B", self.metric.of_outputs),
-                (group.down, "A", self.metric.of_inputs),
+            for layers, half, make, key in (
+                (group.up, "B", self.metric.of_outputs, output_key),
+                (group.down, "A", self.metric.of_inputs, input_key),
             ):
                 for own in layers:
-                    metric = make([by_name[name] for name in own.names], self.moments)
+                    projections = [by_name[name] for name in own.names]
+                    metric = make(projections, self.moments)
+                    self.moments.share([key(p) for p in projections], metric)
                     found[f"{own.names[0]}.{half}"] = metric
         return dict(zip(found, both_ways([*found.values()]), strict=True))
 

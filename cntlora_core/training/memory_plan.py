@@ -28,7 +28,7 @@ COPIES_OF_ADAPTERS = 5
 # Of all second moments, in steps (counted by shapes): themselves, and what is made of them for each
 # layer, whoever else reads its input; where a prior is kept its own, which the inputs' metric has
 # beside the subject's.
-METRIC_COPIES, PRIOR_COPIES = 2.5, 2.25
+METRIC_COPIES, PRIOR_COPIES = 1.55, 2.5
 PRIOR_MOMENTS = 0.5  # of the same: those of the inputs alone
 LOWER_RESOLUTION = "a lower resolution"
 PLAN = (

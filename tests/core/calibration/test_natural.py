@@ -68,6 +68,18 @@ def test_steps_shrink_and_the_metric_is_kept_for_some(mini_sd, subject, start):
     assert passed[1] == passed[0] + 2 * passed[0] // 12, "two of the steps were looked on at"
 
 
+def test_a_basis_of_moments_and_metric_is_held_once(mini_sd, subject, start):
+    _, natural = steps(mini_sd, subject, start, REFRESH + 1)
+    of_metrics = {
+        part.untyped_storage().data_ptr()
+        for metric in natural.metrics.values()
+        for part in vars(metric).values()
+    }
+    bases = [own.basis for own in natural.moments.seconds.values() if hasattr(own, "basis")]
+    assert bases
+    assert {basis.untyped_storage().data_ptr() for basis in bases} <= of_metrics
+
+
 def test_a_kept_metric_does_not_let_a_step_run(mini_sd, subject, start):
     """A gradient a thousand times as long as usual moves a factor no farther than usual."""
     far = replace(start.natural, made=FRESH + 1)

@@ -42,22 +42,27 @@ def least(paths: Iterable[list[tuple[float, float]]], loss: float) -> float:
 
 def at_equal_loss(rows: list[Row]) -> str:
     """Of each contestant the median over subjects and seeds of its forgetting as a share of the
-    ordinary's, at the lowest loss that both reach."""
+    ordinary's, at the lowest loss that both reach and halfway there."""
     paths: dict[str, dict[tuple[str, int], list[Any]]] = {}
     for r in rows:
         own = paths.setdefault(r["contestant"], {})
         own.setdefault((r["subject"], r["seed"]), []).append([tuple(p) for p in r["path"]])
-    lines = ["| at equal loss | forgetting | ordinary | share of it |", "|---|---|---|---|"]
+    columns = ["forgetting", "ordinary", "share of it"]
+    head = ["at equal loss", *columns, *(f"halfway there: {name}" for name in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for contestant in [name for name in paths if name != ORDINARY]:
-        pairs = []
-        for run, mine in paths[contestant].items():
-            theirs = paths[ORDINARY][run]
-            lowest = (min(x for path in both for x, _ in path) for both in (mine, theirs))
-            loss = max(lowest)
-            pairs.append((least(mine, loss), least(theirs, loss)))
-        ours, others = (statistics.median(side) for side in zip(*pairs, strict=True))
-        share = statistics.median((a - 1) / (b - 1) for a, b in pairs)
-        lines.append(f"| {contestant} | {ours:.3f} | {others:.3f} | {share:.2f} ({len(pairs)}) |")
+        cells = [contestant]
+        for part in (1.0, 0.5):
+            pairs = []
+            for run, mine in paths[contestant].items():
+                theirs = paths[ORDINARY][run]
+                lowest = max(min(x for path in both for x, _ in path) for both in (mine, theirs))
+                loss = 1 - part * (1 - lowest)
+                pairs.append((least(mine, loss), least(theirs, loss)))
+            cells += [f"{statistics.median(side):.3f}" for side in zip(*pairs, strict=True)]
+            share = statistics.median((a - 1) / (b - 1) for a, b in pairs)
+            cells.append(f"{share:.2f} ({len(pairs)})")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -190,5 +190,5 @@ def test_what_is_forgotten_at_equal_loss(monkeypatch):
         for path in own
     ]
     table = tradeoff.at_equal_loss(rows)
-    assert "| ours | 1.150 | 1.200 | 0.75 (1) |" in table
-    assert "| worse | 1.150 | 1.067 | 2.25 (1) |" in table  # at its own best, 0.9
+    assert "| ours | 1.150 | 1.200 | 0.75 (1) | 1.100 | 1.067 | 1.50 (1) |" in table
+    assert "| worse | 1.150 | 1.067 | 2.25 (1) | 1.050 | 1.033 | 1.50 (1) |" in table

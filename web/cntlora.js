@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { readRun, readWords, readWorkflow } from "./api_client.js";
-import { everyNode, executionIdOf, nodeOf } from "./graph.js";
+import { everyNode, executionIdOf, formerIdOf, nodeOf } from "./graph.js";
 import { Panel } from "./panel.js";
 import { say, useWords } from "./say.js";
 import { Words } from "./words.js";
@@ -36,8 +36,10 @@ function shownOf({ node: id, class: kind }) {
 async function lastRun(node) {
   const id = executionIdOf(root(), node);
   if (id === null) return [];
-  const source = { workflow: workflowId(), node: id, class: node.comfyClass };
-  const events = await readRun({ ...source, client: api.clientId ?? "" });
+  const source = { workflow: workflowId(), class: node.comfyClass, client: api.clientId ?? "" };
+  let events = await readRun({ ...source, node: id });
+  const former = formerIdOf(root(), id);
+  if (!events.length && former) events = await readRun({ ...source, node: former });
   if (executionIdOf(root(), node) !== id) return events; // another graph is open by now
   for (const trace of events[0]?.before ?? []) shownOf(trace)?.retrace(trace, { older: false });
   return events;

@@ -11,6 +11,14 @@ function find(graph, id) {
   return graph?.nodes?.find((node) => String(node.id) === id);
 }
 
+// What a node was called before it was put into its subgraph, where it kept its own number; null
+// where it is in none, or another node has that name.
+export function formerIdOf(root, executionId) {
+  const path = executionId.split(":");
+  const former = [...path.slice(0, -2), path.at(-1)].join(":");
+  return path.length < 2 || nodeOf(root, former) ? null : former;
+}
+
 // Every node, those inside subgraphs too.
 export function* everyNode(graph) {
   for (const node of graph?.nodes ?? []) {

@@ -147,6 +147,25 @@ def test_the_panel_in_a_subgraph(page):
     page.shot("subgraph")
 
 
+def test_what_is_put_into_a_subgraph_after_its_run_still_shows_it(page):
+    page.open_example("train_a_subject")
+    page.run(**SHORT)
+    page.wait_for("headline", "^Done$")
+    page.evaluate(
+        """() => {
+            const ours = ['CNTLoRATrain', 'CNTLoRACalibrate'];
+            const chosen = window.app.graph.nodes.filter((n) => ours.includes(n.comfyClass));
+            const { node } = window.app.graph.convertToSubgraph(new Set(chosen));
+            setTimeout(() => window.app.canvas.openSubgraph(node.subgraph, node), 100);
+        }"""
+    )
+    page.page.wait_for_timeout(1000)
+    page.wait_for("headline", "^Done$", 10)
+    assert "step 8/8" in " ".join(page.texts("numbers"))
+    assert page.page.locator(".cntlora-sample").count() >= 2
+    page.shot("into_a_subgraph")
+
+
 def test_a_run_belongs_to_its_workflow_and_the_cache_brings_it_to_others(page):
     page.open_example("train_a_subject")
     page.run(**SHORT)

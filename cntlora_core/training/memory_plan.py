@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 # Adapter, gradient, two AdamW moments, last good copy: fp32 each.
 COPIES_OF_ADAPTERS = 5
-# Of all second moments, in steps (counted by shapes): themselves, and what is made of them for each
-# layer, whoever else reads its input; where a prior is kept its own, which the inputs' metric has
-# beside the subject's.
+# Of all second moments, in steps (counted by shapes): a basis for each layer, whoever else reads
+# its input, on which the moments stand too; where a prior is kept its own moments, and bases of
+# twice as many directions for the inputs.
 METRIC_COPIES, PRIOR_COPIES = 1.55, 2.5
 PRIOR_MOMENTS = 0.5  # of the same: those of the inputs alone
 LOWER_RESOLUTION = "a lower resolution"

@@ -107,7 +107,7 @@ test("convolutions stand with the block after them", () => {
   const { groups, rows } = rankRows(ranks);
   assert.deepEqual(groups, [["convolutions", 3]]);
   assert.deepEqual(rows.map(({ name, cells }) => [name, ...cells.map((c) => ranks[c] ?? 0)]), [
-    ["down 0.0", 1, 0, 0], ["down 0.1", 0, 2, 3], ["mid", 4, 0, 0], ["up 1.0", 0, 0, 5],
+    ["down 0.0", 1, 0, 0], ["down 0.1", 0, 2, 3], ["mid 1", 4, 0, 0], ["up 1.0", 0, 0, 5],
   ]);
 });
 

@@ -78,6 +78,12 @@ def test_the_panel_lives_and_survives_a_reload(page):
     rows = page.page.locator(".cntlora-map tbody th").all_text_contents()
     assert set(ATTENTION_ROWS) <= set(rows) <= {*ATTENTION_ROWS, *CONVOLUTION_ROWS}
     assert len(set(rows)) == len(rows)
+    assert page.evaluate(
+        """() => {
+            const map = document.querySelector('.cntlora-map');
+            return map.scrollWidth <= map.clientWidth;
+        }"""
+    )
     page.page.wait_for_timeout(500)
     page.shot("after")
 

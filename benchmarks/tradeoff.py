@@ -34,7 +34,7 @@ from fidelity import (
     prior_triples,
     subject_reference,
 )
-from strengths import strongest
+from strengths import strongest_strength
 from subject_folders import read_halves
 from tqdm import tqdm
 from tradeoff_report import ORDINARY, Row, at_equal_loss, report
@@ -163,17 +163,18 @@ def main() -> None:
 def _look(
     model: StableDiffusion, lora: LoRA, validate: Any, base: float, to: Reference, of: Domain
 ) -> Row:
-    strength, loss = strongest(model, lora, validate)
-    with attached_lora(model.unet, scaled(lora, strength)):
-        scores = measure(model, to, of)
-    path = []
+    path = {}
     for each in PATH:
         with attached_lora(model.unet, scaled(lora, each)):
-            path.append((validate() / base, forgetting(model, of)))
+            path[each] = (validate() / base, forgetting(model, of))
+    strength, loss = strongest_strength(lambda s: path[s][0])
+    with attached_lora(model.unet, scaled(lora, strength)):
+        scores = measure(model, to)
     return {
-        "loss": loss / base,
+        "loss": loss,
         "strength": strength,
-        "path": path,
+        "forgetting": path[strength][1],
+        "path": [*path.values()],
         **{("subject_fidelity" if n == "subject" else n): v for n, v in scores.items()},
     }
 

@@ -47,6 +47,12 @@ UNDO = """async () => {
     (tracker.captureCanvasState ?? tracker.checkState).call(tracker);
     await app.extensionManager.command.execute('Comfy.Undo');
 }"""
+INTO_A_SUBGRAPH = """() => {
+    const ours = ['CNTLoRATrain', 'CNTLoRACalibrate'];
+    const chosen = window.app.graph.nodes.filter((n) => ours.includes(n.comfyClass));
+    const { node } = window.app.graph.convertToSubgraph(new Set(chosen));
+    setTimeout(() => window.app.canvas.openSubgraph(node.subgraph, node), 100);
+}"""
 # Whether a sentence stands beside the graph.
 BESIDE = """(said) => [...document.querySelectorAll('body *')].some((e) => !e.children.length
     && !e.closest('.cntlora-panel') && e.textContent.includes(said))"""
@@ -78,6 +84,8 @@ def test_the_panel_lives_and_survives_a_reload(page):
     rows = page.page.locator(".cntlora-map tbody th").all_text_contents()
     assert set(ATTENTION_ROWS) <= set(rows) <= {*ATTENTION_ROWS, *CONVOLUTION_ROWS}
     assert len(set(rows)) == len(rows)
+    cells = page.page.locator(".cntlora-map tbody td").all_text_contents()
+    assert f"{sum(map(bool, cells))} layers" in " ".join(page.texts("numbers"))
     assert page.evaluate(
         """() => {
             const map = document.querySelector('.cntlora-map');
@@ -142,14 +150,7 @@ def test_two_train_nodes_each_show_their_own_run(page):
 
 def test_the_panel_in_a_subgraph(page):
     page.open_example("train_a_subject")
-    page.evaluate(
-        """() => {
-            const ours = ['CNTLoRATrain', 'CNTLoRACalibrate'];
-            const chosen = window.app.graph.nodes.filter((n) => ours.includes(n.comfyClass));
-            const { node } = window.app.graph.convertToSubgraph(new Set(chosen));
-            setTimeout(() => window.app.canvas.openSubgraph(node.subgraph, node), 100);
-        }"""
-    )
+    page.evaluate(INTO_A_SUBGRAPH)
     page.page.wait_for_timeout(1000)
     page.run(**SHORT)
     page.wait_for("headline", "^Done$")
@@ -162,14 +163,7 @@ def test_what_is_put_into_a_subgraph_after_its_run_still_shows_it(page):
     page.open_example("train_a_subject")
     page.run(**SHORT)
     page.wait_for("headline", "^Done$")
-    page.evaluate(
-        """() => {
-            const ours = ['CNTLoRATrain', 'CNTLoRACalibrate'];
-            const chosen = window.app.graph.nodes.filter((n) => ours.includes(n.comfyClass));
-            const { node } = window.app.graph.convertToSubgraph(new Set(chosen));
-            setTimeout(() => window.app.canvas.openSubgraph(node.subgraph, node), 100);
-        }"""
-    )
+    page.evaluate(INTO_A_SUBGRAPH)
     page.page.wait_for_timeout(1000)
     page.wait_for("headline", "^Done$", 10)
     assert "step 8/8" in " ".join(page.texts("numbers"))

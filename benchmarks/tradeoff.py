@@ -34,7 +34,7 @@ from fidelity import (
     prior_triples,
     subject_reference,
 )
-from strengths import strongest_strength
+from strengths import STRENGTHS, strongest_strength
 from subject_folders import read_halves
 from tqdm import tqdm
 from tradeoff_report import ORDINARY, Row, at_equal_loss, report
@@ -55,7 +55,7 @@ ORDINARY_STEPS = (20, 40, 80, 160, 240)
 OURS_STEPS = (60,)
 LOOKS = ("balanced", "thorough")
 PRIORS = ("none", "class", "domain")
-PATH = (0.2, 0.4, 0.6, 0.8, 1.0)  # strengths
+PATH = (0.2, *sorted(STRENGTHS))  # strengths, from the untouched model on
 
 
 def trained(

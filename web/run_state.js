@@ -252,6 +252,6 @@ export function rankRows(ranks) {
 
 function rowName([side, block, attention, transformer], rows) {
   const deep = rows.some(({ place }) => place[3] > 0) ? `.${transformer}` : "";
-  if (side === 1) return `mid ${attention || ""}`.trimEnd() + deep; // as the picture has it
+  if (side === 1) return (attention ? `mid ${attention}` : "mid") + deep; // as the picture has it
   return `${SIDES[side]} ${block}.${attention}${deep}`;
 }

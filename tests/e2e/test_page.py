@@ -85,7 +85,7 @@ def test_the_panel_lives_and_survives_a_reload(page):
     assert set(ATTENTION_ROWS) <= set(rows) <= {*ATTENTION_ROWS, *CONVOLUTION_ROWS}
     assert len(set(rows)) == len(rows)
     cells = page.page.locator(".cntlora-map tbody td").all_text_contents()
-    assert f"{sum(map(bool, cells))} layers" in " ".join(page.texts("numbers"))
+    assert f"· {sum(map(bool, cells))} layers" in " ".join(page.texts("numbers"))
     assert page.evaluate(
         """() => {
             const map = document.querySelector('.cntlora-map');

@@ -184,6 +184,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rates", nargs="+", type=float, help="of ordinary LoRAs, not the usual")
     parser.add_argument("--until", type=int, default=COSTS[-1], help="this cost")
+    parser.add_argument(
+        "--random-crop", action="store_true", help="everybody's pictures in several crops"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--figure", type=Path, help="also draw what the file holds")
@@ -207,7 +210,7 @@ def _run_all(args: argparse.Namespace) -> None:
     model = load_checkpoint(args.model, device=args.device)
     for seed in args.seeds:
         for folder in args.subjects:
-            subject, held_out = read_halves(model, folder)
+            subject, held_out = read_halves(model, folder, random_crop=args.random_crop)
             judge = Judge(validation_loss(model, held_out, 8))
             training, one = with_validation(subject)
             alone = Judge(judge.validate, validation_loss(model, one, 8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from cntlora_core.config import DataConfig
@@ -27,10 +28,12 @@ def prompts_of(subject: Path) -> tuple[str, str]:
         ) from error
 
 
-def read_halves(model: StableDiffusion, folder: Path) -> tuple[EncodedImages, EncodedImages]:
-    """What is trained on, and what judges, under the subject's own prompt."""
+def read_halves(
+    model: StableDiffusion, folder: Path, *, random_crop: bool = False
+) -> tuple[EncodedImages, EncodedImages]:
+    """What is trained on, in several crops or one, and what judges, under the subject's own
+    prompt."""
     prompt, _ = prompts_of(folder)
-    train, held_out = (
-        read_subject(model, folder / part, prompt, PROMPT_ALONE) for part in ("train", "heldout")
-    )
-    return train, held_out
+    data = replace(PROMPT_ALONE, random_crop=random_crop)
+    train = read_subject(model, folder / "train", prompt, data)
+    return train, read_subject(model, folder / "heldout", prompt, PROMPT_ALONE)

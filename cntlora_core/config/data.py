@@ -33,7 +33,10 @@ class DataConfig:
         advanced=True,
     )
     random_crop: bool = setting(
-        False, "Several crops of each picture instead of the centre.", advanced=True
+        False,
+        "Four crops of each picture, up to a twentieth closer in, so that the place in the picture "
+        "is not learnt. It needs more steps; where pictures are few it overfits later.",
+        advanced=True,
     )
     masked: bool = setting(
         False,

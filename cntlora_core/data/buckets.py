@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from ..config import DataConfig
 from .images import Picture
 
-RANDOM_CROPS = 4  # crops of each picture that are encoded once and drawn from
+RANDOM_CROPS = 4  # crops of each picture that are encoded once and drawn from, the centre first
+CLOSER = 1.05  # times as large as it need be, that is how far a random crop goes in at most
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ def bucket_size(
 def crops_of(
     picture: Picture, resolution: int, step: int, config: DataConfig, generator: torch.Generator
 ) -> Iterator[Crop]:
-    """One view of the picture, or several when crops are random or it is mirrored."""
+    """One view of the picture, centred, or several when crops are random or it is mirrored. Random
+    ones are of any place and up to `CLOSER` in, so that pictures of the bucket's own shape have
+    room for them too."""
     width, height = picture.size
     size = (resolution, resolution)
     if config.buckets:
@@ -91,13 +94,18 @@ def crops_of(
     elif not config.upscale and min(width, height) < resolution:
         side = max(step, min(width, height) // step * step)
         size = (side, side)
-    scale = max(size[0] / width, size[1] / height)
-    resized = (max(size[0], round(width * scale)), max(size[1], round(height * scale)))
-    room = (resized[0] - size[0], resized[1] - size[1])
-    corners = [(room[0] // 2, room[1] // 2)]
-    if config.random_crop and max(room) > 0:
-        draws = torch.rand(RANDOM_CROPS, 2, generator=generator).tolist()
-        corners = [(round(x * room[0]), round(y * room[1])) for x, y in draws]
-    for corner in corners:
+    cover = max(size[0] / width, size[1] / height)
+    draws = [(0.0, 0.5, 0.5)]
+    if config.random_crop:
+        draws += torch.rand(RANDOM_CROPS - 1, 3, generator=generator).tolist()
+    for closer, x, y in draws:
+        scale = cover * (1 + (CLOSER - 1) * closer)
+        resized = (max(size[0], round(width * scale)), max(size[1], round(height * scale)))
+        room = (resized[0] - size[0], resized[1] - size[1])
+        corner = (_nearest(x * room[0]), _nearest(y * room[1]))
         for mirrored in (False, True) if config.flip else (False,):
             yield Crop(picture, resized, corner, size, mirrored)
+
+
+def _nearest(value: float) -> int:
+    return math.ceil(value - 0.5)

@@ -12,7 +12,7 @@ from PIL import Image
 from cntlora_core.config import DataConfig, TrainConfig
 from cntlora_core.data import latent_cache
 from cntlora_core.data.batches import batch_order, draw_noised, fixed_noised, mean_loss
-from cntlora_core.data.buckets import bucket_size, crops_of
+from cntlora_core.data.buckets import CLOSER, RANDOM_CROPS, bucket_size, crops_of
 from cntlora_core.data.captions import prepare_captions
 from cntlora_core.data.checks import check_pictures, near_duplicates
 from cntlora_core.data.dataset import encode_subject
@@ -103,6 +103,25 @@ def test_views_are_of_their_size_and_inside_the_picture(width, height, buckets, 
         assert view.image().size == view.size
         assert 0 <= view.corner[0] <= view.resized[0] - view.size[0]
         assert 0 <= view.corner[1] <= view.resized[1] - view.size[1]
+
+
+@given(st.integers(64, 900), st.integers(64, 900), st.booleans(), st.booleans())
+def test_random_crops_are_the_centre_and_some_closer_in(width, height, buckets, flip):
+    """Of a square picture, too, which a square has no room over for."""
+    picture = Picture("a", Image.new("RGB", (width, height)), "")
+    plain, random = (
+        list(crops_of(picture, 64, 16, DataConfig(buckets=buckets, flip=flip, random_crop=r),
+                      torch.Generator().manual_seed(7)))
+        for r in (False, True)
+    )  # fmt: skip
+    assert random[: len(plain)] == plain
+    assert len(random) == RANDOM_CROPS * len(plain)
+    assert len({view.corner for view in random}) > 1
+    for view in random:
+        assert all(
+            whole <= own <= CLOSER * whole + 1
+            for own, whole in zip(view.resized, plain[0].resized, strict=True)
+        )
 
 
 @pytest.fixture

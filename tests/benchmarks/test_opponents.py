@@ -1,10 +1,12 @@
 """The opponents: strengths, optimisers of matrices, what is measured at every cost."""
 
+import json
 import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cntlora_core.lora.adapter import Factors, attached_lora
 from cntlora_core.training.validation import validation_loss
@@ -160,3 +162,17 @@ def test_the_figure_has_a_panel_for_each_subject(opponents, results):
     assert pixels.shape[1] == 1080
     assert not blank[60:340].all()
     assert blank[-300:].all()  # two panels of three
+
+
+def test_only_what_is_trained_on_is_shown_in_several_crops(benchmark_script, mini_sd, tmp_path):
+    for part in ("train", "heldout"):
+        (tmp_path / part).mkdir()
+        for n in range(2):
+            Image.new("RGB", (64, 64), (90 * n, 20, 20)).save(tmp_path / part / f"{n}.png")
+    said = {"file_name": "0.png", "text": "a", "prompt": "a sks cat", "class_prompt": "a cat"}
+    (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps(said), encoding="utf-8")
+    read = benchmark_script("subject_folders").read_halves
+    assert [len(half) for half in read(mini_sd, tmp_path)] == [2, 2]
+    train, held_out = read(mini_sd, tmp_path, random_crop=True)
+    assert (len(train), len(held_out)) == (8, 2)
+    assert {train.prompt, held_out.prompt} == {"a sks cat"}

@@ -193,10 +193,12 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only say what the file holds")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    shown = " in random crops" if args.random_crop else ""
+    setup = Path(args.model).stem + shown  # one results file is of one
     if not args.report:
-        _run_all(args)
+        _run_all(args, setup)
     what = (
-        Results(args.output, Path(args.model).stem),
+        Results(args.output, setup),
         args.rank,
         [s.name for s in args.subjects],
         args.methods,
@@ -206,7 +208,7 @@ def main() -> None:
         figure(*what).save(args.figure)
 
 
-def _run_all(args: argparse.Namespace) -> None:
+def _run_all(args: argparse.Namespace, setup: str) -> None:
     model = load_checkpoint(args.model, device=args.device)
     for seed in args.seeds:
         for folder in args.subjects:
@@ -217,7 +219,7 @@ def _run_all(args: argparse.Namespace) -> None:
             for name in args.methods:
                 for rate in (args.rates if name in ORDINARY else None) or METHODS[name].rates:
                     key = [args.rank, folder.name, name, rate, seed]
-                    results = Results(args.output, model.name)
+                    results = Results(args.output, setup)
                     if json.dumps(key) not in results.rows:
                         method = METHODS[name]
                         halves = (training, alone) if method.held_out else (subject, judge)

@@ -22,7 +22,7 @@ Setting = tuple[str, float]  # a method and its learning rate
 
 
 class Results:
-    """The results file: a line of JSON for every run of one model.
+    """The results file: a line of JSON for every run of one model, its pictures shown in one way.
 
     Raises SystemExit for a file of another's.
     """

@@ -108,4 +108,5 @@ def crops_of(
 
 
 def _nearest(value: float) -> int:
+    """A half is taken down, where the centre always was: pictures cached before are found again."""
     return math.ceil(value - 0.5)

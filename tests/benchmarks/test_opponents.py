@@ -176,3 +176,12 @@ def test_only_what_is_trained_on_is_shown_in_several_crops(benchmark_script, min
     train, held_out = read(mini_sd, tmp_path, random_crop=True)
     assert (len(train), len(held_out)) == (8, 2)
     assert {train.prompt, held_out.prompt} == {"a sks cat"}
+
+
+def test_one_results_file_holds_no_runs_with_other_crops(opponents, results, monkeypatch):
+    words = f"opponents.py --report --output {results.path} --subjects cars --methods ours"
+    monkeypatch.setattr(sys, "argv", words.split())
+    opponents.main()
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--random-crop"])
+    with pytest.raises(SystemExit, match="holds runs of 'mini-sd': give another --output"):
+        opponents.main()

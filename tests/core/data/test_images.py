@@ -107,7 +107,7 @@ def test_views_are_of_their_size_and_inside_the_picture(width, height, buckets, 
 
 @given(st.integers(64, 900), st.integers(64, 900), st.booleans(), st.booleans())
 def test_random_crops_are_the_centre_and_some_closer_in(width, height, buckets, flip):
-    """Of a square picture, too, which a square has no room over for."""
+    """Of a square picture, too, though it fills its bucket to the edges."""
     picture = Picture("a", Image.new("RGB", (width, height)), "")
     plain, random = (
         list(crops_of(picture, 64, 16, DataConfig(buckets=buckets, flip=flip, random_crop=r),

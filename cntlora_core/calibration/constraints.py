@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..lora.targets import Projection
 from .closed_form import Components, domain_components, target_components
-from .moments import Moments
-from .second_moment import SecondMoment, stack
+from .moments import Moments, at_a_time
+from .second_moment import SecondMoment, joined, rank_of, stack
 
 # Channels by which a layer's strength is shared out at most: no more than WIDEST / rho directions
 # of a layer's tokens are stronger than its damping. By the mean over a wide one the weak ones,
@@ -75,11 +75,17 @@ class Metric:
         return S.damped(self._rho_out(projections[0]))
 
     def of_inputs(self, projections: Sequence[Projection], moments: Moments) -> SecondMoment:
-        """K `[g, d, d]` of layers of one kind of input."""
-        C = stack([moments.C(p) for p in projections])
-        K = C.damped(self._rho_in(projections[0]))
+        """K `[g, d, d]` of layers of one kind of input, a few at a time where there is a prior:
+        sums take many times what they come to."""
+        C = [moments.C(p) for p in projections]
+        rho = self._rho_in(projections[0])
         kept = [prior for p in projections if (prior := self._prior(p)) is not None]
-        return K.plus(stack(kept), self.weight) if kept else K
+        if not kept:
+            return stack(C).damped(rho)
+        d = projections[0].in_features
+        parts = at_a_time(zip(C, kept, strict=True), lambda _: d * rank_of(d))
+        each = (zip(*part, strict=True) for part in parts)
+        return joined([stack(own).damped(rho).plus(stack(p), self.weight) for own, p in each])
 
     def _prior(self, projection: Projection) -> SecondMoment | None:
         return self.prior.C(projection) if self.prior and self.weight else None

@@ -82,14 +82,15 @@ class Moments:
             self.tokens |= {key: self.tokens.get(key, 0) + seen.tokens[key] for key in keys}
 
     def share(self, keys: Sequence[str], metric: SecondMoment) -> None:
-        """Keep no basis of their own of what stands under `keys` where `metric`, made of them,
-        stands on the same."""
+        """Keep no basis of their own of what stands under `keys` where that of `metric`, made of
+        them, starts with theirs."""
         if not isinstance(metric, LowRank):
             return
+        d, k = metric.basis.shape[-2:]
         for key, basis in zip(keys, metric.basis, strict=True):
             own = self.seconds[key]
-            if isinstance(own, LowRank) and own.basis.shape == basis.shape:
-                self.seconds[key] = replace(own, basis=basis)
+            if isinstance(own, LowRank) and (k < d or own.basis.shape[-1] == k):
+                self.seconds[key] = replace(own, basis=basis[:, : own.basis.shape[-1]])
 
     def only(self, projections: Sequence[Projection]) -> Moments:
         """Those of some of the layers, without G."""

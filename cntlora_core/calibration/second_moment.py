@@ -129,7 +129,11 @@ class LowRank:
         return LowRank(self.basis, linalg.shifted(self.core, shift), self.rest + shift)
 
     def plus(self, other: LowRank, weight: float) -> LowRank:
+        """Its U starts with this one's, to the bit, unless it holds every direction."""
+        d, k = self.basis.shape[-2:]
         basis = linalg.orthonormal(torch.cat([self.basis, other.basis], -1))
+        if basis.shape[-1] < d:
+            basis[..., :k] = self.basis
         core = basis.mT @ (self.matmul(basis) + weight * other.matmul(basis))
         return LowRank(basis, _symmetric(core), self.rest + weight * other.rest)
 
@@ -243,6 +247,14 @@ def stack(moments: Sequence[SecondMoment]) -> SecondMoment:
     """Several of one kind and shape, to be worked on together."""
     kind: Any = type(moments[0])
     return kind(*(torch.stack([getattr(m, f.name) for m in moments]) for f in fields(kind)))
+
+
+def joined(stacks: Sequence[SecondMoment]) -> SecondMoment:
+    """Stacks of one kind and shape as one."""
+    if len(stacks) == 1:
+        return stacks[0]
+    kind: Any = type(stacks[0])
+    return kind(*(torch.cat([getattr(s, f.name) for s in stacks]) for f in fields(kind)))
 
 
 def unstack(moments: SecondMoment) -> list[SecondMoment]:

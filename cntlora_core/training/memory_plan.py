@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 COPIES_OF_ADAPTERS = 5
 # Of all second moments, in steps (counted by shapes): a basis for each layer, whoever else reads
 # its input, on which the moments stand too; where a prior is kept its own moments, and bases of
-# twice as many directions for the inputs.
-METRIC_COPIES, PRIOR_COPIES = 1.55, 2.5
+# twice as many directions for the inputs, which start with those of the moments.
+METRIC_COPIES, PRIOR_COPIES = 1.55, 1.25
 PRIOR_MOMENTS = 0.5  # of the same: those of the inputs alone
 LOWER_RESOLUTION = "a lower resolution"
 PLAN = (

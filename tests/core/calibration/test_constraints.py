@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cntlora_core.calibration import moments as layers
 from cntlora_core.calibration.constraints import WIDEST, WIDEST_OF_PATCHES, Metric
 from cntlora_core.calibration.moments import Moments
 from cntlora_core.calibration.recording import Seen, input_key, output_key
@@ -54,3 +55,19 @@ def test_what_is_wider_is_damped_more(d, m, more, share_in, share_out):
     torch.manual_seed(0)
     found = shares(Projection("p", d, m, "x", **more))
     assert found == pytest.approx([share_in, share_out], rel=1e-3)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_layers_with_a_prior_are_added_up_a_few_at_a_time(monkeypatch, diagonal):
+    torch.manual_seed(0)
+    each = [Projection(str(i), 96, 64, str(i), diagonal_in=diagonal) for i in range(3)]
+    moments, prior = (Moments(), Moments())
+    for p in each:
+        moments.seconds |= moments_of(p).seconds
+        prior.seconds |= moments_of(p).seconds
+    metric = Metric(RHO, prior, 4.0)
+    X = torch.randn(96, 5)
+    monkeypatch.setattr(layers, "MOST", 2 * 96 * 32)  # two, and one
+    together = metric.of_inputs(each, moments).matmul(X)
+    for p, product in zip(each, together, strict=True):
+        torch.testing.assert_close(product, metric.K(p, moments).matmul(X))

@@ -7,7 +7,7 @@ from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.calibration.natural import FRESH, REFRESH, STEP_SHARE, NaturalGradient
 from cntlora_core.calibration.refine import refine
 from cntlora_core.config import CalibrationConfig, TrainConfig
-from cntlora_core.data.batches import draw_batch
+from cntlora_core.data.batches import draw_batch, draw_noised
 from cntlora_core.distributed import ALONE
 from cntlora_core.events import ignore
 from cntlora_core.lora.adapter import attached_lora
@@ -68,7 +68,12 @@ def test_steps_shrink_and_the_metric_is_kept_for_some(mini_sd, subject, start):
     assert passed[1] == passed[0] + 2 * passed[0] // 12, "two of the steps were looked on at"
 
 
-def test_a_basis_of_moments_and_metric_is_held_once(mini_sd, subject, start):
+@pytest.mark.parametrize("preserves", [False, True])
+def test_a_basis_of_moments_and_metric_is_held_once(mini_sd, subject, start, preserves):
+    if preserves:
+        kept = draw_noised(subject, 4, 1000, torch.Generator().manual_seed(5))
+        config = CalibrationConfig(rank=2, effort="quick", seed=2)
+        start = calibrate(mini_sd, subject, config, prior=kept)
     _, natural = steps(mini_sd, subject, start, REFRESH + 1)
     of_metrics = {
         part.untyped_storage().data_ptr()

@@ -77,7 +77,7 @@ def test_of_a_wide_layer_the_leading_directions_are_kept(d):
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.sampled_from([5, RANK + 8]), st.booleans(), st.integers(1, 9), seeds)
+@given(st.sampled_from([5, RANK + 8, 3 * RANK]), st.booleans(), st.integers(1, 9), seeds)
 def test_how_strongly_weights_answer(d, thin, m, seed):
     """In their own precision too: half of it is brought to the moment's."""
     each = [Rows(rows_of(60, d, seed + i)) for i in range(3)]
@@ -89,11 +89,12 @@ def test_how_strongly_weights_answer(d, thin, m, seed):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.sampled_from([5, RANK + 8]), st.floats(0.01, 1), st.floats(0.1, 4), seeds)
+@given(st.sampled_from([5, RANK + 8, 3 * RANK]), st.floats(0.01, 1), st.floats(0.1, 4), seeds)
 def test_its_algebra_is_that_of_matrices(d, rho, weight, seed):
     C = LowRank.of(Rows(rows_of(60, d, seed)))
     other = LowRank.of(Rows(rows_of(60, d, seed + 1)))
     K = C.damped(rho).plus(other, weight)
+    assert d < 2 * RANK or torch.equal(K.basis[:, :RANK], C.basis)
     expected = dense(C) + weight * dense(other)
     expected += rho * dense(C).trace() / d * torch.eye(d, dtype=torch.float64)
     torch.testing.assert_close(dense(K), expected)

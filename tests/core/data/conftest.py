@@ -165,6 +165,11 @@ def phone_profile():
     return display_p3()
 
 
+@pytest.fixture
+def grey_profile():
+    return linear_grey()
+
+
 @pytest.fixture(scope="module")
 def odd_folder(tmp_path_factory):
     """The folder, and what each of its files gives."""

@@ -76,6 +76,6 @@ def test_one_thing_of_many_pictures_is_one_sentence(tmp_path):
     texts = [event.text for event in said]
     assert texts == [
         "Skipped '00.png', '01.png', '02.png' and 17 more: it cannot be read (no picture, or of a "
-        "kind that Pillow does not know).",
+        "kind that is not read).",
         "'00.gif', '01.gif', '02.gif' and 17 more: the first of its 2 pictures is used.",
     ]

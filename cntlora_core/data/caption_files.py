@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ def decode_text(raw: bytes) -> str:
     encoding = "utf-8-sig"
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding = "utf-16"
-    elif b"\0" in raw:  # ASCII letters in UTF-16 have it as every other byte
-        encoding = "utf-16-be" if raw[:1] == b"\0" else "utf-16-le"
+    elif b"\0" in raw.rstrip(b"\0"):  # ASCII letters in UTF-16 have it as every other byte
+        high_first = raw[::2].count(b"\0") > raw[1::2].count(b"\0")
+        encoding = "utf-16-be" if high_first else "utf-16-le"
+    else:
+        raw = raw.rstrip(b"\0")  # which some programs end a text with
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
@@ -45,16 +48,20 @@ class CaptionReader:
         self._tables: dict[Path, dict[str, str]] = {}
 
     def of(self, file: PictureFile) -> tuple[str | None, str]:
-        """The caption and the name of the file it stood in; None and "" without one."""
-        if file.caption is None:
-            return None, ""
-        if file.caption.name.casefold() != METADATA:
-            text = self._text(file.caption)
-            return text, readable(file.caption.name) if text else ""
-        if file.caption not in self._tables:
-            self._tables[file.caption] = self._table(file.caption)
-        text = self._tables[file.caption].pop(same_name(file.path.name), None)
-        return text, METADATA if text else ""
+        """The caption and the name of the file it stood in, its own before a line of metadata;
+        None and "" without one."""
+        line = self._line(file)
+        if file.caption and (text := self._text(file.caption)):
+            return text, readable(file.caption.name)
+        return line, METADATA if line else ""
+
+    def _line(self, file: PictureFile) -> str | None:
+        if file.metadata is None:
+            return None
+        if file.metadata not in self._tables:
+            self._tables[file.metadata] = self._table(file.metadata)
+        name = file.path.relative_to(file.metadata.parent).as_posix()
+        return self._tables[file.metadata].pop(same_name(name), None)
 
     def finish(self) -> None:
         """Tell which lines no picture has taken."""
@@ -76,18 +83,21 @@ class CaptionReader:
         return text or None
 
     def _table(self, path: Path) -> dict[str, str]:
-        """Captions by file name: a line is `{"file_name": ..., "text": ...}`, or kohya's
-        `{"cat.png": {"caption": ..., "tags": ...}}`."""
+        """Captions by a picture's place in the folder: a line is `{"file_name": ..., "text": ...}`,
+        or kohya's `{"cat.png": {"caption": ..., "tags": ...}}`."""
         try:
             lines = _lines(_read(path, MAX_METADATA))
+            folders = {same_name(p.name) for p in path.parent.iterdir() if p.is_dir()}
         except (OSError, ValueError) as error:
             self._left_out(f"{METADATA} was", error)
             return {}
         table: dict[str, str] = {}
-        wrong = []
+        wrong, again = [], []
         for number, line in enumerate(lines, 1):
             try:
-                table |= dict(_entries(json.loads(line))) if line.strip() else {}
+                found = dict(_entries(json.loads(line), folders)) if line.strip() else {}
+                again += [name for name in found if name in table]
+                table |= found
             except (ValueError, RecursionError):
                 wrong.append(str(number))
         if wrong:
@@ -97,6 +107,9 @@ class CaptionReader:
                     '"cat.png", "text": "a cat"}.'
                 )
             )
+        if again:
+            many = counted(len(again), "picture has", "pictures have")
+            self.observer(Notice(f"{METADATA}: {many} a second line, which counts: {some(again)}."))
         return table
 
     def _left_out(self, what: str, error: Exception) -> None:
@@ -119,8 +132,8 @@ def _lines(raw: bytes) -> list[str]:
         raise ValueError("neither UTF-8 nor UTF-16 text") from error
 
 
-def _entries(row: Any) -> Iterable[tuple[str, str]]:
-    """File names and captions of a line; paths are cut to their last part."""
+def _entries(row: Any, folders: Collection[str]) -> Iterable[tuple[str, str]]:
+    """File names and captions of a line."""
     if not isinstance(row, dict):
         raise ValueError("no object")
     file = next((row[key] for key in FILE_KEYS if isinstance(row.get(key), str)), None)
@@ -133,4 +146,11 @@ def _entries(row: Any) -> Iterable[tuple[str, str]]:
         parts = [text, tags if isinstance(tags, str) else ""]
         caption = decode_text(", ".join(p for p in parts if p).encode("utf-8", "replace"))
         if caption:
-            yield same_name(re.split(r"[/\\]", name)[-1]), caption
+            yield _place(same_name(name), folders), caption
+
+
+def _place(name: str, folders: Collection[str]) -> str:
+    """Of a line's file: its name, in one of the `folders` if it says so. The rest of a path is of
+    the computer that it was written on."""
+    *_, above, last = ["", *re.split(r"[/\\]", name)]
+    return f"{above}/{last}" if above in folders else last

@@ -11,6 +11,7 @@ from .folder import counted, some
 from .images import Picture
 
 PLACEHOLDER = re.compile(r"\{\s*(\w+)\s*\}")
+ESCAPED = re.compile(r"\\([()])")
 
 
 def fill_words(text: str, trigger: str, class_name: str) -> str:
@@ -21,10 +22,15 @@ def fill_words(text: str, trigger: str, class_name: str) -> str:
 
 
 def has_words(text: str, words: str) -> bool:
-    """Whether the words stand in the text as they are, in any case and whatever spaces are around
-    them."""
-    own = re.escape(" ".join(words.split()))
-    return bool(own and re.search(rf"(?<!\w){own}(?!\w)", text, re.IGNORECASE))
+    """Whether the words stand in the text as they are, in any case, whatever spaces are around them
+    and whether or not their brackets are escaped, as booru tags have them."""
+    own = re.escape(as_read(" ".join(words.split())))
+    return bool(own and re.search(rf"(?<!\w){own}(?!\w)", as_read(text), re.IGNORECASE))
+
+
+def as_read(text: str) -> str:
+    """Without the backslashes before brackets."""
+    return ESCAPED.sub(r"\1", text)
 
 
 def with_trigger(text: str, trigger: str) -> str:

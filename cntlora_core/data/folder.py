@@ -44,18 +44,20 @@ def by_reason(said: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
 @dataclass(frozen=True)
 class PictureFile:
     """A picture's file and how often each pass shows it; the files of its caption and mask, where
-    there are any; the subfolder it came from, "" for none."""
+    there are any, and the `metadata` that may have a line for it; the subfolder it came from, ""
+    for none."""
 
     path: Path
     repeats: int = 1
     caption: Path | None = None
     mask: Path | None = None
     subfolder: str = ""
+    metadata: Path | None = None
 
     @property
     def sources(self) -> tuple[Path, ...]:
         """Every file that is read for it."""
-        return tuple(p for p in (self.path, self.caption, self.mask) if p)
+        return tuple(p for p in (self.path, self.caption, self.metadata, self.mask) if p)
 
 
 def readable(name: object) -> str:
@@ -93,6 +95,7 @@ def picture_files(
         )
     extra = _Listing(Path(masks)) if masks else None
     root = _Listing(path)
+    metadata = root.find(METADATA)
     files = _pictures(root, observer, masks=extra)
     plain = []
     for sub in root.folders:
@@ -100,10 +103,13 @@ def picture_files(
             continue
         if match := REPEATS.fullmatch(sub.name):
             repeats = _repeats(sub, int(match[1]), observer)
-            files += _pictures(_Listing(sub), observer, repeats, sub.name, extra) if repeats else []
+            if repeats:
+                files += _pictures(_Listing(sub), observer, repeats, sub.name, extra, metadata)
         else:
             plain.append(sub)
-    files += _plain(plain, files, observer, extra)
+    files += _plain(plain, files, observer, extra, metadata)
+    if metadata and not any(file.metadata == metadata for file in files):
+        _tell_left_out(root, {_why_no_line(bool(files)): [metadata.name]}, observer)
     if not files:
         found = some(p.name for p in root.files)
         raise ImageError(
@@ -129,7 +135,11 @@ def _repeats(folder: Path, times: int, observer: Observer) -> int:
 
 
 def _plain(
-    folders: list[Path], others: list[PictureFile], observer: Observer, masks: _Listing | None
+    folders: list[Path],
+    others: list[PictureFile],
+    observer: Observer,
+    masks: _Listing | None,
+    metadata: Path | None,
 ) -> list[PictureFile]:
     """The pictures of plain subfolders where there are no others; else those are told and left."""
     files = []
@@ -146,7 +156,7 @@ def _plain(
             )
         elif count:
             observer(Notice(f"The pictures are those of the subfolder '{name}' ({count})."))
-            files += _pictures(listing, observer, 1, folder.name, masks)
+            files += _pictures(listing, observer, 1, folder.name, masks, metadata)
     return files
 
 
@@ -190,29 +200,29 @@ def _pictures(
     repeats: int = 1,
     subfolder: str = "",
     masks: _Listing | None = None,
+    metadata: Path | None = None,
 ) -> list[PictureFile]:
+    """`metadata`: that of the folder above, for where there is none."""
     pictures = [p for p in listing.files if p.suffix.lower() in SUFFIXES and not _unmasked(p.stem)]
     stems = {same_name(p.stem) for p in pictures}
     beside = [_Listing(f) for f in listing.folders if f.name.casefold() in MASK_FOLDERS]
     listings = [*([masks] if masks else []), *beside]
-    metadata = listing.find(METADATA)
-    files = []
-    for path in pictures:
-        captions = [f"{path.stem}{suffix}" for suffix in CAPTION_SUFFIXES]
-        captions += [f"{path.name}{suffix}" for suffix in CAPTION_SUFFIXES]
-        files.append(
-            PictureFile(
-                path,
-                repeats,
-                listing.find(*captions) or metadata,
-                _mask(path, listing, listings),
-                subfolder,
-            )
-        )
+    captions = [_caption(path, listing) for path in pictures]
+    metadata = None if all(captions) else listing.find(METADATA) or metadata
+    files = [
+        PictureFile(path, repeats, caption, _mask(path, listing, listings), subfolder, metadata)
+        for path, caption in zip(pictures, captions, strict=True)
+    ]
     used = {source for file in files for source in file.sources}
+    if not subfolder and (whole := listing.find(METADATA)):
+        used.add(whole)  # of subfolders' pictures it may be too
     for read in (listing, *beside):
         _tell_unused(read, used, stems, observer)
     return files
+
+
+def _caption(path: Path, beside: _Listing) -> Path | None:
+    return beside.find(*(f"{of}{end}" for of in (path.stem, path.name) for end in CAPTION_SUFFIXES))
 
 
 def _unmasked(stem: str) -> str:
@@ -240,15 +250,23 @@ def _tell_unused(listing: _Listing, used: set[Path], stems: set[str], observer: 
             kinds.setdefault(_why_unused(path, stems), []).append(path.name)
     if listing.broken:
         kinds["a link that leads nowhere, or no file"] = [p.name for p in listing.broken]
-    where = f" of '{readable(listing.folder.name)}'" if kinds else ""
+    _tell_left_out(listing, kinds, observer)
+
+
+def _tell_left_out(listing: _Listing, kinds: dict[str, list[str]], observer: Observer) -> None:
     for reason, names in kinds.items():
-        observer(Notice(f"Left out {some(names, 8)}{where}: {reason}."))
+        where = readable(listing.folder.name)
+        observer(Notice(f"Left out {some(names, 8)} of '{where}': {reason}."))
+
+
+def _why_no_line(pictures: bool) -> str:
+    return "every picture beside it has a caption file" if pictures else "no picture is beside it"
 
 
 def _why_unused(path: Path, stems: set[str]) -> str:
     of = {same_name(name) for name in (path.stem, Path(path.stem).stem, _unmasked(path.stem))}
     if same_name(path.name) == METADATA:
-        return "every picture beside it has a caption file" if stems else "no picture is beside it"
+        return _why_no_line(bool(stems))
     if path.suffix.lower() in CAPTION_SUFFIXES:
         return "a second caption of one picture" if of & stems else "no picture has that name"
     if path.suffix.lower() in SUFFIXES:

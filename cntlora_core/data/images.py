@@ -107,13 +107,13 @@ def open_pictures(files: Iterable[PictureFile], observer: Observer = ignore) -> 
 def _open(file: PictureFile, captions: CaptionReader, room: Room) -> tuple[Picture, list[str]]:
     """The picture and what is to be told of it. Raises UnusableError."""
     said = Said()
+    caption, source = captions.of(file)  # first: a line is no stranger's for a damaged picture
     image, alpha = decode(file.path, said)
     shape = file.mask and mask_file(file.mask, image.size, said)
     mask = shape or alpha
     digest = _digest(file.path, said)
     if shape:
         digest.update(b"mask" + shape.tobytes())
-    caption, source = captions.of(file)
     picture = Picture(
         readable(file.path.name),
         image,

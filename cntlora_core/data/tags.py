@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -58,13 +59,29 @@ def _variants(
     tags = _tags(rest if separator else caption)
     first = _tags(fixed) if separator else tags[: data.keep_tags]
     others = tags if separator else tags[data.keep_tags :]
-    calling = [tag for tag in others if trigger and has_words(tag, trigger)]
+    calling = [tag for tag in others if any(has_words(tag, part) for part in _tags(trigger))]
     first, others = first + calling, [tag for tag in others if tag not in calling]
     return [", ".join(first + _drawn(others, data, generator)) for _ in range(count)]
 
 
 def _tags(text: str) -> list[str]:
-    return [tag for part in text.replace(SEPARATOR, ",").split(",") if (tag := part.strip())]
+    return [tag for part in _parts(text.replace(SEPARATOR, ",")) if (tag := part.strip())]
+
+
+def _parts(text: str) -> list[str]:
+    """Between commas outside brackets, `(red hair, blue eyes:1.2)`; between all where brackets do
+    not pair, `:)`."""
+    depth, cuts = 0, [-1]
+    for at, letter in enumerate(text):
+        if letter in "()" and text[at - 1 : at] != "\\":
+            depth += 1 if letter == "(" else -1
+        if depth < 0:
+            return text.split(",")
+        if letter == "," and not depth:
+            cuts.append(at)
+    cuts.append(len(text))
+    between = [text[start + 1 : end] for start, end in pairwise(cuts)]
+    return text.split(",") if depth else between
 
 
 def _drawn(tags: list[str], data: DataConfig, generator: torch.Generator) -> list[str]:

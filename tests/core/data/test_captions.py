@@ -42,6 +42,7 @@ def read(folder, prompt="a photo", trigger="", class_name="", **options):
         "a cät sitting".encode("utf-16-le"),
         "a cät sitting".encode("utf-16-be"),
         b"\xfe\xff" + "a cät sitting".encode("utf-16-be"),
+        "a cät sitting".encode() + b"\0",
     ],
 )
 @pytest.mark.parametrize("name", ["cat.txt", "CAT.TXT", "cat.caption", "cat.png.txt"])
@@ -69,6 +70,12 @@ def test_captions_that_cannot_be_meant_are_left_out_and_named(tmp_path, raw, say
     assert len(said) == 1
     assert "'cat.txt'" in said[0]
     assert says in said[0]
+
+
+@pytest.mark.parametrize("text", ["“cat” on mat", "一 cat on mat", "x"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_known_by_its_letters(text, encoding):
+    assert decode_text(text.encode(encoding)) == text
 
 
 @given(st.binary(max_size=60))
@@ -151,6 +158,54 @@ def test_wrong_lines_and_strangers_of_a_metadata_file_are_told(tmp_path):
     assert texts == {"a.png": "sks, a ? cat"}
     assert "line 1, 2, 3 and 1 more was left out" in said[0]
     assert "1 caption of metadata.jsonl is of no picture here: z.png." in said[1]
+
+
+def by_place(folder):
+    said = []
+    pictures = find_pictures(folder, said.append)
+    return {(p.group, p.name): p.caption for p in pictures}, [e.text for e in said]
+
+
+@pytest.mark.parametrize("prefix", ["", "./", "/home/me/set/", "C:\\set\\"])
+def test_a_line_is_of_the_picture_in_the_folder_that_it_names(tmp_path, prefix):
+    """Pictures of one name in several folders, as Hugging Face's scripts lay them out."""
+    for name in ("1.png", "10_dog/1.png", "10_cat/1.png"):
+        save(tmp_path / name)
+    (tmp_path / "10_cat" / "1.txt").write_text("a cat")
+    rows = lines(
+        {"file_name": "1.png", "text": "all"}, {"file_name": f"{prefix}10_Dog/1.png", "text": "dog"}
+    )
+    (tmp_path / "metadata.jsonl").write_text(rows)
+    texts, said = by_place(tmp_path)
+    assert texts == {("", "1.png"): "all", ("10_dog", "1.png"): "dog", ("10_cat", "1.png"): "a cat"}
+    assert said == []
+
+
+def test_lines_above_subfolders_alone_are_theirs(tmp_path):
+    save(tmp_path / "10_dog" / "1.png")
+    save(tmp_path / "10_cat" / "2.png")
+    rows = [{"file_name": "10_dog/1.png", "text": "a dog"}, {"file_name": "3.png", "text": "none"}]
+    (tmp_path / "metadata.jsonl").write_text(lines(*rows))
+    texts, said = by_place(tmp_path)
+    assert texts == {("10_dog", "1.png"): "a dog", ("10_cat", "2.png"): None}
+    assert said == ["1 caption of metadata.jsonl is of no picture here: 3.png."]
+
+
+def test_a_line_stands_in_for_an_empty_file_and_is_no_strangers(tmp_path):
+    for name in "abc":
+        save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("own")
+    (tmp_path / "b.txt").write_text(" ")
+    (tmp_path / "d.png").write_bytes(b"damaged")
+    rows = [{"file_name": f"{n}.png", "text": f"line {n}"} for n in "abccd"]
+    (tmp_path / "metadata.jsonl").write_text(lines(*rows))
+    texts, said = read(tmp_path)
+    assert texts == {"a.png": "own", "b.png": "line b", "c.png": "line c"}
+    assert said == [
+        "metadata.jsonl: 1 picture has a second line, which counts: c.png.",
+        "The caption 'b.txt' is empty.",
+        "Skipped 'd.png': it cannot be read (no picture, or of a kind that is not read).",
+    ]
 
 
 def test_the_trigger_is_put_in_front_of_captions_that_lack_it(tmp_path):

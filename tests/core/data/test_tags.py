@@ -6,6 +6,7 @@ from PIL import Image
 
 from cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
 from cntlora_core.data.batches import draw_batch
+from cntlora_core.data.captions import has_words
 from cntlora_core.data.dataset import encode_subject
 from cntlora_core.data.images import Picture
 from cntlora_core.data.tags import in_order, tag_variants
@@ -36,6 +37,37 @@ def test_the_trigger_is_never_shuffled_away_or_left_out():
     assert any(text == "1girl" for text in variants), "no trigger keeps nothing"
     (variants,) = tag_variants(["1girl, red hair, my sks dog"], data, "sks")
     assert all("my sks dog" in text for text in variants)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "caption", "stays"),
+    [
+        ("anna, red jacket", "anna, red jacket, 1girl, park, tree", ["anna", "red jacket"]),
+        ("anna (cosplay)", r"1girl, anna \(cosplay\), park, tree", [r"anna \(cosplay\)"]),
+        (r"anna \(cosplay\)", "1girl, anna (cosplay), park, tree", ["anna (cosplay)"]),
+    ],
+)
+def test_a_trigger_of_several_tags_or_in_brackets_stays(trigger, caption, stays):
+    assert has_words(caption, trigger)
+    (variants,) = tag_variants(
+        [caption], DataConfig(shuffle_tags=True, tag_dropout=0.9), f"{trigger} "
+    )
+    assert all(tag in text.split(", ") for text in variants for tag in stays)
+    assert any("park" not in text for text in variants)
+
+
+@pytest.mark.parametrize("tag", ["(red hair, blue eyes:1.2)", "((a, b), c)", r"(a \(b\), c)"])
+def test_a_comma_inside_brackets_parts_no_tag(tag):
+    (variants,) = tag_variants([f"sks, {tag}, park, tree"], SHUFFLED)
+    assert len(set(variants)) > 2
+    assert all(tag in text for text in variants)
+
+
+@pytest.mark.parametrize("caption", ["sks, :), a, b", "sks, >:(, a, b", "sks, ), (, a, b"])
+def test_brackets_that_do_not_pair_are_letters(caption):
+    (variants,) = tag_variants([caption], SHUFFLED)
+    for text in variants:
+        assert sorted(text.split(", ")) == sorted(caption.split(", "))
 
 
 def test_of_many_captions_fewer_variants_are_made(mini_sd, monkeypatch):

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from ..cntlora_core.data.folder import readable
 from ..cntlora_core.errors import SettingError
 
 # Windows opens a device for these names whatever the ending, so a shared workflow must not hold
@@ -19,6 +20,7 @@ _DEVICES = {
     "NUL",
     *(f"{d}{n}" for d in ("COM", "LPT") for n in "0123456789¹²³"),
 }
+LONGEST = 200  # bytes of a name: systems take 255, and an ending comes to it
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*]')
 
 
@@ -29,8 +31,8 @@ def inside(root: str | os.PathLike[str], name: str, known: Collection[str] = ())
     parts = [name] if name in known else re.split(r"[/\\]", name)
     if name not in known and not all(_plain(part) for part in parts):
         raise SettingError(
-            f"'{name}' is not a name inside '{Path(root).name}': use a file or folder name such as "
-            "'my_cat'."
+            f"'{shown(name)}' is not a name inside '{Path(root).name}': use a file or folder name "
+            "such as 'my_cat'."
         )
     path = Path(root, *parts)
     if not path.resolve().is_relative_to(Path(root).resolve()):
@@ -51,10 +53,20 @@ def stamps(paths: Iterable[str | os.PathLike[str]]) -> str:
     return repr(seen)
 
 
+def shown(name: str) -> str:
+    """What a sentence can hold of it."""
+    return readable(name if len(name) <= 80 else f"{name[:60]}...")
+
+
 def _plain(part: str) -> bool:
+    try:
+        length = len(os.fsencode(part))
+    except UnicodeEncodeError:  # half a letter
+        return False
     stem = part.split(".")[0].rstrip().upper()
     return not (
         part in ("", ".", "..")
+        or length > LONGEST
         or part != part.strip(" ").rstrip(".")
         or _FORBIDDEN.search(part)
         or stem in _DEVICES

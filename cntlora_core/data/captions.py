@@ -18,7 +18,12 @@ def fill_words(text: str, trigger: str, class_name: str) -> str:
     """`{trigger}` and `{class}` filled in, spaces tidied."""
     words = {"trigger": trigger, "class": class_name}
     filled = PLACEHOLDER.sub(lambda m: words.get(m[1].lower(), m[0]), text)
-    return " ".join(filled.split())
+    return tidy(filled)
+
+
+def tidy(text: str) -> str:
+    """On one line, without the halves of letters that JSON may hold: no file takes these."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def has_words(text: str, words: str) -> bool:
@@ -54,7 +59,7 @@ def prepare_captions(
 ) -> tuple[list[Picture], str]:
     """The pictures' captions and the prompt of the others as the model reads them: `words` (trigger
     and class) filled in, the trigger in front of those that lack it. What was done is told."""
-    trigger, pictures = " ".join(words[0].split()), list(pictures)
+    trigger, pictures = tidy(words[0]), list(pictures)
     _tell_unfilled([prompt, *(p.caption for p in pictures if p.caption)], words, observer)
     filled = [(p.name, fill_words(p.caption, trigger, words[1])) for p in pictures if p.caption]
     prompt = fill_words(prompt, trigger, words[1])

@@ -7,6 +7,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,9 @@ class PictureFile:
 
 def readable(name: object) -> str:
     """A file's name as text that any file and screen takes: what is no valid text is replaced."""
-    text = os.fsencode(str(name)).decode("utf-8", "replace")
+    text = str(name)
+    with suppress(UnicodeEncodeError):  # half a letter, which is replaced below
+        text = os.fsencode(text).decode("utf-8", "replace")
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 

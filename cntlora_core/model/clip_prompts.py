@@ -76,8 +76,10 @@ class CLIPPrompts:
         return int(self.encoders[which].config.max_position_embeddings) - 2
 
     def _ids(self, which: int, prompts: Sequence[str]) -> list[list[int]]:
-        """Without start and end. Escaped parentheses are parentheses, as ComfyUI reads them."""
-        texts = [text.replace(r"\(", "(").replace(r"\)", ")") for text in prompts]
+        """Without start and end. Escaped parentheses are parentheses, as ComfyUI reads them; no
+        tokenizer takes half a letter."""
+        plain = [text.encode("utf-8", "replace").decode() for text in prompts]
+        texts = [text.replace(r"\(", "(").replace(r"\)", ")") for text in plain]
         rows = self.tokenizers[which](texts, verbose=False).input_ids
         return [row[1:-1] for row in rows]
 

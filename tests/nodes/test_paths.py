@@ -42,11 +42,15 @@ def test_plain_names_are_taken(paths, tmp_path, name):
         "a:b",
         "a|b",
         "con .txt",
+        "x" * 300,
+        "a/" + "ä" * 120,
+        "cat\ud83d",
     ],
 )
 def test_names_that_lead_elsewhere_are_refused(paths, tmp_path, name):
-    with pytest.raises(paths.SettingError, match="use a file or folder name"):
+    with pytest.raises(paths.SettingError, match="use a file or folder name") as refused:
         paths.inside(tmp_path, name)
+    assert len(str(refused.value).encode()) < 250
 
 
 def test_a_link_to_another_place_is_refused(paths, tmp_path):

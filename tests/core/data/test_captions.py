@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -150,14 +151,14 @@ def test_wrong_lines_and_strangers_of_a_metadata_file_are_told(tmp_path):
             [1],
             {"text": "no file"},
             {"file_name": "a.png", "text": "a \ud800 cat"},
-            {"file_name": "z.png", "text": "of nobody"},
+            {"file_name": "z\ud83d.png", "text": "of nobody"},
             "[" * 100_000,
         )
     )
     texts, said = read(tmp_path, trigger="sks")
     assert texts == {"a.png": "sks, a ? cat"}
     assert "line 1, 2, 3 and 1 more was left out" in said[0]
-    assert "1 caption of metadata.jsonl is of no picture here: z.png." in said[1]
+    assert "1 caption of metadata.jsonl is of no picture here: z\ufffd.png." in said[1]
 
 
 def by_place(folder):
@@ -275,3 +276,10 @@ def test_changed_captions_are_other_data(mini_sd, tmp_path):
     one = read_subject(mini_sd, tmp_path, "x").digest
     (tmp_path / "a.txt").write_text("two")
     assert len({plain, one, read_subject(mini_sd, tmp_path, "x").digest}) == 3
+
+
+def test_half_a_letter_from_a_workflow_stops_nothing(mini_sd):
+    picture = Picture("a", Image.new("RGB", (64, 64)), "0", caption="a cat \ud83d")
+    (read,), prompt = prepare_captions([picture], "a \ud83d {trigger}", ("sks\ud83d", "cat"))
+    json.dumps([read.caption, prompt], ensure_ascii=False).encode()
+    assert len(mini_sd.prompts.encode(["a cat \ud83d"], torch.device("cpu")))

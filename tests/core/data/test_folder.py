@@ -213,3 +213,4 @@ def test_what_a_folder_of_other_things_holds_is_said(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="every name there is valid text")
 def test_names_that_are_no_text_become_text():
     assert readable(os.fsdecode(b"a\xff\n.png")) == "a\ufffd\ufffd.png"
+    assert readable("a\ud83d.png") == "a\ufffd.png"

@@ -165,6 +165,11 @@ def other_folders() -> list[Path]:
     return [Path(root, "cntlora-saved") for root in roots]
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether ComfyUI removes it: it empties its temp folder whenever it starts or ends."""
+    return path.is_relative_to(folder_paths.get_temp_directory())
+
+
 def lora_names() -> list[str]:
     """The LoRA files that Load LoRA lists."""
     files = folder_paths.get_filename_list("loras")

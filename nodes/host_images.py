@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..cntlora_core.data.decoding import fitted_mask
+from ..cntlora_core.data.decoding import MIN_SIDE, fitted_mask
 from ..cntlora_core.data.images import Picture
 from ..cntlora_core.errors import ImageError
 from ..cntlora_core.events import Notice, Observer
@@ -45,7 +45,19 @@ def from_image(batch: Tensor) -> list[Image.Image]:
 
 def from_batches(batches: Sequence[Tensor]) -> list[Picture]:
     """A list of ComfyUI's IMAGEs, of any sizes, as pictures named by their number. Raises
-    ImageError for none."""
+    ImageError for none, and for one that is too small or not of numbers."""
+    for n, values in enumerate((one for batch in batches for one in batch), 1):
+        if not torch.isfinite(values).all():
+            raise ImageError(
+                f"Image {n} is not of numbers (NaN): the node that gives it has failed. A VAE that "
+                "decodes in fp16 does so; try it in fp32."
+            )
+        height, width = values.shape[:2]
+        if min(height, width) < MIN_SIDE:
+            raise ImageError(
+                f"Image {n} is {width}x{height} px, which is too small (at least {MIN_SIDE} px a "
+                "side)."
+            )
     images = [image for batch in batches for image in from_image(batch)]
     if not images:
         raise ImageError("No pictures came in: the node that gives them let none through.")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..cntlora_core.config import RunConfig
 from ..cntlora_core.devices import DTYPES
-from ..cntlora_core.errors import CNTLoRAError, LoRAFileError
+from ..cntlora_core.errors import CNTLoRAError, LoRAFileError, OutputError
 from ..cntlora_core.events import Event, Notice, Status
 from ..cntlora_core.files import DISK, free_name, remove_written
 from . import host
@@ -75,9 +75,15 @@ class SaveLoRA(io.ComfyNode):
                 said.append(event.text)
 
         path = free_name(host.lora_path(name))
-        saved = host.lora_name(lora.write(path, DTYPES[save_precision], note, cls.disk))
-        if lora.spare:
+        try:
+            written = lora.write(path, DTYPES[save_precision], note, cls.disk)
+        except OutputError as error:
+            if lora.spare and lora.spare.is_file():
+                error.add_sentence(f"It is still in loras/{host.lora_name(lora.spare)}.")
+            raise
+        if lora.spare and not host.is_temporary(written):
             remove_written(lora.spare)
+        saved = host.lora_name(written)
         text = " ".join([f"Saved as {saved}", *said])
         with Reporter(host.identity(cls), "CNTLoRASaveLoRA", disk=cls.disk) as report:
             report.note(Status(text))  # for a page that is opened later

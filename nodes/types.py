@@ -17,7 +17,7 @@ from ..cntlora_core.data.concepts import join_concepts
 from ..cntlora_core.data.dataset import encode_subject
 from ..cntlora_core.data.encoded import EncodedImages, with_validation
 from ..cntlora_core.data.images import Picture
-from ..cntlora_core.events import Observer, ignore
+from ..cntlora_core.events import Notice, Observer, ignore
 from ..cntlora_core.files import DISK, Disk
 from ..cntlora_core.lora.adapter import LoRA
 from ..cntlora_core.lora.file import to_state_dict
@@ -176,7 +176,7 @@ def lora_model(
     ) -> Path:
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-        return save_run(
+        saved = save_run(
             path,
             lora,
             model,
@@ -190,6 +190,9 @@ def lora_model(
             disk=disk,
             observer=observer,
         )
+        if host.is_temporary(saved):
+            observer(Notice("ComfyUI empties that folder when it starts or ends: move the file."))
+        return saved
 
     state.write, state.prompt = save, subject.prompt
     return state

@@ -1,6 +1,8 @@
 """A disk that fails at its n-th call, in the nodes: the LoRA is never lost."""
 
+import errno
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -86,6 +88,35 @@ def test_save_lora_finds_another_place(pack, inputs, failing_disk, call):
     with pytest.raises(ValueError, match="could not be written"):
         run(full, lora=lora, name="fault", save_precision="fp32")
     assert not list(pack.base.rglob(".cntlora-*"))
+
+
+def only_under(pack, folder):
+    """A disk that is full everywhere else."""
+
+    class Full(type(pack.SaveLoRA.disk)):
+        def open(self, path, mode):
+            if not path.is_relative_to(pack.base / folder):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().open(path, mode)
+
+    return with_disk(pack.SaveLoRA, Full())
+
+
+def test_what_is_emptied_is_no_place_to_keep_the_only_copy(pack, inputs):
+    """ComfyUI's temp takes it, and is emptied at the next start."""
+    lora = run(pack.TrainLoRA, **inputs | {"steps": 1, "seed": 3}).values[0]
+    out = run(only_under(pack, "temp"), lora=lora, name="kept")
+    assert "ComfyUI empties that folder" in out.ui["text"][0]
+    assert lora.spare.is_file()
+    run(only_under(pack, "output"), lora=lora, name="kept")
+    assert not lora.spare.exists()
+
+
+def test_a_save_that_fails_says_where_the_lora_is(pack, inputs):
+    lora = run(pack.TrainLoRA, **inputs | {"steps": 1, "seed": 4}).values[0]
+    with pytest.raises(ValueError, match="could not be written") as failed:
+        run(only_under(pack, "nowhere"), lora=lora, name="lost")
+    assert f"It is still in loras/cntlora-unsaved/{lora.spare.name}." in str(failed.value)
 
 
 def test_a_run_that_could_not_be_saved_is_not_started(pack, inputs, monkeypatch):

@@ -53,6 +53,20 @@ def test_connected_captions_are_off_with_the_others(pack):
     assert "The captions have no effect: use_captions is off." in out.ui["text"][0]
 
 
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (torch.full((1, 64, 64, 3), torch.nan), "Image 3 is not of numbers"),
+        (torch.rand(1, 1, 9, 3), "Image 3 is 9x1 px, which is too small"),
+    ],
+)
+def test_an_image_that_shows_nothing_is_named(pack, image, says):
+    """A VAE that overflowed, a crop that went wrong."""
+    images = [torch.rand(2, 64, 64, 3), image]
+    with pytest.raises(ValueError, match=says):
+        pack.run(pack.SubjectImages, folder=[FOLDER], images=images, **SUBJECT)
+
+
 @pytest.mark.parametrize("images", [[], [torch.zeros(0, 64, 64, 3)]])
 def test_no_pictures_from_the_graph_are_not_the_folders(pack, images):
     with pytest.raises(ValueError, match="No pictures came in"):
@@ -62,7 +76,7 @@ def test_no_pictures_from_the_graph_are_not_the_folders(pack, images):
 @pytest.mark.parametrize(("channels", "seen"), [(1, (51, 51, 51)), (4, (153, 153, 153))])
 def test_pictures_of_other_channels(pack, channels, seen):
     """Grey ones; cut-outs, on white like those of a folder: 0.2 at half the opacity is 0.6."""
-    batch = torch.full((1, 8, 8, channels), 0.2)
+    batch = torch.full((1, 16, 16, channels), 0.2)
     batch[..., 3:] = 0.5
     subject = pack.run(pack.SubjectImages, folder=FOLDER, images=[batch], **SUBJECT).values[0]
     assert subject.pictures[0].image.getpixel((0, 0)) == seen
@@ -102,7 +116,7 @@ def test_masks_from_the_graph_say_what_counts(pack, model):
     ).values[0]
     assert float(other.encode_all(model, lambda event: None).masks[0][0, 0, 0]) == 0
     with pytest.raises(ValueError, match="3 masks for 2 pictures"):
-        pack.run(pack.SubjectImages, masks=[torch.ones(3, 8, 8)], **given)
+        pack.run(pack.SubjectImages, masks=[torch.ones(3, 16, 16)], **given)
 
 
 def test_subjects_are_learnt_together(pack, model):

@@ -25,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--class-name", default="", help="planned: fills {class}")
     parser.add_argument("--masks", metavar="DIR", help="masks with the pictures' names")
     parser.add_argument(
-        "--resolution", type=int, default=512, metavar="PX", help="planned (default: %(default)s)"
+        "--resolution",
+        type=int,
+        default=512,
+        metavar="PX",
+        help="planned; 1024 for SDXL (default: %(default)s)",
     )
     add_settings(parser, DataConfig, READ)
     add_settings(parser, ModelConfig, ["max_tokens"])
@@ -34,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_check(args: argparse.Namespace) -> None:
-    from ..data.captions import prepare_captions, without_captions
+    from ..data.captions import prepare_captions, uncalled, without_captions
     from ..data.checks import check_pictures
     from ..data.images import find_pictures
     from ..data.lengths import too_long
@@ -55,6 +59,7 @@ def run_check(args: argparse.Namespace) -> None:
     pictures, prompt = prepare_captions(
         found, args.prompt, words, add_trigger=data.add_trigger, observer=note
     )
+    said += uncalled([p.caption for p in pictures if p.caption], prompt, args.trigger)
     said += check_pictures(pictures, args.resolution)
     read = what_is_read(pictures, prompt, data, args.trigger)
     said += too_long([text for texts in read for text in texts], args.max_tokens)

@@ -55,7 +55,7 @@ class Console:
             note = f"loss {event.loss:.4f}"
             self._advance("training", event.step, self.total_steps, note, self.made_before)
         elif isinstance(event, Validation) and event.step % self.total_steps_shown == 0:
-            self._line(f"  step {event.step}: held-out loss {event.loss:.5f}")
+            self._line(f"  step {event.step}: validation loss {event.loss:.5f}")
         elif isinstance(event, Status):
             self._close()
             self._line(event.text)
@@ -69,7 +69,7 @@ class Console:
         elif isinstance(event, Notice):
             self._line(f"Note: {event.text}")
         elif isinstance(event, Base):
-            self._line(f"  base model: held-out loss {event.loss:.5f}")
+            self._line(f"  base model: validation loss {event.loss:.5f}")
         elif (
             isinstance(event, Calibrated) and event.loss is not None and event.base_loss is not None
         ):

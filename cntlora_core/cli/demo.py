@@ -80,6 +80,8 @@ def _run(folder: Path, observer: Observer) -> dict[str, Any]:
         "base_loss": run.base_loss,
         "step0_loss": run.validations[0][1],
         "final_loss": run.kept_loss,
+        "kept_step": run.kept_step,
+        "strength": run.strength,
         "gaussian_final_loss": gaussian.kept_loss,
     }
 

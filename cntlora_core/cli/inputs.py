@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import DataConfig, RunConfig
-from ..data.captions import fill_words
+from ..data.captions import fill_words, uncalled
 from ..data.concepts import join_concepts
 from ..data.dataset import read_subject
 from ..data.encoded import (
@@ -63,17 +63,21 @@ def _pictures(
     cache = LatentCache(args.cache, *model.pictures.modules) if args.cache else None
 
     def read(folder: str, trigger: str, class_name: str, masks: str | None = None) -> EncodedImages:
-        words = (trigger, class_name)
-        return read_subject(
+        subject = read_subject(
             model,
             folder,
             args.prompt,
             data,
-            words=words,
+            words=(trigger, class_name),
             masks=masks,
             cache=cache,
             observer=observer,
         )
+        of_pictures = dict(zip(subject.pictures, subject.captions, strict=True))
+        own = [text for text in of_pictures.values() if text != subject.prompt]
+        for text in uncalled(own, subject.prompt, trigger):
+            observer(Notice(text))
+        return subject
 
     parts = [read(args.images, args.trigger, args.class_name, args.masks)]
     parts += [read(*other) for other in args.and_subject]

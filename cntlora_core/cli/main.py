@@ -109,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument(
         "--checkpoint",
         metavar="PATH",
-        help="say family, prediction, dtypes and what is missing, without reading weights",
+        help="say family and prediction, of a single file also dtypes and what is missing, "
+        "without reading weights",
     )
     return parser
 
@@ -234,7 +235,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
+    from ..model.loader import located
     from .info import about_checkpoint, environment
 
-    said = about_checkpoint(Path(args.checkpoint)) if args.checkpoint else environment()
+    said = about_checkpoint(located(args.checkpoint)) if args.checkpoint else environment()
     print_json(said, indent=2)

@@ -51,7 +51,7 @@ class CalibrationConfig:
     effort: Effort = setting(
         "balanced",
         "How long init target calibrates. quick: a look, 12 batches. balanced: 52 batches of 2, "
-        "the time of about 30 training steps of 4 pictures. thorough: 112, about 60.",
+        "by counts the time of about 30 training steps of 4 pictures. thorough: 112, about 60.",
     )
     batch_size: int = common.batch_size()
     targets: Targets = setting(

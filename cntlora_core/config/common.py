@@ -22,8 +22,8 @@ def batch_size() -> Any:
 def gradient_checkpointing() -> Any:
     return setting(
         False,
-        "Far less memory, about a third slower. Off: on CUDA still on where the run would not fit "
-        "without.",
+        "Far less memory, a third to twice as slow. Off: on CUDA still on where the run would not "
+        "fit without.",
         advanced=True,
     )
 

@@ -47,9 +47,9 @@ class DataConfig:
     upscale: bool = setting(False, "Enlarge small pictures to the resolution.", advanced=True)
     hold_out: bool = setting(
         True,
-        "Leave the last of 5 or more pictures out of calibration and training: it validates, and "
-        "says at what strength the LoRA fits. Where other pictures validate, or none, training "
-        "takes it too.",
+        "Leave the last of 5 or more pictures, by name, out of calibration and training: it "
+        "validates, and says at what strength the LoRA fits. Where other pictures validate, or "
+        "none, training takes it too.",
         advanced=True,
     )
     add_trigger: bool = setting(

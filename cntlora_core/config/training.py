@@ -20,7 +20,8 @@ class TrainConfig:
         0,
         "Training steps. auto: by model, start and pictures (after a calibration 50 a picture, 200 "
         "to 600 in all; from an ordinary start twice as many; 100 on the embedded model). Too "
-        "many, and pictures copy the training set; too few, and likeness is missing.",
+        "few, and likeness is missing; too many, and pictures copy the training set where none is "
+        "held out.",
         low=1,
         high=common.MOST_STEPS,
         auto=True,
@@ -28,7 +29,7 @@ class TrainConfig:
     # one rate for both factors: unit response makes it carry over between layers
     learning_rate: float = setting(
         0.0,
-        "The optimiser's step; natural-gradient steps, which go on after init target, need none. "
+        "The optimiser's step; no effect on natural steps (after init target), which need none. "
         "auto: by model, start and optimizer (0.0005 after a calibration, 0.0001 for an ordinary "
         "start; 0.003 and 0.01 on the embedded model; 1 with prodigy). Too high: loss jumps, "
         "pictures burn. Too low: nothing happens.",
@@ -47,7 +48,11 @@ class TrainConfig:
         advanced=True,
     )
     weight_decay: float = setting(
-        0.01, "Pulls the LoRA towards zero.", high=1, step=0.001, advanced=True
+        0.01,
+        "Pulls the LoRA towards zero. No effect on natural steps.",
+        high=1,
+        step=0.001,
+        advanced=True,
     )
     gradient_checkpointing: bool = common.gradient_checkpointing()
     keep_best: bool = setting(
@@ -67,11 +72,14 @@ class TrainConfig:
         high=1024,
     )
     schedule: Schedule = setting(
-        "constant", "Of the rate after warmup. cosine ends at 0; restarts does so three times."
+        "constant",
+        "Of the rate after warmup. cosine ends at 0; restarts does so three times. No effect on "
+        "natural steps, which fall by themselves.",
     )
     warmup: float = setting(
         0.0,
-        "Steps in which the learning rate rises; below 1: a share of all steps.",
+        "Steps in which the learning rate rises; below 1: a share of all steps. No effect on "
+        "natural steps.",
         high=common.MOST_STEPS,
         step=0.05,
         unit="steps",
@@ -123,7 +131,8 @@ class TrainConfig:
     )
     max_grad_norm: float = setting(
         1.0,
-        "A gradient longer than this is cut to it. Lower it when the loss jumps.",
+        "A gradient longer than this is cut to it. Lower it when the loss jumps. No effect on "
+        "natural steps.",
         low=1e-6,
         high=1000,
         step=0.1,

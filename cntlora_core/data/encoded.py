@@ -157,7 +157,16 @@ def unvalidated_subjects(subject: EncodedImages, held_out: EncodedImages) -> lis
 
 
 def unvalidated(subject: EncodedImages, held_out: EncodedImages) -> list[str]:
-    """A sentence where some of several subjects have no picture among those held out."""
+    """A sentence where there are too few pictures to hold one out, or where some of several
+    subjects have none among those held out."""
+    if held_out is subject:
+        if subject.picture_count >= HOLD_OUT_FROM:
+            return []
+        return [
+            f"{subject.picture_count} pictures are too few to hold one out ({HOLD_OUT_FROM} or "
+            "more): validation looks at those that are trained on, and cannot tell when they are "
+            "copied. Judge by the samples."
+        ]
     concepts = set(subject.concepts)
     missing = concepts - set(held_out.concepts)
     if not missing:

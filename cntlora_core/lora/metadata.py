@@ -51,7 +51,8 @@ class Source:
 @dataclass(frozen=True)
 class Taught:
     """The pictures that a LoRA was made from: `captions` is a (text, repeats) for each of them;
-    `trigger` calls the subject, and is the prompt where nobody named a word."""
+    `trigger` calls the subject: where nobody named a word it is the prompt, and nothing where every
+    picture has a caption of its own."""
 
     trigger: str
     captions: tuple[tuple[str, int], ...]
@@ -142,14 +143,14 @@ def _of_weights(lora: Mapping[str, Factors]) -> dict[str, str]:
 
 
 def _of_pictures(taught: Taught) -> dict[str, str]:
-    size = taught.resolution
+    size, called = taught.resolution, {"modelspec.trigger_phrase": taught.trigger}
     return {
+        **(called if taught.trigger else {}),
         "ss_resolution": f"({size}, {size})",
         "ss_num_train_images": str(sum(repeats for _, repeats in taught.captions)),
         "ss_tag_frequency": json.dumps(_tag_frequency(taught), ensure_ascii=False),
         "ss_datasets": json.dumps([{"subsets": _subsets(taught)}], ensure_ascii=False),
         "modelspec.resolution": f"{size}x{size}",
-        "modelspec.trigger_phrase": taught.trigger,
         "cntlora.data_hash": taught.digest,
     }
 

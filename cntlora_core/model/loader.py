@@ -108,6 +108,11 @@ class StableDiffusion:
             nn.Module.to(module, "meta")
 
 
+def located(checkpoint: str | os.PathLike[str]) -> Path:
+    """The file or folder of a checkpoint, which may be the embedded model's name."""
+    return MINI_SD_FOLDER / "model" if str(checkpoint) == MINI_SD else Path(checkpoint)
+
+
 def load_checkpoint(
     path: str | os.PathLike[str],
     *,
@@ -134,7 +139,7 @@ def load_checkpoint(
     """
     check_prediction(prediction)
     check_text_settings(clip_skip, max_tokens)
-    folder = MINI_SD_FOLDER / "model" if str(path) == MINI_SD else Path(path)
+    folder = located(path)
     if not folder.exists():
         raise CheckpointError(
             f"The checkpoint '{path}' does not exist. Give a .safetensors file, a diffusers "

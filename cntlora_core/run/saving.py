@@ -92,11 +92,12 @@ def _save_elsewhere(
 
 
 def _taught(subject: EncodedImages) -> Taught:
-    """The pictures as the metadata tell of them; several views of a picture are one."""
+    """The pictures as the metadata tell of them; several views of a picture are one. A prompt
+    that none of them was shown with calls nothing."""
     captions = subject.captions or (subject.prompt,) * len(subject)
     views = zip(captions, subject.repeats, strict=True)
     return Taught(
-        subject.trigger or subject.prompt,
+        subject.trigger or (subject.prompt if subject.prompt in captions else ""),
         tuple(dict(zip(subject.pictures, views, strict=True)).values()),
         subject.resolution,
         subject.digest,

@@ -58,6 +58,15 @@ def test_another_second_subject_does_not_go_on_from_the_checkpoint(folders, caps
     assert steps(log) == [3]
 
 
+def test_captions_without_a_trigger_are_told(folders, capsys):
+    (folders / "red" / "a.txt").write_text("a red thing")
+    given = ["--checkpoint", "mini-sd", "--images", str(folders / "red"), "--prompt", "a sks cat"]
+    assert main(["train", *given, *SHORT, "--output", str(folders / "x.safetensors")]) == 0
+    assert "1 caption is read in place of the prompt" in capsys.readouterr().err
+    assert main(["check", "--images", str(folders / "red")]) == 0
+    assert "1 caption is read in place of the prompt" in capsys.readouterr().out
+
+
 def test_a_prior_outside_the_masks(folders, capsys):
     assert train(folders, "--prior-loss", "masked") == 1
     assert "needs masks, and there is none that is used: turn on masked" in capsys.readouterr().err

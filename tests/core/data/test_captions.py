@@ -7,13 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
 
-from cntlora_core.config import DataConfig
+from cntlora_core.config import CalibrationConfig, DataConfig
 from cntlora_core.data.caption_files import decode_text
-from cntlora_core.data.captions import fill_words, prepare_captions
+from cntlora_core.data.captions import fill_words, prepare_captions, uncalled
 from cntlora_core.data.dataset import encode_subject, read_subject
 from cntlora_core.data.images import Picture, find_pictures
 from cntlora_core.events import Notice
+from cntlora_core.run.saving import save_run
 
 
 def save(path, color="red"):
@@ -283,3 +285,26 @@ def test_half_a_letter_from_a_workflow_stops_nothing(mini_sd):
     (read,), prompt = prepare_captions([picture], "a \ud83d {trigger}", ("sks\ud83d", "cat"))
     json.dumps([read.caption, prompt], ensure_ascii=False).encode()
     assert len(mini_sd.prompts.encode(["a cat \ud83d"], torch.device("cpu")))
+
+
+def test_a_prompt_that_captions_take_the_place_of_calls_nothing(mini_sd, tmp_path):
+    """On the command line, where its words may be the trigger's."""
+    prompt = "a photo of sks cat"
+    assert uncalled(["a photo of sks cat, sitting"], prompt, "") == []
+    assert uncalled(["a red cat"], prompt, "sks") == []
+    (said,) = uncalled(["a red cat", "a cat"], prompt, "")
+    assert said.startswith("2 captions are read in place of the prompt 'a photo of sks cat'")
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a red cat")
+    for trigger, phrase in (("sks", "sks"), ("", None)):
+        subject = read_subject(mini_sd, tmp_path, prompt, words=(trigger, ""))
+        file = save_run(
+            tmp_path / f"x{trigger}.safetensors",
+            {},
+            mini_sd,
+            subject,
+            steps=0,
+            calibration=CalibrationConfig(),
+        )
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata().get("modelspec.trigger_phrase") == phrase

@@ -78,6 +78,10 @@ def test_a_subject_that_is_not_validated_is_told(mini_sd):
     enough = join_concepts([concept(mini_sd, "sks", 5), concept(mini_sd, "zwx", 5)])
     assert unvalidated(*with_validation(enough)) == []
     assert unvalidated(*with_validation(concept(mini_sd, "sks", 5))) == []
+    (said,) = unvalidated(*with_validation(concept(mini_sd, "sks", 4)))
+    assert said.startswith("4 pictures are too few to hold one out (5 or more)")
+    alone = concept(mini_sd, "sks", 5)
+    assert unvalidated(alone, alone) == []  # hold_out is off
 
 
 def test_pictures_of_one_subject_validate_several(mini_sd):

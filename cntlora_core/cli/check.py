@@ -38,12 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_check(args: argparse.Namespace) -> None:
-    from ..data.captions import prepare_captions, uncalled, without_captions
+    from ..data.captions import prepare_captions, without_captions
     from ..data.checks import check_pictures
     from ..data.images import find_pictures
     from ..data.lengths import too_long
     from ..data.tags import what_is_read
     from ..report.charts import contact_sheet
+    from .checks import uncalled
 
     said: list[str] = []
 

@@ -1,12 +1,15 @@
-"""What `cntlora train` and `cntlora calibrate` refuse before the first pass."""
+"""What `cntlora train` and `cntlora calibrate` refuse or tell before the first pass."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import CalibrationConfig, DataConfig, RunConfig, TrainConfig
+from ..data.captions import has_words
+from ..data.folder import counted
 from ..effects import class_matters, without_effect_in_calibration, without_effect_in_data
 from ..errors import SettingError
 from ..files import Disk, check_output, check_space
@@ -136,3 +139,16 @@ def check_room(
         state = state_bytes(model, calibration, training, lora)
         needed, what = needed + 2 * state, "the LoRA with its checkpoints"
     check_space(output, needed, what)
+
+
+def uncalled(captions: Sequence[str], prompt: str, trigger: str) -> list[str]:
+    """A sentence where captions stand in the place of a prompt whose words they lack, and nobody
+    named a trigger to put in front of them."""
+    lacking = [text for text in captions if not has_words(text, prompt)]
+    if trigger.strip() or not lacking:
+        return []
+    are = counted(len(lacking), "caption is", "captions are")
+    return [
+        f"{are} read in place of the prompt '{prompt}': what they show will not answer to its "
+        "words. Give --trigger, or --no-use-captions."
+    ]

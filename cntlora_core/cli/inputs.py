@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import DataConfig, RunConfig
-from ..data.captions import fill_words, uncalled
+from ..data.captions import fill_words
 from ..data.concepts import join_concepts
 from ..data.dataset import read_subject
 from ..data.encoded import (
@@ -22,7 +22,7 @@ from ..distributed import Group
 from ..events import Notice, Observer
 from ..lora.adapter import LoRA
 from ..lora.continuing import ContinuedLoRA, continued_lora
-from .checks import class_preserved
+from .checks import class_preserved, uncalled
 from .options import settings_from
 
 if TYPE_CHECKING:

@@ -45,19 +45,6 @@ def with_trigger(text: str, trigger: str) -> str:
     return f"{trigger}, {text}" if text else trigger
 
 
-def uncalled(captions: Sequence[str], prompt: str, trigger: str) -> list[str]:
-    """A sentence where captions stand in the place of a prompt whose words they lack, and nobody
-    named a trigger to put in front of them. For the command line: a node asks for the words."""
-    lacking = [text for text in captions if not has_words(text, prompt)]
-    if trigger.strip() or not lacking:
-        return []
-    are = counted(len(lacking), "caption is", "captions are")
-    return [
-        f"{are} read in place of the prompt '{prompt}': what they show will not answer to its "
-        "words. Give --trigger, or --no-use-captions."
-    ]
-
-
 def without_captions(pictures: Iterable[Picture]) -> list[Picture]:
     return [replace(p, caption=None, caption_file="") for p in pictures]
 

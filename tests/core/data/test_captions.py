@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
+from cntlora_core.cli.checks import uncalled
 from cntlora_core.config import CalibrationConfig, DataConfig
 from cntlora_core.data.caption_files import decode_text
-from cntlora_core.data.captions import fill_words, prepare_captions, uncalled
+from cntlora_core.data.captions import fill_words, prepare_captions
 from cntlora_core.data.dataset import encode_subject, read_subject
 from cntlora_core.data.images import Picture, find_pictures
 from cntlora_core.events import Notice

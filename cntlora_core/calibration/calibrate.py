@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from ..model.loader import StableDiffusion
 
 
+NO_BETTER = (
+    "The calibration's small steps ended no better than the base model: the LoRA is its first "
+    "answer, and training goes on by adamw. Other pictures, or a smaller rank, may fit better."
+)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The start: a LoRA, the report of how it came about, and what training goes on with: what to
@@ -98,15 +104,19 @@ def calibrate(
     importance = Importance.measured(swept.timesteps, swept.norms, timesteps)
     host = torch.device("cpu")  # where it waits for the steps
     metric, moments = metric.only(projections).on(host), moments.only(projections).on(host)
-    natural = NaturalStart(projections, metric, moments, fitted.least)
+    begun = NaturalStart(projections, metric, moments, fitted.least)
+    natural: NaturalStart | None = begun
     del swept, constraint  # what they hold on the device the steps need more
     if config.refinements:
         start = solution.scaled(fitted.least)
-        refined, reached = passes.refined(subject, start, natural, importance, generator)
+        refined, reached = passes.refined(subject, start, begun, importance, generator)
         # Against the base, not the start: the start was fitted to these very triples, so its loss
         # on them flatters it.
         if (after := passes.loss(triples, refined)) < base:
             lora, loss, step, natural = refined, after, fitted.least, reached
+        else:
+            natural = None
+            observer(Notice(NO_BETTER))
     done = _finish(config, lora, energy, base, loss, step, passes, started)
     preservation = preserve(projections, metric, moments, step=abs(fitted.step), pictures=count)
     return replace(done, importance=importance, natural=natural, preservation=preservation)

@@ -30,10 +30,14 @@ class Moments:
     C = E[x x^T] `[d, d]`, one per distinct input, and with gradients S = E[delta delta^T] `[m, m]`
     with delta = dLoss/dy, one per projection; both of small rank, or the diagonal where the
     projection asks for it. A sweep adds what it knows of G = E[delta x^T] `[m, d]`.
+
+    `counts` are what they are means over: C is one over pictures, of their tokens' means, S over
+    tokens. So of pictures of any sizes S times the tokens of the mean picture is E[sum delta
+    delta^T], each one's, and what is new in a small one's input weighs as much as its gradient.
     """
 
     seconds: dict[str, SecondMoment] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     gradients: Sketches | None = None
 
     def C(self, projection: Projection) -> SecondMoment:
@@ -49,22 +53,30 @@ class Moments:
         """
         if self.gradients is None:
             raise RuntimeError("no gradients were measured")
-        tokens = [self.tokens.get(output_key(p), 0) for p in projections]
+        tokens = [self.counts.get(output_key(p), 0) for p in projections]
         return self.gradients.get(projections, tokens)
 
     def passed(self, projection: Projection) -> int:
         """Tokens that came back through the projection."""
-        return self.tokens[output_key(projection)]
+        return self.counts[output_key(projection)]
+
+    def reached(self, projection: Projection) -> bool:
+        """Whether any gradient has."""
+        return output_key(projection) in self.counts
+
+    def tokens(self, projection: Projection) -> float:
+        """Of a picture, in the mean over all that passed and came back."""
+        return self.passed(projection) / self.counts[input_key(projection)]
 
     @torch.no_grad()
     def take_in(self, seen: Seen) -> None:
-        """Those of one shape together, of which the new rows are one share: tokens are as many
+        """Those of one shape together, of which the new rows are one share: counts are as many
         times more in a layer as pictures were, so that it is one for all that saw the same."""
 
         def kind(key: str) -> tuple[float, bool, tuple[torch.Size, ...]]:
             shapes = tuple(part.shape for part in seen.rows[key])
-            new = seen.tokens[key]
-            share = new / (self.tokens.get(key, 0) + new)
+            new = sum(seen.counts[key])
+            share = new / (self.counts.get(key, 0) + new)
             return share, key in seen.diagonal, shapes
 
         # whatever the order of the passes
@@ -79,7 +91,7 @@ class Moments:
             else:
                 moment = Diagonal.of(rows) if diagonal else LowRank.of(rows)
             self.seconds |= dict(zip(keys, unstack(moment), strict=True))
-            self.tokens |= {key: self.tokens.get(key, 0) + seen.tokens[key] for key in keys}
+            self.counts |= {key: self.counts.get(key, 0) + sum(seen.counts[key]) for key in keys}
 
     def share(self, keys: Sequence[str], metric: SecondMoment) -> None:
         """Keep no basis of their own of what stands under `keys` where that of `metric`, made of
@@ -96,16 +108,16 @@ class Moments:
         """Those of some of the layers, without G."""
         keys = {key for p in projections for key in (input_key(p), output_key(p))}
         kept = {key: moment for key, moment in self.seconds.items() if key in keys}
-        return Moments(kept, {key: self.tokens[key] for key in kept})
+        return Moments(kept, {key: self.counts[key] for key in kept})
 
     def on(self, device: torch.device) -> Moments:
         """Without G, on `device`. What is taken in takes a moment's place and never changes it, so
         that both may go on from here."""
-        return Moments({k: moved(v, device) for k, v in self.seconds.items()}, dict(self.tokens))
+        return Moments({k: moved(v, device) for k, v in self.seconds.items()}, dict(self.counts))
 
     def to_tensors(self, prefix: str) -> dict[str, Tensor]:
         """C and S by part and key, with their counts; each its own memory."""
-        tensors = {f"{prefix}tokens.{key}": torch.tensor(n) for key, n in self.tokens.items()}
+        tensors = {f"{prefix}count.{key}": torch.tensor(n) for key, n in self.counts.items()}
         for key, moment in self.seconds.items():
             kind: Any = type(moment)
             for part in fields(kind):
@@ -117,25 +129,29 @@ class Moments:
         cls, tensors: Mapping[str, Tensor], prefix: str, device: torch.device
     ) -> Moments:
         """The other way."""
-        tokens: dict[str, int] = {}
+        counts: dict[str, int] = {}
         parts: dict[str, dict[str, Any]] = {}
         for name, value in tensors.items():
             if name.startswith(prefix):
                 part, key = name.removeprefix(prefix).split(".", 1)
-                if part == "tokens":
-                    tokens[key] = int(value)
+                if part == "count":
+                    counts[key] = int(value)
                 else:
                     parts.setdefault(key, {})[part] = value.to(device)
         kinds: dict[str, SecondMoment] = {
             key: Diagonal(**own) if "values" in own else LowRank(**own)
             for key, own in parts.items()
         }
-        return cls(kinds, tokens)
+        return cls(kinds, counts)
 
 
 def _unscaled(seen: Seen, keys: Sequence[str]) -> Tensor:
     """Rows of one scale and width, `[g, n, d]`, in fp32, as they should be."""
-    parts = [part.flatten(0, 1) for key in keys for part in seen.rows[key]]
+    parts = [
+        part.flatten(0, 1) if weight == 1 else part.flatten(0, 1).float() * weight**0.5
+        for key in keys
+        for part, weight in zip(seen.rows[key], seen.weights(key), strict=True)
+    ]
     rows, scale = torch.cat(parts).float(), seen.scales[keys[0]]
     return (rows if scale == 1 else rows / scale).unflatten(0, (len(keys), -1))
 

@@ -47,8 +47,8 @@ class NaturalStart:
     `metric` of all `moments` so far, the sweep's `step` size, and how many steps were `made`.
 
     The LoRA is the running mean over those; `live` are the weights that the next one starts from
-    (None: the LoRA's). `lengths` and `tokens` are the optimiser's: without the usual lengths the
-    steps after a `quick` calibration ended half a percent higher.
+    (None: the LoRA's). `lengths` are the optimiser's: without the usual ones the steps after a
+    `quick` calibration ended half a percent higher.
     """
 
     projections: Sequence[Projection]
@@ -58,7 +58,6 @@ class NaturalStart:
     made: int = 0
     live: LoRA | None = None
     lengths: Mapping[str, Tensor] = field(default_factory=dict)
-    tokens: Mapping[str, float] = field(default_factory=dict)
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -76,8 +75,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.moments = start.moments.on(device)
         ranks = {name: down[0] for name, (down, _) in adapters.shapes.items()}
         self.groups = [*together(start.projections, ranks, device)]
-        self.seen, self.pictures = Seen(), 1
-        self.tokens = dict(start.tokens)  # of a picture, by projection
+        self.seen = Seen()
         self.lengths = {key: value.to(device) for key, value in start.lengths.items()}
         self.metrics: dict[str, BothWays] = {}  # P and K of layers, by the first's key
 
@@ -93,7 +91,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """Whether the next step's passes are looked on at, and the metric is brought up to date."""
         (settings,) = self.param_groups
         made: int = settings["made"]
-        return made < FRESH or made % REFRESH == 0 or not self.tokens
+        return made < FRESH or made % REFRESH == 0
 
     @contextmanager
     def recording(
@@ -105,7 +103,6 @@ class NaturalGradient(torch.optim.Optimizer):
     ) -> Iterator[None]:
         """Around a pass of a batch, whose loss is `scale` times a mean over `pictures`, those of
         all processes; `copies` are its conditioning's."""
-        self.pictures = pictures
         (settings,) = self.param_groups
         if not self.fresh:
             yield
@@ -148,7 +145,6 @@ class NaturalGradient(torch.optim.Optimizer):
     def _take_in(self) -> None:
         """What was seen, in place of the metric that was made without it."""
         seen, self.seen, self.metrics = self.seen.together(self.group), Seen(), {}
-        self.tokens |= {p.name: n / self.pictures for p, n in seen.came_back(self.projections)}
         self.moments.take_in(seen)
 
     def _take(
@@ -168,13 +164,12 @@ class NaturalGradient(torch.optim.Optimizer):
     def _gradients(self) -> dict[str, Factors]:
         """By projection those of B and A, per token, parts of the flat gradient."""
         assert self.adapters.flat.grad is not None
-        found = {
-            name: grads
-            for name, grads in self.adapters.split(self.adapters.flat.grad).items()
-            if name in self.tokens  # else nothing of the loss passes this layer
-        }
+        every = self.adapters.split(self.adapters.flat.grad)
+        # through the others nothing of the loss has passed
+        reached = [p for p in self.projections if self.moments.reached(p)]
+        found = {p.name: every[p.name] for p in reached}
         rows = [part for own in found.values() for part in (own.up.mT, own.down)]
-        tokens = [self.tokens[name] for name in found for _ in range(2)]
+        tokens = [self.moments.tokens(p) for p in reached for _ in range(2)]
         each = iter(torch._foreach_div(rows, tokens))
         return {name: Factors(up=next(each).mT, down=next(each)) for name in found}
 
@@ -239,7 +234,6 @@ class NaturalGradient(torch.optim.Optimizer):
             settings["step"],
             settings["made"],
             lengths={key: value.cpu() for key, value in self.lengths.items()},
-            tokens=dict(self.tokens),
         )
 
     # --- to a file and back --------------------------------------------------------------------
@@ -248,7 +242,6 @@ class NaturalGradient(torch.optim.Optimizer):
         """As torch's, the tensors under parameter 0."""
         tensors = self.moments.to_tensors("metric.")
         tensors |= {f"length.{key}": value for key, value in self.lengths.items()}
-        tensors |= {f"tokens.{key}": torch.tensor(n) for key, n in self.tokens.items()}
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         return {"state": {0: tensors}, "param_groups": groups}
 
@@ -261,10 +254,5 @@ class NaturalGradient(torch.optim.Optimizer):
             key.removeprefix("length."): value.to(self.adapters.flat.device)
             for key, value in tensors.items()
             if key.startswith("length.")
-        }
-        self.tokens = {
-            key.removeprefix("tokens."): float(value)
-            for key, value in tensors.items()
-            if key.startswith("tokens.")
         }
         self.metrics = {}

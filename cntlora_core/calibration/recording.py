@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -29,34 +30,37 @@ Gradient = Callable[[str, Tensor, Inputs, float], Tensor]
 @dataclass
 class Seen:
     """What passes left behind, by key: rows `[pictures, n, d]` in their own dtype (of a `diagonal`
-    the mean square's root `[1, 1, d]`), which are `scales` times what they should be, and the
-    tokens they stand for."""
+    the mean square's root `[1, 1, d]`), which are `scales` times what they should be, and of each
+    pass the `counts` that they stand for: of an input pictures, of a gradient tokens."""
 
     rows: dict[str, list[Tensor]] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, list[int]] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
     diagonal: set[str] = field(default_factory=set)
 
-    def add(self, key: str, rows: Tensor, tokens: int, diagonal: bool, scale: float) -> None:
+    def add(self, key: str, rows: Tensor, count: int, diagonal: bool, scale: float) -> None:
         if diagonal:
             n, full = rows.shape[:2].numel(), torch.float32
             rows = torch.linalg.vector_norm(rows, dim=(0, 1), keepdim=True, dtype=full) / n**0.5
             self.diagonal.add(key)
         self.rows.setdefault(key, []).append(rows)
-        self.tokens[key] = self.tokens.get(key, 0) + tokens
+        self.counts.setdefault(key, []).append(count)
         self.scales[key] = scale
 
     def extend(self, other: Seen) -> None:
         """With what further passes of the same scale left."""
         for key, rows in other.rows.items():
             self.rows.setdefault(key, []).extend(rows)
-            self.tokens[key] = self.tokens.get(key, 0) + other.tokens[key]
+            self.counts.setdefault(key, []).extend(other.counts[key])
         self.scales |= other.scales
         self.diagonal |= other.diagonal
 
-    def came_back(self, projections: Sequence[Projection]) -> Iterator[tuple[Projection, int]]:
-        """The tokens of those that a gradient reached."""
-        return ((p, self.tokens[k]) for p in projections if (k := output_key(p)) in self.tokens)
+    def weights(self, key: str) -> list[float]:
+        """Of a row of each pass in the mean over all: passes of pictures of other sizes, of which
+        as many rows are kept, stand for other counts."""
+        counts, kept = self.counts[key], [part.shape[:2].numel() for part in self.rows[key]]
+        usual = sum(counts) / sum(kept)
+        return [count / rows / usual for count, rows in zip(counts, kept, strict=True)]
 
     def together(self, group: Group) -> Seen:
         """What all processes saw, each as much, in the order of the pictures that they share."""
@@ -66,10 +70,12 @@ class Seen:
             key: [gathered(part.float(), group).transpose(0, 1).flatten(0, 1) for part in parts]
             for key, parts in self.rows.items()
         }
-        counts = torch.tensor([*self.tokens.values()], dtype=torch.float64)
-        group.sum_([counts])  # prompts are of several lengths
-        tokens = dict(zip(self.tokens, map(int, counts.tolist()), strict=True))
-        return Seen(rows, tokens, self.scales, self.diagonal)
+        flat = [count for counts in self.counts.values() for count in counts]
+        sums = torch.tensor(flat, dtype=torch.float64)
+        group.sum_([sums])  # prompts are of several lengths
+        every = iter(map(int, sums.tolist()))
+        counts = {key: [*islice(every, len(own))] for key, own in self.counts.items()}
+        return Seen(rows, counts, self.scales, self.diagonal)
 
 
 class Recording:
@@ -171,17 +177,21 @@ class Recording:
         copies: Tensor | None,
         scale: float | None = None,
     ) -> None:
-        """Without a `scale`: not of a gradient."""
+        """Without a `scale`: not of a gradient. An input counts once for each picture, whatever its
+        size: its directions must be in the metric as much as its gradient is in a step."""
         tokens, layout, places = every.tokens, every.layout, self.places
         if tokens not in places:
             places[tokens] = _spread(tokens, self.turn, every.x.device)
         if layout not in places:
             places[layout] = every.index(places[tokens])
-        rows, count = every.at(places[layout]), len(every.x) * tokens
+        rows = every.at(places[layout])
+        if scale is None:
+            return self.seen.add(key, rows, len(rows), diagonal, 1.0)
+        count = len(rows) * tokens
         if copies is not None:
             count = int((tokens // copies).sum())
-            rows = rows if scale is None else rows * copies.to(rows)[:, None, None]
-        self.seen.add(key, rows, count, diagonal, 1.0 if scale is None else scale)
+            rows = rows * copies.to(rows)[:, None, None]
+        return self.seen.add(key, rows, count, diagonal, scale)
 
 
 @contextmanager

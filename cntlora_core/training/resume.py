@@ -26,7 +26,7 @@ from ..lora.adapter import Factors, LoRA
 from ..lora.targets import Projection
 from .state import Kept, TrainState
 
-VERSION = 5
+VERSION = 6
 SUFFIX = ".state.safetensors"
 DIGEST = re.compile(r"[0-9a-f]{16,}")
 

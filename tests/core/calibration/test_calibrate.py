@@ -131,9 +131,12 @@ def test_steps_that_end_no_better_leave_the_sweeps_own(mini_sd, subject, monkeyp
 
     monkeypatch.setattr(sys.modules[calibrate.__module__], "fitted_step", fitted)
     monkeypatch.setattr(passes_module.Passes, "refined", ruined)
-    report = calibrate(mini_sd, subject, QUICK).report
-    assert report.loss == found[0].loss
-    assert report.step_size == found[0].step
+    said = []
+    made = calibrate(mini_sd, subject, QUICK, observer=said.append)
+    assert made.report.loss == found[0].loss
+    assert made.report.step_size == found[0].step
+    assert made.natural is None, "training would run off as they did"
+    assert any("training goes on by adamw" in getattr(e, "text", "") for e in said)
 
 
 def test_data_ranks_use_the_budget_and_differ(mini_sd, target):

@@ -49,7 +49,7 @@ def test_what_a_convolution_reads_and_gets_back_is_recorded():
         net(x).square().sum().backward()
         seen = recording.take()
         norms = recording.gradient_norms()
-    assert seen.tokens == {"C.0": 200, "S.0": 200}
+    assert seen.counts == {"C.0": [2], "S.0": [200]}
     assert seen.rows["C.0"][0].shape == (2, 64, 27)
     assert seen.rows["S.0"][0].shape == (2, 64, 5)
     G = torch.stack(
@@ -63,7 +63,7 @@ def test_what_a_convolution_reads_and_gets_back_is_recorded():
         ]
     )
     torch.testing.assert_close(norms, G.norm(dim=1), rtol=1e-4, atol=1e-4)
-    up, down = sketches.get([projection], [seen.tokens["S.0"]])
+    up, down = sketches.get([projection], seen.counts["S.0"])
     torch.testing.assert_close((up[0] @ down[0]).flatten(), G.sum(0) / 200, rtol=1e-3, atol=1e-3)
 
 

@@ -90,7 +90,7 @@ def test_a_sample_of_the_rows_stands_for_all():
     moments, _ = measured(block, x.expand(16, -1, -1).contiguous(), 1, backward=False)
     seen = dense(moments.C(PROJECTIONS[0]))
     assert float((seen - C).norm() / C.norm()) < 0.1
-    assert moments.tokens["C.qk"] == 16 * 40_000
+    assert moments.counts == {"C.qk": 16, "C.out": 16}
 
 
 def test_rows_start_elsewhere_in_each_pass_and_follow_no_pattern():
@@ -120,12 +120,13 @@ def test_a_pass_that_is_computed_again_counts_once(reentrant):
     seen = recording.take()
     with record(block, PROJECTIONS, backward=True, gradient=plain.add):
         block(x).square().sum().backward()
+    counts = {key: sum(own) for key, own in seen.counts.items()}
     for p in PROJECTIONS:
         torch.testing.assert_close(
-            G(Moments(tokens=seen.tokens, gradients=sketches), p),
-            G(Moments(tokens=seen.tokens, gradients=plain), p),
+            G(Moments(counts=counts, gradients=sketches), p),
+            G(Moments(counts=counts, gradients=plain), p),
         )
-    assert seen.tokens == {"C.qk": 14, "C.out": 14, "S.q": 14, "S.k": 14, "S.out": 14}
+    assert seen.counts == {"C.qk": [2], "C.out": [2], "S.q": [14], "S.k": [14], "S.out": [14]}
     assert [part.shape for part in seen.rows["C.qk"]] == [(2, 7, 5)]
 
 
@@ -146,7 +147,7 @@ def test_a_prompt_that_stands_in_its_row_three_times_is_seen_as_once():
         return recording.take(), sketches
 
     (once, G_once), (seen, G_seen) = read(1), read(3)
-    assert seen.tokens == once.tokens == {"C.text": 12, "S.0": 12}
+    assert seen.counts == once.counts == {"C.text": [2], "S.0": [12]}
     for key in seen.rows:
         torch.testing.assert_close(seen.rows[key][0][:, :6], once.rows[key][0])
     for one, other in zip(G_seen.sums["0"], G_once.sums["0"], strict=True):
@@ -173,7 +174,7 @@ def test_processes_share_what_they_saw():
         block(x).square().sum().backward()
     seen = recording.take()
     together = seen.together(Two())
-    assert together.tokens["S.q"] == 28
+    assert together.counts["S.q"] == [28]
     one, both = Moments(), Moments()
     one.take_in(seen)
     both.take_in(together)
@@ -187,7 +188,7 @@ def test_moments_go_through_tensors():
     moments, _ = measured(Block(), torch.randn(2, 7, 5), 2)
     tensors = moments.to_tensors("x.")
     again = Moments.from_tensors(tensors | {"y.basis.C.qk": None}, "x.", torch.device("cpu"))
-    assert again.tokens == moments.tokens
+    assert again.counts == moments.counts
     assert again.to_tensors("x.").keys() == tensors.keys()
     assert all(torch.equal(v, tensors[k]) for k, v in again.to_tensors("x.").items())
     assert again.on(torch.device("meta")).C(PROJECTIONS[0]).basis.is_meta
@@ -212,7 +213,7 @@ def seen_of_wide_layers(pictures, tokens, dtype=torch.float32, scale=1.0):
 def test_bytes_are_those_of_the_tensors():
     moments = Moments()
     moments.take_in(seen_of_wide_layers(1, 50))
-    tensors = [t for k, t in moments.to_tensors("").items() if not k.startswith("tokens")]
+    tensors = [t for k, t in moments.to_tensors("").items() if not k.startswith("count")]
     assert moment_bytes(WIDE) == pytest.approx(sum(t.nbytes for t in tensors), abs=4 * len(WIDE))
 
 
@@ -241,7 +242,7 @@ def test_parts_of_a_batch_may_have_other_shapes_and_scales_go_out():
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_diagonal_of_passes_of_unequal_size_is_the_mean_of_theirs():
+def test_a_diagonal_of_passes_of_unequal_size_is_the_mean_of_their_tokens():
     """Two pictures and one, as buckets cut a batch of three."""
     torch.manual_seed(0)
     passes, seen = (torch.randn(2, 50, 3), 5 * torch.randn(1, 50, 3)), Seen()
@@ -251,8 +252,32 @@ def test_a_diagonal_of_passes_of_unequal_size_is_the_mean_of_theirs():
         seen.extend(part)
     moments = Moments()
     moments.take_in(seen)
-    expected = torch.stack([rows.square().mean((0, 1)) for rows in passes]).mean(0)
+    expected = torch.cat([rows.flatten(0, 1) for rows in passes]).square().mean(0)
     torch.testing.assert_close(moments.seconds["C.a"].diagonal(), expected)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_pictures_of_other_sizes_weigh_by_what_they_do_to_the_weights(apart):
+    """Of inputs each picture as much, of gradients each token: in one step or in two."""
+    torch.manual_seed(0)
+    p = Projection("a", 24, 32, "in")
+    C, S, moments, seen = [], [], Moments(), Seen()
+    for tokens in (200, 20):  # more than the rows that are kept, and fewer
+        x, delta = torch.ones(1, tokens, 24), torch.ones(1, tokens, 32)
+        x, delta = x * torch.randn(24), delta * torch.randn(32) / tokens
+        part = Seen()
+        part.add("C.in", x[:, :ROWS], 1, False, 1.0)
+        part.add("S.a", delta[:, :ROWS], tokens, False, 1.0)
+        C.append(x[0].T @ x[0] / tokens)
+        S.append(delta[0].T @ delta[0])
+        seen.extend(part)
+        if apart:
+            moments.take_in(part)
+    if not apart:
+        moments.take_in(seen)
+    torch.testing.assert_close(dense(moments.C(p)), sum(C) / 2)
+    assert moments.tokens(p) == 110
+    torch.testing.assert_close(dense(moments.S(p)) * 110, sum(S) / 2)
 
 
 def test_an_input_that_was_not_computed_again_is_told():

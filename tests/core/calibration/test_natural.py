@@ -2,15 +2,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from cntlora_core.calibration.calibrate import calibrate
 from cntlora_core.calibration.natural import FRESH, REFRESH, STEP_SHARE, NaturalGradient
 from cntlora_core.calibration.refine import refine
 from cntlora_core.config import CalibrationConfig, TrainConfig
-from cntlora_core.data.batches import draw_batch, draw_noised
+from cntlora_core.data.batches import draw_batch, draw_noised, mean_loss
+from cntlora_core.data.dataset import read_subject
 from cntlora_core.distributed import ALONE
 from cntlora_core.events import ignore
 from cntlora_core.lora.adapter import attached_lora
+from cntlora_core.model.loader import MINI_SD_FOLDER
+from cntlora_core.run.runs import run_training
 from cntlora_core.training.state import start_state
 
 
@@ -111,6 +115,29 @@ def test_a_kept_metric_does_not_let_a_step_run(mini_sd, subject, start):
     assert REFRESH > 1
 
 
+def test_small_pictures_among_large_ones_do_no_harm(mini_sd, tmp_path):
+    """They are kept at their size, of a sixteenth of the tokens: their gradient is as long, and the
+    metric must know as much of it."""
+    for n, path in enumerate(sorted((MINI_SD_FOLDER / "subject").glob("*.png"))):
+        with Image.open(path) as image:
+            small = image.convert("RGB").resize((16, 16) if n % 2 else image.size)
+            small.save(tmp_path / path.name)
+    mixed = read_subject(mini_sd, tmp_path, "a sks cat face emoji")
+    assert len({tuple(mean.shape) for mean in mixed.mean}) == 2
+    large = mixed.only([n for n, mean in enumerate(mixed.mean) if mean.shape[-1] > 8])
+    triples = draw_noised(large, 16, 1000, torch.Generator().manual_seed(4))
+    base = mean_loss(mini_sd, triples, 4)
+    training = TrainConfig(steps=20, learning_rate=3e-3, validate_every=0)
+    run = run_training(mini_sd, mixed, CalibrationConfig(effort="quick"), training)
+    assert run.training.optimizer == "natural"
+
+    def after(lora):
+        with attached_lora(mini_sd.unet, lora):
+            return mean_loss(mini_sd, triples, 4)
+
+    assert after(run.lora) < after(run.start.lora) < base
+
+
 def test_its_state_goes_through_a_dictionary(mini_sd, subject, start):
     _, natural = steps(mini_sd, subject, start, 3)
     state = natural.state_dict()
@@ -133,7 +160,7 @@ def test_training_goes_on_as_if_the_calibration_had(mini_sd, subject, start, mon
     ]
 
     def refined(batches):
-        begun = replace(start.natural, made=0, live=None, lengths={}, tokens={})
+        begun = replace(start.natural, made=0, live=None, lengths={})
         return refine(
             mini_sd, start.lora, begun, batches, len(batches),
             at_once=2, gradient_checkpointing=False, observer=ignore, group=ALONE,

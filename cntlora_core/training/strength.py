@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 from ..lora.adapter import LoRA, attached_lora, scaled
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 LEAST = 0.25  # no LoRA is given out weaker
 FLAT = 1e-6  # a bend below it, as a share of the loss, is rounding
 APART = 0.7  # of two strengths that are compared
+NEAR = 0.05  # of a strength another that needs no look of its own: the parabola is flat there
 
 
 @dataclass
@@ -38,27 +38,27 @@ class Strength:
 
     def learn(self, loss: Callable[[float], float]) -> tuple[float, float]:
         """Take the strength where the parabola through the untouched model and two looks, at this
-        strength and another, is least. Returns the better look: (strength, loss)."""
+        strength and another, is least; a third look is made there where it is not NEAR. Returns the
+        best look: (strength, loss)."""
         looks = [(s, loss(s)) for s in (self.value, self.other)]
         best = least([(0.0, self.base), *looks])
         if best is not None:
             self.value = min(max(best, LEAST), 1.0)
+            if min(abs(self.value - s) for s, _ in looks) > NEAR:
+                looks.append((self.value, loss(self.value)))
         return min(looks, key=lambda look: look[1] if math.isfinite(look[1]) else math.inf)
 
 
 def fitted_strength(
     model: StableDiffusion, lora: LoRA, validate: Callable[[], float], base: float
 ) -> tuple[float, float]:
-    """(strength, validation loss) of a LoRA that no training validates, the best of three looks."""
+    """(strength, validation loss) of a LoRA that no training validates."""
 
-    @cache
     def at(strength: float) -> float:
         with attached_lora(model.unet, scaled(lora, strength)):
             return validate()
 
-    strength = Strength(base)
-    look = strength.learn(at)
-    return min(look, (strength.value, at(strength.value)), key=lambda look: look[1])
+    return Strength(base).learn(at)
 
 
 def least(points: list[tuple[float, float]]) -> float | None:

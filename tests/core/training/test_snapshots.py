@@ -7,7 +7,7 @@ import torch
 
 from cntlora_core.config import CalibrationConfig, DataConfig, TrainConfig
 from cntlora_core.errors import NonFiniteError, OutputError, SettingError
-from cntlora_core.events import Notice, Step, Validation
+from cntlora_core.events import Base, Notice, Step, Validation
 from cntlora_core.lora.adapter import Adapters
 from cntlora_core.model.fingerprint import fingerprint
 from cntlora_core.run.runs import run_training
@@ -109,11 +109,13 @@ def stop_at(step):
     ],
 )
 def test_a_stopped_run_keeps_the_best_weights(mini_sd, subject, losses, stop, kept):
-    values = iter([0.6, *(loss for loss in losses for _ in range(2))])  # at two strengths each
-    stopped = []
+    values = iter([0.6, *losses])  # of the base, then at every step, at whatever strengths
+    now, stopped = [next(values)], []
     config = replace(TRAINING, validate_every=1)
 
     def observer(event):
+        if isinstance(event, Base | Validation):
+            now[0] = next(values, None)
         if isinstance(event, Validation) and stop == 0:
             raise RuntimeError("Cancelled")
         stop_at(stop)(event)
@@ -124,7 +126,7 @@ def test_a_stopped_run_keeps_the_best_weights(mini_sd, subject, losses, stop, ke
             subject,
             PLAIN,
             config,
-            validate=lambda: next(values),
+            validate=lambda: now[0],
             observer=observer,
             on_stop=stopped.append,
         )

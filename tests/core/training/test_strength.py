@@ -12,7 +12,7 @@ from cntlora_core.config import CalibrationConfig, TrainConfig
 from cntlora_core.events import Notice
 from cntlora_core.lora.adapter import attached_lora
 from cntlora_core.run.runs import run_training, run_untrained
-from cntlora_core.training.strength import APART, LEAST, Strength, fitted_strength
+from cntlora_core.training.strength import APART, LEAST, NEAR, Strength, fitted_strength
 from cntlora_core.training.validation import validation_loss
 
 QUICK = CalibrationConfig(effort="quick", rank=2)
@@ -29,8 +29,10 @@ def test_a_parabola_is_found_at_once(at, depth, bend, value):
     strength = Strength(loss(0.0), value)
     look, found = strength.learn(loss)
     assert strength.value == pytest.approx(min(max(at, LEAST), 1.0), abs=1e-6)
-    assert look in (value, Strength(1.0, value).other)
-    assert found == min(loss(value), loss(Strength(1.0, value).other))
+    assert found == loss(look) <= min(loss(value), loss(Strength(1.0, value).other))
+    if abs(look - strength.value) > NEAR:  # its own look was no better, or needs none
+        assert found <= loss(strength.value)
+    assert found <= loss(strength.value) + bend * NEAR * (2 * abs(strength.value - at) + NEAR)
 
 
 @given(value=st.floats(LEAST, 1))
@@ -64,10 +66,10 @@ def test_what_fits_is_given_out_and_the_steps_are_the_same(mini_sd, subject):
 
     notices = []
     run = run_training(mini_sd, subject, quick, config, validate=loss, observer=notices.append)
-    assert run.strength == pytest.approx(0.5, abs=0.08)
+    assert run.strength == pytest.approx(0.5, abs=0.1)
     assert run.losses == whole.losses
     kept = run.lora[layer]
-    assert kept.up.norm().item() == pytest.approx(0.5 * whole_norm, rel=0.1)
+    assert kept.up.norm().item() == pytest.approx(0.5 * whole_norm, rel=0.01)
     told = [event.text for event in notices if isinstance(event, Notice)]
     assert any(f"at {run.strength:.2f} of its strength" in text for text in told)
 

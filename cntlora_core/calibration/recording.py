@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -63,19 +62,33 @@ class Seen:
         return [count / rows / usual for count, rows in zip(counts, kept, strict=True)]
 
     def together(self, group: Group) -> Seen:
-        """What all processes saw, each as much, in the order of the pictures that they share."""
+        """What all processes saw, each as many pictures, in the order that they share them in.
+        Pictures are of several sizes and prompts of several lengths: what a process has more or
+        fewer tokens of weighs so."""
         if group.size == 1:
             return self
-        rows = {
-            key: [gathered(part.float(), group).transpose(0, 1).flatten(0, 1) for part in parts]
-            for key, parts in self.rows.items()
-        }
-        flat = [count for counts in self.counts.values() for count in counts]
-        sums = torch.tensor(flat, dtype=torch.float64)
-        group.sum_([sums])  # prompts are of several lengths
-        every = iter(map(int, sums.tolist()))
-        counts = {key: [*islice(every, len(own))] for key, own in self.counts.items()}
-        return Seen(rows, counts, self.scales, self.diagonal)
+        parts = [
+            (k, part, n)
+            for k in self.rows
+            for part, n in zip(self.rows[k], self.counts[k], strict=True)
+        ]
+        kept = [part.shape[1] for _, part, _ in parts]
+        own = torch.tensor(
+            [[n for *_, n in parts], kept, [n * n for n in kept]], dtype=torch.float64
+        )
+        every = own.clone()
+        group.sum_([every])
+        alike = (every[1] ** 2 == group.size * every[2]).tolist()  # as many rows in all processes
+        weights = (own[0] * group.size / every[0]).sqrt().tolist()
+        seen = Seen(scales=self.scales, diagonal=self.diagonal)
+        for (key, part, _), count, same, weight in zip(
+            parts, map(int, every[0].tolist()), alike, weights, strict=True
+        ):
+            rows = part.float() if same else _as_many(part.float())
+            rows = gathered(rows if weight == 1 else rows * weight, group)
+            seen.rows.setdefault(key, []).append(rows.transpose(0, 1).flatten(0, 1))
+            seen.counts.setdefault(key, []).append(count)
+        return seen
 
 
 class Recording:
@@ -241,6 +254,17 @@ def recorded_bytes(projections: Sequence[Projection], dtype: torch.dtype) -> int
     inputs = {p.input_key: p.in_features for p in projections if not p.diagonal_in}
     outputs = sum(p.out_features for p in projections if not p.diagonal_out)
     return ROWS * dtype.itemsize * (sum(inputs.values()) + outputs)
+
+
+def _as_many(rows: Tensor) -> Tensor:
+    """`ROWS` rows of each picture `[n, r, d]`, with the same mean of squares: some of fewer stand
+    there again, each copy for a part of one."""
+    n = rows.shape[1]
+    if n >= ROWS:
+        return rows
+    at = torch.arange(ROWS, device=rows.device) % n
+    times = at.bincount(minlength=n)[at]
+    return rows[:, at] * (ROWS / n / times)[:, None].sqrt()
 
 
 def _spread(count: int, turn: int, device: torch.device) -> Tensor:

@@ -53,6 +53,7 @@ class RunSnapshots:
     overwrite: bool = False
     disk: Disk = DISK
     ours: bool = field(default=False, init=False)  # this run has written or read the file
+    replaces: bool = field(default=False, init=False)  # what lies there is another run's, given up
     told: bool = field(default=False, init=False)  # that it could not be written on the way
     failure: str = field(default="", init=False)  # why it could not be written at the end
 
@@ -93,6 +94,7 @@ class RunSnapshots:
                 f"'{self.path}' is the checkpoint of a run of {step} steps: go on with --resume, "
                 "or start afresh with --overwrite."
             )
+        self.replaces = not self.resume
 
     def read(self) -> SavedState | None:
         """The file to go on from; None when there is none or none is wanted. Raises SettingError
@@ -138,8 +140,8 @@ class RunSnapshots:
             )
 
     def remove(self) -> None:
-        """A run that ended needs no checkpoint."""
-        if self.ours:
+        """A run that ended needs no checkpoint, and one that it took the place of none either."""
+        if self.ours or self.replaces:
             remove_written(self.path)
 
 
@@ -189,7 +191,7 @@ class SavedState:
         state.adapters.load(self.lora)
         state.generator.set_state(tensors["generator"])
         state.drawn = tensors["generator"]
-        state.step = story["step"]
+        state.step, state.rate = story["step"], story["rate"]
         state.losses = tensors["losses"].tolist()
         state.validations = [(int(step), loss) for step, loss in story["validations"]]
         state.looked = state.step if state.step or state.validations else -1
@@ -254,6 +256,7 @@ def _pack(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "names": list(state.adapters.shapes),
         "step": state.step,
         "importance": state.importance and list(state.importance.density),
+        "rate": state.rate,
         "averaged": state.average.count,
         "validations": state.validations,
         "validating": state.validating,

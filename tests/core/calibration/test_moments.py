@@ -1,3 +1,6 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -181,6 +184,49 @@ def test_processes_share_what_they_saw():
     for p in PROJECTIONS:
         torch.testing.assert_close(dense(both.S(p)), dense(one.S(p)))
         torch.testing.assert_close(dense(both.C(p)), dense(one.C(p)))
+
+
+class Side:
+    """One of two processes, here threads, that add up."""
+
+    size = 2
+
+    def __init__(self, rank, barrier, given):
+        self.rank, self.barrier, self.given = rank, barrier, given
+
+    def sum_(self, tensors):
+        for tensor in tensors:
+            self.given[self.rank] = tensor.clone()
+            self.barrier.wait(10)
+            total = self.given[0] + self.given[1]
+            self.barrier.wait(10)
+            tensor.copy_(total)
+
+
+def test_processes_may_have_pictures_of_other_sizes():
+    """Fewer tokens than rows are kept, and more; together they are what one sees that has both."""
+    torch.manual_seed(0)
+    p, parts = Projection("a", 24, 32, "in"), []
+    for tokens in (20, 400):
+        part, kept = Seen(), min(tokens, ROWS)
+        part.add("C.in", torch.randn(2, kept, 24), 2, False, 1.0)
+        part.add("S.a", torch.randn(2, kept, 32), 2 * tokens, False, 1.0)
+        part.add("C.wide", torch.randn(2, tokens, 24), 2, True, 1.0)
+        parts.append(part)
+    whole, barrier, given = Seen(), threading.Barrier(2), {}
+    for part in parts:
+        whole.extend(part)
+    with ThreadPoolExecutor(2) as threads:
+        sides = [Side(rank, barrier, given) for rank in range(2)]
+        each = [*threads.map(lambda own, side: own.together(side), parts, sides)]
+    both, shared = Moments(), Moments()
+    both.take_in(whole)
+    shared.take_in(each[0])
+    assert torch.equal(each[0].rows["S.a"][0], each[1].rows["S.a"][0])
+    assert shared.counts == both.counts == {"C.in": 4, "S.a": 840, "C.wide": 4}
+    torch.testing.assert_close(dense(shared.C(p)), dense(both.C(p)))
+    torch.testing.assert_close(dense(shared.S(p)), dense(both.S(p)))
+    torch.testing.assert_close(shared.seconds["C.wide"].values, both.seconds["C.wide"].values)
 
 
 def test_moments_go_through_tensors():

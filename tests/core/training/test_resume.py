@@ -95,6 +95,44 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(mini_sd, subjec
         RunSnapshots(path, {"lr": 0.1}, resume=True).read()
 
 
+def test_a_run_that_takes_anothers_place_leaves_no_checkpoint_of_it(mini_sd, subject, tmp_path):
+    """Nor one that is never due: to resume would rewind what has ended."""
+    path = tmp_path / "x.state.safetensors"
+    training = TrainConfig(steps=2, learning_rate=3e-3, validate_every=0)
+    stopped = {"checkpoints": RunSnapshots(path, {"lr": 0.1}), "observer": cancel_after(1)}
+    with pytest.raises(Cancelled):
+        run_training(mini_sd, subject, PLAIN, training, **stopped)
+    assert path.is_file()
+    afresh = RunSnapshots(path, {"lr": 0.2}, overwrite=True)
+    afresh.check()
+    run_training(mini_sd, subject, PLAIN, training, checkpoints=afresh)
+    afresh.remove()
+    assert not path.exists()
+    stranger = RunSnapshots(path, {"lr": 0.2}, overwrite=True)
+    stranger.check()
+    path.write_bytes(b"somebody else's")
+    stranger.remove()
+    assert path.exists()
+
+
+def test_the_rate_of_a_step_that_is_told_again_is_its_own(mini_sd, subject, tmp_path):
+    """A run that was left inside a validation tells its step when that is made."""
+    training = TrainConfig(steps=2, learning_rate=3e-3, validate_every=1)
+    checkpoints = RunSnapshots(tmp_path / "x.state.safetensors", {}, resume=True)
+    looks, told = count(), []
+
+    def stopped_at_the_third():  # of the base, of step 0 at two strengths, of step 1
+        if next(looks) == 3:
+            raise Cancelled
+        return 0.1
+
+    options = {"checkpoints": checkpoints, "observer": told.append}
+    with pytest.raises(Cancelled):
+        run_training(mini_sd, subject, PLAIN, training, validate=stopped_at_the_third, **options)
+    run_training(mini_sd, subject, PLAIN, training, validate=lambda: 0.1, **options)
+    assert {event.lr for event in told if isinstance(event, Step)} == {3e-3}
+
+
 def without_memory(monkeypatch, too_much):
     """Passes of steps of which `too_much(step, config)` is true find no memory."""
     passes = loop._Terms.backward

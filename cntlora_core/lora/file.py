@@ -30,7 +30,7 @@ from ..events import Notice, Observer, ignore
 from ..files import DISK, Disk, atomic_write, check_output
 from ..model.ldm_names import unet_name
 from .adapter import Factors, LoRA
-from .other_names import alphas, in_our_names
+from .other_names import alphas, in_our_names, without_mids
 from .targets import CONVOLUTION, KERNEL, Projection
 
 SDXL_UP = frozenset({0, 1})  # its up blocks with attention
@@ -261,7 +261,7 @@ def load_lora(
     `shared`: only the layers that CNTLoRA trains; what is left out is told."""
     state, metadata = read_lora(path)
     names = {p.name: kohya_name(p.name, family) for p in projections}
-    state = in_our_names(state, names, alphas(Path(path), metadata))
+    state = in_our_names(without_mids(state), names, alphas(Path(path), metadata))
     try:
         called = f"'{Path(path).name}'"
         lora = from_state_dict(

@@ -32,8 +32,25 @@ HALVES = {
     "alpha": "alpha",
 }
 PREFIXES = ("base_model.model.unet.", "base_model.model.", "unet.", "lora_unet_")
+MID = ".lora_mid.weight"
 MOST_JSON = 1_000_000  # bytes
 MOST_STARS = 3
+
+
+def without_mids(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same LoRA where LyCORIS has parted a convolution's A into one of 1 x 1 and a small one,
+    `lora_mid` `[r, r, h, w]` (Tucker): A is their product. What does not fit stays."""
+    plain = dict(state)
+    for key, mid in state.items():
+        name = key.removesuffix(MID)
+        down = state.get(f"{name}.lora_down.weight")
+        if name == key or down is None or mid.ndim != 4 or down.shape[:1] != mid.shape[1:2]:
+            continue
+        flat = down.flatten(1).float()
+        if flat.shape == down.shape[:2]:
+            plain[f"{name}.lora_down.weight"] = torch.einsum("pqhw,qc->pchw", mid.float(), flat)
+            del plain[key]
+    return plain
 
 
 def in_our_names(

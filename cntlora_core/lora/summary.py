@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import LoRAFileError
 from .file import read_lora
+from .other_names import without_mids
 
 
 def _fit(down: Tensor, up: Tensor, alpha: Tensor | None) -> bool:
@@ -27,6 +28,7 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Ranks, sizes, dtypes and metadata of a LoRA file with kohya's key names. Raises
     LoRAFileError."""
     state, about = read_lora(path)
+    state = without_mids(state)
     modules = {}
     for key, down in sorted(state.items()):
         if not key.endswith(".lora_down.weight"):

@@ -6,13 +6,16 @@ import pytest
 import torch
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
 from cntlora_core.errors import LoRAFileError
 from cntlora_core.events import Notice
 from cntlora_core.lora.adapter import Factors
 from cntlora_core.lora.continuing import continued_lora
 from cntlora_core.lora.file import load_lora, to_state_dict
+from cntlora_core.lora.summary import inspect_file
 from cntlora_core.lora.targets import Projection, find_projections
+from cntlora_core.model.convolution import Convolution
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 LAYERS = ("attn1.to_q", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -169,3 +172,32 @@ def test_the_rate_goes_by_where_the_lora_came_from(mini_sd, tmp_path, said, init
     assert continued_lora(path, mini_sd).init == init
     assert (found.source.file, len(found.source.sha256)) == ("cat.safetensors", 64)
     assert list(found.lora) == [name]
+
+
+def test_parted_convolutions_are_one(tmp_path):
+    """LyCORIS' Tucker form: three convolutions in a row do what the two that are read do."""
+    g = torch.Generator().manual_seed(0)
+    name = "down_blocks.0.resnets.0.conv1"
+    p = Projection(name, 9 * 5, 6, name, convolution=Convolution((3, 3), (1, 1), (1, 1)))
+    down, mid, up = (
+        torch.randn(*shape, generator=g) for shape in ((2, 5, 1, 1), (2, 2, 3, 3), (6, 2, 1, 1))
+    )
+    key = f"lora_unet_{name.replace('.', '_')}"
+    state = {
+        f"{key}.lora_{n}.weight": t
+        for n, t in zip(("down", "mid", "up"), (down, mid, up), strict=True)
+    }
+    path = tmp_path / "x.safetensors"
+    save_file(state | {f"{key}.alpha": torch.tensor(1.0)}, path)
+    (factors,) = load_lora(path, [p], "sd1")[0].values()
+    x = torch.randn(1, 5, 8, 8, generator=g)
+    in_a_row = F.conv2d(F.conv2d(F.conv2d(x, down), mid, padding=1), up) / 2
+    kernel = factors.delta().view(6, 5, 3, 3)
+    torch.testing.assert_close(F.conv2d(x, kernel, padding=1), in_a_row, rtol=1e-4, atol=1e-4)
+    (row,) = inspect_file(path)["ranks"].values()
+    assert row["in"] == 45
+    assert row["norm"] == pytest.approx(float(kernel.norm()), rel=1e-4)
+    state[f"{key}.lora_mid.weight"] = mid[:, :1].contiguous()
+    save_file(state, path)
+    with pytest.raises(LoRAFileError):
+        load_lora(path, [p], "sd1")

@@ -2,10 +2,11 @@
 
     python benchmarks/cards.py
     python benchmarks/cards.py --family sdxl --rank 4 --cards 8 12
+    python benchmarks/cards.py --family sdxl --prior
 
 For each card SD 1.5 at 512 px and SDXL at 1024 px the sentences that a run says, in bf16 and, where
-that does not fit, in int8. Of a card's GB 0.8 are taken before the model is
-loaded. Writes a Markdown table.
+that does not fit, in int8; with `--prior` where the calibration preserves one. Of a card's GB 0.8
+are taken before the model is loaded. Writes a Markdown table.
 """
 
 from __future__ import annotations
@@ -52,16 +53,18 @@ def model_of(family: str, precision: str) -> Any:
     )
 
 
-def start_of(model: Any, config: CalibrationConfig) -> Calibration:
+def start_of(model: Any, config: CalibrationConfig, prior: Moments | None) -> Calibration:
     """A calibration's result by its shapes: as many parameters as that rank on the attention's
     layers, the metric of all."""
     projections = find_projections(model.unet, targets_for(config))
     attention = [p for p in projections if p.attention]
-    natural = NaturalStart(projections, Metric(config.rho), Moments(), 1.0)
+    natural = NaturalStart(projections, Metric(config.rho, prior), Moments(), 1.0)
     return replace(continued(meta_lora(attention, config.rank)), natural=natural)
 
 
-def sentences(model: Any, card_gb: float, config: CalibrationConfig) -> list[str]:
+def sentences(
+    model: Any, card_gb: float, config: CalibrationConfig, prior: Moments | None = None
+) -> list[str]:
     """Of the calibration and of the training, on a card of so many GB."""
     weights = sum(t.nbytes for t in (*model.unet.parameters(), *model.unet.buffers()))
     told: list[Event] = []
@@ -69,20 +72,27 @@ def sentences(model: Any, card_gb: float, config: CalibrationConfig) -> list[str
     resolution = SIZES[model.family]
     free = int(card_gb * 1e9) - TAKEN - weights
     with patch.object(memory_plan, "free_memory", lambda device: max(0, free)):
-        memory_plan.fitted_calibration(model, config, resolution, observer)
+        preserves = prior is not None
+        memory_plan.fitted_calibration(model, config, resolution, observer, preserves=preserves)
         training = TrainConfig(steps=1, learning_rate=1e-4, batch_size=config.batch_size)
-        memory_plan.fitted_training(model, training, start_of(model, config), resolution, observer)
+        start = start_of(model, config, prior)
+        memory_plan.fitted_training(model, training, start, resolution, observer)
     return [str(event.to_dict()["text"]) for event in told]
 
 
-def table(family: str, cards: Sequence[float], config: CalibrationConfig) -> str:
+def table(
+    family: str,
+    cards: Sequence[float],
+    config: CalibrationConfig,
+    prior: Moments | None = None,
+) -> str:
     """A row for each card and precision, up to the first that fits."""
     models = {precision: model_of(family, precision) for precision in ("bf16", "int8")}
     lines = [f"| {family}, {SIZES[family]} px | precision | calibration | training |"]
     lines.append("|---" * 4 + "|")
     for card in cards:
         for precision, model in models.items():
-            said = sentences(model, card, config)
+            said = sentences(model, card, config, prior)
             lines.append(" | ".join([f"| {card:g} GB", precision, *said]) + " |")
             if not any("too little" in text for text in said):
                 break
@@ -97,10 +107,12 @@ def main() -> None:
     parser.add_argument("--cards", type=float, nargs="+", default=CARDS, metavar="GB")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--prior", action="store_true", help="with a prior that is preserved")
     args = parser.parse_args()
     config = CalibrationConfig(rank=args.rank, batch_size=args.batch_size)
     for family in args.family or SIZES:
-        print(table(family, args.cards, config), end="\n\n")
+        prior = Moments() if args.prior else None
+        print(table(family, args.cards, config, prior), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -55,11 +55,13 @@ class Passes:
         )  # fmt: skip
 
     def metric(self, projections: Sequence[Projection], prior: NoisedSet | None) -> Metric:
-        """That of the config, with C_p where there is a prior."""
+        """That of the config, with C_p where there is a prior; it waits on the host until the
+        sweep, which takes most of the device, is over."""
         if prior is None or not self.config.preservation:
             return Metric(self.config.rho)
         kept = self.measure(projections, prior, backward=False, phase="measuring the prior").moments
-        return Metric(self.config.rho, kept, self.config.preservation)
+        metric = Metric(self.config.rho, kept, self.config.preservation)
+        return metric.on(torch.device("cpu"))
 
     def refined(
         self,

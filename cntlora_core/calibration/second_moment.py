@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ DAMPING = 1e-2  # of a power step, in mean strengths: what has none stays where 
 STARTING = 3  # power steps that find the first U; each later one starts from the last
 
 
+Kind = TypeVar("Kind", bound="SecondMoment")
 Matmul = Callable[[Tensor], Tensor]
 
 
@@ -55,7 +56,7 @@ class SecondMoment(Protocol):
         """With `rho` times the mean of its diagonal added there; never singular unless zero."""
 
     def plus(self, other: Any, weight: float) -> SecondMoment:
-        """With `weight` times `other`, of the same kind, added."""
+        """With `weight` times `other`, of the same kind, wherever it is, added."""
 
     def inverse(self) -> SecondMoment: ...
 
@@ -130,6 +131,7 @@ class LowRank:
 
     def plus(self, other: LowRank, weight: float) -> LowRank:
         """Its U starts with this one's, to the bit, unless it holds every direction."""
+        other = moved(other, self.rest.device)
         d, k = self.basis.shape[-2:]
         basis = linalg.orthonormal(torch.cat([self.basis, other.basis], -1))
         if basis.shape[-1] < d:
@@ -184,7 +186,7 @@ class Diagonal:
         return Diagonal(self.values + rho * self.values.mean(-1, keepdim=True) + tiny(self.values))
 
     def plus(self, other: Diagonal, weight: float) -> Diagonal:
-        return Diagonal(self.values + weight * other.values)
+        return Diagonal(self.values + weight * other.values.to(self.values.device))
 
     def inverse(self) -> Diagonal:
         return Diagonal(1 / self.values)
@@ -265,10 +267,10 @@ def unstack(moments: SecondMoment) -> list[SecondMoment]:
     ]
 
 
-def moved(moment: SecondMoment, device: torch.device) -> SecondMoment:
+def moved(moment: Kind, device: torch.device) -> Kind:
     """On `device`."""
     kind: Any = type(moment)
-    return kind(*(getattr(moment, f.name).to(device) for f in fields(kind)))
+    return cast(Kind, kind(*(getattr(moment, f.name).to(device) for f in fields(kind))))
 
 
 def _symmetric(core: Tensor) -> Tensor:

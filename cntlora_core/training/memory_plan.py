@@ -29,7 +29,6 @@ COPIES_OF_ADAPTERS = 5
 # its input, on which the moments stand too; where a prior is kept its own moments, and bases of
 # twice as many directions for the inputs, which start with those of the moments.
 METRIC_COPIES, PRIOR_COPIES = 1.55, 1.25
-PRIOR_MOMENTS = 0.5  # of the same: those of the inputs alone
 LOWER_RESOLUTION = "a lower resolution"
 PLAN = (
     "{free} GB of memory free: gradient checkpointing {checkpointing}, batch {batch}, about "
@@ -153,7 +152,7 @@ def fitted_calibration(
     adapters = 4 * config.rank * sum(p.parameters_per_rank for p in projections if p.attention)
     preserves = preserves and config.preservation > 0
     steps = natural_bytes(projections, config.batch_size, model.dtype, preserves)
-    sweep = sweep_bytes(projections, config.rank, preserves)
+    sweep = sweep_bytes(projections, config.rank)
     phases = (
         Bytes(COPIES_OF_ADAPTERS * adapters + steps),
         Bytes(sweep, recorded_bytes(projections, model.dtype)),
@@ -259,10 +258,11 @@ def natural_bytes(
     return metric_bytes(projections, preserves) + pictures * recorded_bytes(projections, dtype)
 
 
-def sweep_bytes(projections: Sequence[Projection], rank: int, preserves: bool = False) -> int:
-    """Of a sweep: sketches of the gradients, the layer that is sketched, second moments."""
+def sweep_bytes(projections: Sequence[Projection], rank: int) -> int:
+    """Of a sweep: sketches of the gradients, the layer that is sketched, second moments. Those of a
+    prior wait on the host."""
     sketches = sketch_bytes(projections, sketch_width(rank)) + SKETCHING_BYTES
-    return sketches + int((1 + preserves * PRIOR_MOMENTS) * moment_bytes(projections))
+    return sketches + moment_bytes(projections)
 
 
 def metric_bytes(projections: Sequence[Projection], preserves: bool = False) -> int:

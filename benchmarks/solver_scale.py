@@ -22,7 +22,8 @@ from diffusers import UNet2DConditionModel
 from cntlora_core.calibration.constraints import Metric, Target
 from cntlora_core.calibration.moments import Moments, alike, moment_bytes, shape_of
 from cntlora_core.calibration.ranks import MAX_RANK_FACTOR, budget_of, data_ranks
-from cntlora_core.calibration.recording import ROWS, Seen, input_key, output_key
+from cntlora_core.calibration.recording import input_key, output_key
+from cntlora_core.calibration.seen import ROWS, Seen
 from cntlora_core.calibration.sketch import Sketches, sketch_bytes, sketch_width
 from cntlora_core.lora.targets import ALL, Projection, find_projections
 from cntlora_core.model.families import config_of

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..lora.targets import Projection
-from .recording import Seen, input_key, output_key
+from .recording import input_key, output_key
 from .second_moment import Diagonal, LowRank, Rows, SecondMoment, moved, rank_of, stack, unstack
+from .seen import Seen
 from .sketch import Sketches
 
 TOGETHER = 64  # layers of one shape that are worked on at once

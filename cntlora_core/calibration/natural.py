@@ -26,7 +26,8 @@ from .constraints import Metric
 from .moments import Moments
 from .natural_step import BothWays, Half, Step, both_ways, natural_steps
 from .ragged import Ragged, Together, together
-from .recording import Seen, input_key, output_key, record
+from .recording import input_key, output_key, record
+from .seen import Seen
 
 if TYPE_CHECKING:
     from ..model.loader import StableDiffusion

@@ -6,7 +6,8 @@ import torch
 from cntlora_core.calibration import moments as layers
 from cntlora_core.calibration.constraints import WIDEST, WIDEST_OF_PATCHES, Metric
 from cntlora_core.calibration.moments import Moments
-from cntlora_core.calibration.recording import Seen, input_key, output_key
+from cntlora_core.calibration.recording import input_key, output_key
+from cntlora_core.calibration.seen import Seen
 from cntlora_core.lora.targets import Projection
 from cntlora_core.model.convolution import Convolution
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cntlora_core.calibration.moments import Moments, moment_bytes
-from cntlora_core.calibration.recording import ROWS, Seen, _spread, record, recorded_bytes
+from cntlora_core.calibration.recording import _spread, record, recorded_bytes
+from cntlora_core.calibration.seen import ROWS, Seen
 from cntlora_core.calibration.sketch import Sketches
 from cntlora_core.lora.targets import TEXT, Projection
 

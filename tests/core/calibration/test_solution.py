@@ -15,7 +15,8 @@ from cntlora_core.calibration.constraints import Domain, Metric, Target
 from cntlora_core.calibration.inputs import Tokens
 from cntlora_core.calibration.moments import Moments
 from cntlora_core.calibration.natural import NaturalGradient, NaturalStart
-from cntlora_core.calibration.recording import Seen, input_key, output_key
+from cntlora_core.calibration.recording import input_key, output_key
+from cntlora_core.calibration.seen import Seen
 from cntlora_core.calibration.sketch import Sketches
 from cntlora_core.calibration.solution import FIRST_CHANGE, solve
 from cntlora_core.config import CalibrationConfig

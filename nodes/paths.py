@@ -31,7 +31,7 @@ def inside(root: str | os.PathLike[str], name: str, known: Collection[str] = ())
     parts = [name] if name in known else re.split(r"[/\\]", name)
     if name not in known and not all(_plain(part) for part in parts):
         raise SettingError(
-            f"'{shown(name)}' is not a name inside '{Path(root).name}': use a file or folder name "
+            f"'{_shown(name)}' is not a name inside '{Path(root).name}': use a file or folder name "
             "such as 'my_cat'."
         )
     path = Path(root, *parts)
@@ -53,7 +53,7 @@ def stamps(paths: Iterable[str | os.PathLike[str]]) -> str:
     return repr(seen)
 
 
-def shown(name: str) -> str:
+def _shown(name: str) -> str:
     """What a sentence can hold of it."""
     return readable(name if len(name) <= 80 else f"{name[:60]}...")
 

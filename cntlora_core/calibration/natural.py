@@ -168,11 +168,10 @@ class NaturalGradient(torch.optim.Optimizer):
         every = self.adapters.split(self.adapters.flat.grad)
         # through the others nothing of the loss has passed
         reached = [p for p in self.projections if self.moments.reached(p)]
-        found = {p.name: every[p.name] for p in reached}
-        rows = [part for own in found.values() for part in (own.up.mT, own.down)]
-        tokens = [self.moments.tokens(p) for p in reached for _ in range(2)]
+        rows = [half for p in reached for half in (every[p.name].up.mT, every[p.name].down)]
+        tokens = [n for n in map(self.moments.tokens, reached) for _ in range(2)]
         each = iter(torch._foreach_div(rows, tokens))
-        return {name: Factors(up=next(each).mT, down=next(each)) for name in found}
+        return {p.name: Factors(up=next(each).mT, down=next(each)) for p in reached}
 
     def _steps(
         self, group: Together, grads: Mapping[str, Factors]

@@ -131,13 +131,13 @@ class Recording:
         if layout not in places:
             places[layout] = every.index(places[tokens])
         rows = every.at(places[layout])
-        if scale is None:
-            return self.seen.add(key, rows, len(rows), diagonal, 1.0)
-        count = len(rows) * tokens
-        if copies is not None:
-            count = int((tokens // copies).sum())
-            rows = rows * copies.to(rows)[:, None, None]
-        return self.seen.add(key, rows, count, diagonal, scale)
+        count = len(rows)
+        if scale is not None:
+            count *= tokens
+            if copies is not None:
+                count = int((tokens // copies).sum())
+                rows = rows * copies.to(rows)[:, None, None]
+        self.seen.add(key, rows, count, diagonal, 1.0 if scale is None else scale)
 
 
 @contextmanager

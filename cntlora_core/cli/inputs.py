@@ -74,8 +74,7 @@ def _pictures(
             observer=observer,
         )
         of_pictures = dict(zip(subject.pictures, subject.captions, strict=True))
-        own = [text for text in of_pictures.values() if text != subject.prompt]
-        for text in uncalled(own, subject.prompt, trigger):
+        for text in uncalled([*of_pictures.values()], subject.prompt, trigger):
             observer(Notice(text))
         return subject
 

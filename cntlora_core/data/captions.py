@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..events import Notice, Observer, ignore
+from ..model.tokenizers import as_read, without_halves
 from .folder import counted, some
 from .images import Picture
 
 PLACEHOLDER = re.compile(r"\{\s*(\w+)\s*\}")
-ESCAPED = re.compile(r"\\([()])")
 
 
 def fill_words(text: str, trigger: str, class_name: str) -> str:
@@ -22,8 +22,8 @@ def fill_words(text: str, trigger: str, class_name: str) -> str:
 
 
 def tidy(text: str) -> str:
-    """On one line, without the halves of letters that JSON may hold: no file takes these."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
+    """On one line."""
+    return " ".join(without_halves(text).split())
 
 
 def has_words(text: str, words: str) -> bool:
@@ -31,11 +31,6 @@ def has_words(text: str, words: str) -> bool:
     and whether or not their brackets are escaped, as booru tags have them."""
     own = re.escape(as_read(" ".join(words.split())))
     return bool(own and re.search(rf"(?<!\w){own}(?!\w)", as_read(text), re.IGNORECASE))
-
-
-def as_read(text: str) -> str:
-    """Without the backslashes before brackets."""
-    return ESCAPED.sub(r"\1", text)
 
 
 def with_trigger(text: str, trigger: str) -> str:

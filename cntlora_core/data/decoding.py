@@ -172,10 +172,8 @@ def _in_srgb(image: Image.Image, profile: bytes, said: Said) -> Image.Image:
         space = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(
             source.profile.xcolor_space.strip(), ""
         )
-        fits = (space == "CMYK") == (image.mode == "CMYK") and not (
-            space == "L" and _coloured(image)
-        )
-        if not space or not fits:
+        fits = (space == "CMYK") == (image.mode == "CMYK")
+        if not space or not fits or (space == "L" and _coloured(image)):
             raise ValueError(f"it is for {source.profile.xcolor_space.strip()}, not {image.mode}")
         plain = image.convert(space)
         meant = ImageCms.profileToProfile(

@@ -143,9 +143,9 @@ def _of_weights(lora: Mapping[str, Factors]) -> dict[str, str]:
 
 
 def _of_pictures(taught: Taught) -> dict[str, str]:
-    size, called = taught.resolution, {"modelspec.trigger_phrase": taught.trigger}
-    return {
-        **(called if taught.trigger else {}),
+    size = taught.resolution
+    called = {"modelspec.trigger_phrase": taught.trigger} if taught.trigger else {}
+    return called | {
         "ss_resolution": f"({size}, {size})",
         "ss_num_train_images": str(sum(repeats for _, repeats in taught.captions)),
         "ss_tag_frequency": json.dumps(_tag_frequency(taught), ensure_ascii=False),

@@ -14,6 +14,7 @@ from ..config import CHUNK, ModelConfig
 from ..devices import first_that_fits, memory_sufficing
 from ..errors import SettingError
 from .encoders import fp32_bytes, temporarily_on
+from .tokenizers import as_read
 
 MAX_TOKENS = ModelConfig().max_tokens
 
@@ -76,11 +77,8 @@ class CLIPPrompts:
         return int(self.encoders[which].config.max_position_embeddings) - 2
 
     def _ids(self, which: int, prompts: Sequence[str]) -> list[list[int]]:
-        """Without start and end. Escaped parentheses are parentheses, as ComfyUI reads them; no
-        tokenizer takes half a letter."""
-        plain = [text.encode("utf-8", "replace").decode() for text in prompts]
-        texts = [text.replace(r"\(", "(").replace(r"\)", ")") for text in plain]
-        rows = self.tokenizers[which](texts, verbose=False).input_ids
+        """Without start and end."""
+        rows = self.tokenizers[which]([*map(as_read, prompts)], verbose=False).input_ids
         return [row[1:-1] for row in rows]
 
     def _run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,18 @@ from typing import Any
 from ..errors import CheckpointError
 
 LENGTH = 77  # tokens of a prompt, start and end included
+ESCAPED = re.compile(r"\\([()])")
+
+
+def without_halves(text: str) -> str:
+    """Without halves of letters (surrogates), which JSON may hold: no file or tokenizer takes
+    them."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def as_read(text: str) -> str:
+    """What is given to a tokenizer: escaped parentheses are parentheses, as ComfyUI reads them."""
+    return ESCAPED.sub(r"\1", without_halves(text))
 
 
 def _hugging_face_cache() -> Path:

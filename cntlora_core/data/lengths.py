@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from ..model.clip_prompts import MAX_TOKENS
-from ..model.tokenizers import find_tokenizer, load_tokenizers
+from ..model.tokenizers import as_read, find_tokenizer, load_tokenizers
 from .folder import counted, some
 
 # CLIP's vocabulary cuts a text into these first, so that each is a token or more.
@@ -23,12 +23,13 @@ def too_long(
     """A sentence where some are longer than `limit` tokens. Counted by CLIP's vocabulary in one of
     `folders` or where this machine has it; without it those are found that are so by their words
     alone."""
-    long = [text for text in dict.fromkeys(texts) if len(text.encode()) > limit]
+    read = {text: as_read(text) for text in texts}
+    long = {text: own for text, own in read.items() if len(own.encode()) > limit}
     if long and find_tokenizer(folders):  # no token is shorter than a byte
-        ids = load_tokenizers("sd1", folders)[0](long, verbose=False).input_ids
+        ids = load_tokenizers("sd1", folders)[0]([*long.values()], verbose=False).input_ids
         counts = [len(row) - 2 for row in ids]  # without start and end
     else:
-        counts = [len(PIECES.findall(text)) for text in long]
+        counts = [len(PIECES.findall(own)) for own in long.values()]
     cut = [text for text, count in zip(long, counts, strict=True) if count > limit]
     return [rest_unseen(cut, limit)] if cut else []
 

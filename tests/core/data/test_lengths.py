@@ -44,6 +44,17 @@ def test_a_vocabulary_counts_what_words_do_not_show(monkeypatch):
     assert len(too_long([text], 75, [folder])) == 1
 
 
+def test_what_is_counted_is_what_is_read(mini_sd, monkeypatch):
+    """Booru tags escape their brackets; the model reads no backslash."""
+    folder = MINI_SD_FOLDER / "model" / "tokenizer"
+    monkeypatch.setattr("cntlora_core.model.tokenizers.check_tokenizer", lambda *given: None)
+    text = r"anna \(b\) " * 8
+    (read,) = mini_sd.prompts._ids(0, [text])
+    assert too_long([text], len(read), [folder]) == []
+    (said,) = too_long([text], len(read) - 1, [folder])
+    assert r"anna \(b\)" in said, "it is shown as it is written"
+
+
 def test_check_tells_it(tmp_path, capsys):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("word " * 100)
